@@ -1,0 +1,488 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * moelab.h - the only header a policy author reads.
+ *
+ * A policy is one shared object that exports one symbol, `const struct moe_plugin moe_plugin`. moelab loads it,
+ * compares `abi` and `size`, and then calls its hooks with arrays that the core owns. A policy decides on arrays;
+ * only dispatch speaks of tasks; nobody but the machine knows time.
+ *
+ * Rules for every hook
+ *   - returns 0, or a negative enum moe_err after env->host->fail(); the first failure of a run is the one reported
+ *   - all state is per run: no globals, clocks, rand(), printf, exit, threads
+ *   - may be called in any order for different layers; entropy comes from moe_rand(), which depends on the
+ *     run's seed and on what is asked, never on the order of calls
+ *   - pointers passed in are valid until the hook returns; memory from host->alloc() lives as long as the run
+ *
+ * Letters: T tokens, E logical experts of the layer, K top_k, L MoE layers, D devices, N nodes, H hidden width.
+ * Arrays are row-major. Units are seconds, bytes and FLOPs. Ids count from 0.
+ */
+#ifndef MOELAB_H
+#define MOELAB_H
+
+#include <math.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define MOE_ABI 1u /* bumped when a layout or a meaning changes: tests/unit/abi_sum guards it */
+
+#if defined(__GNUC__)
+#define MOE_EXPORT __attribute__((visibility("default")))
+#define MOE_PRINTF(f, a) __attribute__((format(printf, f, a)))
+#else
+#define MOE_EXPORT
+#define MOE_PRINTF(f, a)
+#endif
+
+enum moe_kind { MOE_ROUTER, MOE_BALANCER, MOE_PLACEMENT, MOE_DISPATCH, MOE_OFFLOAD };
+#define MOE_N_KINDS 5
+
+enum moe_err {
+    MOE_OK = 0,
+    MOE_BYPASS = 1,        /* offload.insert, evict: do not keep this object; not an error */
+    MOE_EINVAL = -1,       /* an input or a parameter makes no sense */
+    MOE_ENOMEM = -2,
+    MOE_EUNSUPPORTED = -3, /* this policy cannot do that (no tensor, no solver, wrong shape) */
+    MOE_EFAIL = -4
+};
+
+/* What a policy must be given (checked before the run starts) and what it does to others. */
+enum moe_needs {
+    MOE_NEEDS_LOGITS = 1 << 0,     /* batch->router_logits */
+    MOE_NEEDS_RECORDED = 1 << 1,   /* batch->recorded */
+    MOE_NEEDS_HIDDEN = 1 << 2,     /* batch->hidden */
+    MOE_NEEDS_IMPORTANCE = 1 << 3, /* batch->importance */
+    MOE_NEEDS_TOKEN_ID = 1 << 4,   /* batch->token_id */
+    MOE_NEEDS_PREVIOUS = 1 << 5,   /* batch->previous: the same tokens' routes in the layer before */
+    MOE_NEEDS_LABEL = 1 << 6,      /* batch->label */
+    MOE_NEEDS_TENSORS = 1 << 7,    /* learned tensors, as parameters of type MOE_TENSOR */
+    MOE_NEEDS_NEXT_USE = 1 << 8,   /* offload: access->next_use, known only when a trace is replayed */
+    MOE_NEEDS_SCORES = 1 << 9,     /* offload: observe() gets gate scores */
+    MOE_AHEAD = 1 << 10,           /* decides for later layers too */
+    MOE_CROSS_BATCH = 1 << 11,     /* another request may change this one's experts; undeclared, a test fails it */
+    MOE_LOCAL = 1 << 12            /* decides from its own device's tokens alone */
+};
+
+enum moe_phase { MOE_PREFILL, MOE_DECODE, MOE_TRAIN };
+
+struct moe_env;
+struct moe_graph; /* opaque: built through struct moe_host */
+struct moe_placement;
+struct moe_routes;
+struct moe_work;
+struct moe_expert_work;
+struct moe_exchange;
+
+/* ---- parameters: one table feeds Lua keys, --set, `moelab plugins show`, the man page and the manifest ---- */
+
+enum moe_type { MOE_INT, MOE_REAL, MOE_BOOL, MOE_STRING, MOE_ENUM, MOE_TENSOR };
+
+struct moe_tensor { /* a learned array, read from a .npy and converted to f32; data NULL when not given */
+    int32_t n_dims;
+    int64_t shape[4];
+    const float *data;
+};
+
+/* The field at `offset` of the plugin's conf struct is int64_t, double, bool, const char *, int32_t (index into
+ * choices) or struct moe_tensor. Out of range, NaN, unknown and mistyped values never reach the plugin. */
+struct moe_param {
+    const char *name;
+    enum moe_type type;
+    size_t offset;
+    double def, min, max;    /* MOE_INT, MOE_REAL; def alone for MOE_BOOL and MOE_ENUM (index) */
+    const char *def_text;    /* MOE_STRING: default; MOE_ENUM: choices, "score|position"; MOE_TENSOR: shape, "L,E,H" */
+    const char *unit, *help; /* unit "" when it has none */
+};
+#define MOE_PARAM_END { NULL, MOE_INT, 0, 0, 0, 0, NULL, NULL, NULL }
+
+/* ---- what every policy may know about the run ---- */
+
+struct moe_model {
+    int32_t n_layers;             /* L: MoE layers only */
+    int32_t n_experts;            /* E: the largest layer's */
+    int32_t top_k;                /* K */
+    int32_t n_shared;             /* experts that every token visits on its own device */
+    int32_t d_model, d_expert;    /* hidden width; width of one expert's FFN */
+    double weight_bytes;          /* bytes of one stored weight (2 for bf16, 0.5 for 4 bit) */
+    double act_bytes;             /* bytes of one activation element on the wire in dispatch */
+    double combine_bytes;         /* the same in combine */
+    const int32_t *layer_experts; /* [L] or NULL: E in every layer */
+    const double *expert_width;   /* [L][E] share of d_expert or NULL: 1 everywhere */
+};
+
+struct moe_topology {
+    int32_t n_devices, n_nodes;
+    const int32_t *node;        /* [D] */
+    const double *memory;       /* [D] bytes */
+    const double *flops;        /* [D] peak, at the model's precision */
+    const double *mem_bandwidth;/* [D] B/s */
+    const double *host_bandwidth;/* [D] B/s from the node's memory to this device */
+};
+
+/* Services of the core. A plugin links against nothing but libc; everything it needs is here. */
+struct moe_host {
+    uint32_t abi, size;
+    /* Records the failure and returns `code`, so that a hook can `return host->fail(...)`. */
+    int (*fail)(const struct moe_env *, int code, const char *fmt, ...) MOE_PRINTF(3, 4);
+    void (*warn)(const struct moe_env *, const char *fmt, ...) MOE_PRINTF(2, 3);
+    /* Zeroed memory that lives as long as the run; NULL after fail() when there is none. */
+    void *(*alloc)(const struct moe_env *, size_t n, size_t size);
+    /* Memory that lives until the hook returns; contents undefined. Cheap: reused, not freed. */
+    void *(*scratch)(const struct moe_env *, size_t bytes);
+
+    /* Room for n routes in `out`; keeps what is there. */
+    int (*routes_reserve)(const struct moe_env *, struct moe_routes *out, int64_t n);
+    /* Expert-major picks (expert e takes token[first[e]..first[e+1])) to token-major routes. first: [E+1]. */
+    int (*routes_transpose)(const struct moe_env *, int32_t n_tokens, int32_t n_experts, const int64_t *first,
+                            const int32_t *token, const float *weight, struct moe_routes *out);
+
+    /* One replica (fraction 1) or shard (fraction < 1) of an expert on a device. The order of calls within a
+     * layer is the physical order: the p-th call for layer l is physical expert p of that layer. */
+    int (*place)(const struct moe_env *, struct moe_placement *, int32_t layer, int32_t expert, int32_t device,
+                 float fraction);
+
+    double (*bandwidth)(const struct moe_env *, int32_t src, int32_t dst); /* B/s of the narrowest link between */
+    double (*latency)(const struct moe_env *, int32_t src, int32_t dst);   /* s, one way */
+
+    /* Task graph. Builders copy what they are given. Every builder returns a task id >= 0 or a negative error. Tasks on one (device, stream) run in
+     * the order in which they become ready, ties by id; tasks without an edge between them may overlap. */
+    int32_t (*task_compute)(const struct moe_env *, struct moe_graph *, const struct moe_work *);
+    /* All the FFNs of `n` experts on one device: rows[i] rows through expert[i]; items: route indices, in the
+     * order of the experts (what a real machine computes on). Weights not resident are loaded first. */
+    int32_t (*task_experts)(const struct moe_env *, struct moe_graph *, const struct moe_expert_work *);
+    /* One exchange of any shape: n_parts transfers that start together. */
+    int32_t (*task_exchange)(const struct moe_env *, struct moe_graph *, const struct moe_exchange *);
+    /* A task that ends when everything that `exchange` carries to `device` has arrived. */
+    int32_t (*task_arrival)(const struct moe_env *, struct moe_graph *, int32_t exchange, int32_t device);
+    int (*task_after)(const struct moe_env *, struct moe_graph *, int32_t task, int32_t before);
+    /* A graph to try: same builders, thrown away at the end of the hook; and what the machine model says of it. */
+    struct moe_graph *(*graph_try)(const struct moe_env *);
+    int (*estimate)(const struct moe_env *, struct moe_graph *, double *seconds);
+};
+
+struct moe_env {
+    const struct moe_host *host;
+    const struct moe_model *model;
+    const struct moe_topology *topology;
+    uint64_t seed;             /* of this run; already mixed with the plugin's name */
+    uint32_t n_objects;        /* offload: dense ids are < n_objects; object = layer * E + expert */
+    int64_t cache_objects;     /* offload: how many objects one device's cache holds */
+    void *core;                /* the core's own; not to be touched */
+};
+
+/* Counter-based entropy: the same (seed, hook, step, layer, i) gives the same bits, whatever was asked before. */
+static inline uint64_t moe_mix(uint64_t z)
+{
+    z = (z ^ (z >> 30)) * UINT64_C(0xBF58476D1CE4E5B9);
+    z = (z ^ (z >> 27)) * UINT64_C(0x94D049BB133111EB);
+    return z ^ (z >> 31);
+}
+
+static inline uint64_t moe_rand(const struct moe_env *env, uint32_t hook, int64_t step, int64_t layer, int64_t i)
+{
+    const uint64_t golden = UINT64_C(0x9E3779B97F4A7C15);
+    uint64_t z = moe_mix(env->seed + golden * (hook + 1u));
+    z = moe_mix(z + golden * (uint64_t)(step + 1));
+    z = moe_mix(z + golden * (uint64_t)(layer + 1));
+    return moe_mix(z + golden * (uint64_t)(i + 1));
+}
+
+/* 53 random bits to [0, 1). */
+static inline double moe_unit(uint64_t bits)
+{
+    return (double)(bits >> 11) * 0x1p-53;
+}
+
+/* ---- what travels through the pipeline ---- */
+
+/* Routes of a batch, token-major: the experts of token t are expert[offset[t]..offset[t+1]).
+ * Ids E..E+n_free-1 are experts that cost nothing (null, zero, copy, constant): they carry weight, no work, no
+ * traffic. Experts of neighbouring layers (shared pools) count on from there: pool id = layer offset * E + expert. */
+enum moe_form {
+    MOE_TOKENS, /* tokens go to experts */
+    MOE_SLOTS,  /* rows are slots: weighted mixes of tokens (soft routing) */
+    MOE_MERGED  /* all tokens go through one expert merged from several */
+};
+
+struct moe_routes {
+    enum moe_form form;
+    int32_t n_tokens, n_free;
+    int64_t n, capacity;  /* routes in use; room */
+    int64_t *offset;      /* [T+1] */
+    int32_t *expert;      /* [n] */
+    float *weight;        /* [n] dispatch weight, the gate's */
+    float *combine;       /* [n] or NULL: equal to weight */
+    uint8_t *skip_block;  /* [T] or NULL: this token skips the whole layer (depth routers) */
+};
+
+/* Tokens that enter one MoE layer. A field that the workload lacks is NULL; needs says which are required. */
+struct moe_batch {
+    int32_t step, layer, round;        /* round: > 0 for rules that route several times per layer */
+    enum moe_phase phase;
+    int32_t n_tokens, n_experts, top_k, n_hidden;
+    const float *router_logits;        /* [T][E] */
+    const struct moe_routes *recorded; /* what the captured model chose */
+    const int32_t *token_id, *position, *request, *device, *label; /* [T] each */
+    const float *hidden;               /* [T][H] entering the gate */
+    const float *importance;           /* [T] for example attention received */
+    const struct moe_routes *previous; /* the same tokens in the previous MoE layer */
+    const float *previous_logits;      /* [T][E] */
+};
+
+/* What balancers do to scores before selection: select on scale[e] * score + add[e]; weights keep the score. */
+struct moe_bias {
+    float *add;   /* [E] zero at the start */
+    float *scale; /* [E] one at the start */
+};
+
+/* What deciding costs on the devices, per call, beyond the gate's matrix product (2 T H E), which the core counts. */
+struct moe_cost { double flops, bytes; };
+
+struct moe_replica { int32_t layer, expert, device; float fraction; };
+
+/* Written through host->place(); the views are filled by the core before anyone reads them. */
+struct moe_placement {
+    int32_t n;
+    const struct moe_replica *replica;  /* [n] by layer, then in physical order */
+    const int32_t *layer_first;         /* [L+1] into replica */
+    const int32_t *expert_first;        /* [L*E+1] into by_expert */
+    const int32_t *by_expert;           /* [n] replica ids of (layer, expert), lowest device first */
+};
+
+/* Statistics that placements see: what was routed, not what will be. */
+struct moe_stats {
+    int32_t step, n_steps;      /* now; how many steps the counts cover; 0: nothing counted yet */
+    const double *load;         /* [L][E] tokens routed */
+    const double *transitions;  /* [L-1][E][E] tokens that went from e in layer l to f in l+1; NULL if not kept */
+    const double *coactivation; /* [L][E][E] or NULL */
+    const struct moe_placement *current; /* NULL before the first placement */
+};
+
+/* A balancer's plan after placement: rows from..to-1 of an expert's tokens are computed on a device; the weights
+ * listed in transfers travel first. Rows that no split names stay where the placement put them. */
+struct moe_split { int32_t expert, device; int64_t from, to; };
+struct moe_weight_move { int32_t expert, src, dst; };
+struct moe_plan {
+    int32_t n_splits, n_moves, max_splits, max_moves; /* room given by the core; never more needed than E * D */
+    struct moe_split *split;
+    struct moe_weight_move *move;
+};
+
+/* ---- tasks ---- */
+
+enum moe_op { /* what a compute task is for: names the phase in results and tells a real machine what to run */
+    MOE_OP_ATTENTION, MOE_OP_GATE, MOE_OP_PERMUTE, MOE_OP_EXPERTS, MOE_OP_SHARED, MOE_OP_COMBINE, MOE_OP_OTHER
+};
+
+struct moe_work {
+    int32_t device, stream;
+    enum moe_op op;
+    double flops, bytes; /* arithmetic; device memory traffic */
+};
+
+struct moe_expert_work {
+    int32_t device, stream, layer, n;
+    const int32_t *expert; /* [n] logical */
+    const int64_t *rows;   /* [n] */
+    const int64_t *items;  /* [sum of rows] route indices, or NULL when the layout does not know them */
+    float fraction;        /* of every expert's width (shards); 1 for whole experts */
+};
+
+enum moe_payload {
+    MOE_PAY_HIDDEN,  /* items are route indices; each carries its token's hidden state to the expert */
+    MOE_PAY_OUTPUT,  /* items are route indices; each carries the expert's output back */
+    MOE_PAY_BYTES    /* nothing that a real machine would have to interpret */
+};
+struct moe_part { int32_t src, dst; double bytes; int64_t n_items; const int64_t *items; };
+struct moe_exchange {
+    enum moe_payload payload;
+    int32_t n_parts;
+    const struct moe_part *part;
+};
+
+/* One micro-batch of one layer, for dispatch to lay out. */
+struct moe_traffic {
+    int32_t step, layer, micro, n_micro;
+    const struct moe_routes *routes;
+    const int32_t *device;        /* [T] where a token is before the layer, and must be after it */
+    const int32_t *to;            /* [n] device that computes the route; -1 for routes that cost nothing */
+    const struct moe_placement *placement;
+    double dispatch_bytes, combine_bytes; /* of one token's row on the wire */
+    const int32_t *entry;         /* [D] task after which a device's tokens are ready */
+    int32_t *exit;                /* [D] out: task after which a device's tokens are complete */
+};
+
+struct moe_timings {              /* of the step before, as observed */
+    int32_t step, n_phases;
+    const char *const *phase;     /* names */
+    const double *seconds;
+};
+
+/* ---- offload ---- */
+
+struct moe_access {
+    int64_t index;             /* position in the device's sequence of accesses */
+    int64_t next_use;          /* index of this object's next access; INT64_MAX never again; -1 not known */
+    int32_t step, layer, expert;
+    int32_t n_tokens;          /* rows that this access serves */
+    float score;               /* sum of gate weights; 0 if not known */
+    bool prefetch;             /* brought in before it was asked for */
+};
+
+struct moe_pinned { const uint64_t *mark; uint64_t now; };
+static inline bool moe_is_pinned(const struct moe_pinned *p, uint32_t object)
+{
+    return p->mark != NULL && p->mark[object] == p->now;
+}
+
+struct moe_window { /* what a prefetch may use */
+    int32_t step, layer;       /* the layer whose experts now run; wanted are those of layers after it */
+    double seconds, bytes;     /* link time and bytes expected to be free before that layer; from the step before */
+    const uint8_t *resident;   /* [n_objects] 1: on the device or on its way */
+};
+
+enum moe_where { MOE_ON_DEVICE, MOE_ON_HOST };
+struct moe_layer_work {        /* one layer's experts on one device, for the split between GPU and CPU */
+    int32_t step, layer, n;
+    const int32_t *expert;     /* [n] */
+    const int64_t *rows;       /* [n] */
+    const uint8_t *resident;   /* [n] */
+    const double *device_s, *host_s, *load_s; /* [n] cost model's opinion */
+};
+struct moe_assignment { enum moe_where *where; int32_t *order; }; /* [n] each; order: position in its queue */
+
+struct moe_queue {             /* requests that wait, for policies that form batches */
+    int32_t n, max_tokens;
+    const int32_t *request, *n_tokens; /* [n] */
+    const struct moe_routes *path;     /* [n] known or predicted experts over all layers; NULL if not known */
+};
+struct moe_batch_plan { int32_t n; int32_t *pick; }; /* indices into the queue, in order; room for queue->n */
+
+/* Gradients of a balancer's loss with respect to the trainable gate's tensors, added to. */
+struct moe_gate_grad { float *weight; /* [E][H] */ const float *gate; /* [E][H] */ };
+
+/* ---- hooks. Required ones say so; an absent (NULL) hook costs nothing. ---- */
+
+struct moe_router_ops {
+    /* Per layer and batch. Either route, or score and select, is required. With score and select the core lets
+     * balancers see the scores in between. scores: [T][E], out; own: may be left at zero. */
+    int (*score)(void *self, const struct moe_batch *, float *scores, struct moe_cost *own);
+    /* Picks experts on scale * score + add; weights come from the scores alone. The core has the last word on
+     * validity: ids unique per token and < E + n_free, weights finite. */
+    int (*select)(void *self, const struct moe_batch *, const float *scores, const struct moe_bias *,
+                  struct moe_routes *out);
+    int (*route)(void *self, const struct moe_batch *, const struct moe_bias *, struct moe_routes *out,
+                 struct moe_cost *own);
+    /* Optional: routes of this and the n_layers - 1 layers after it, decided now (pre-gating). */
+    int (*ahead)(void *self, const struct moe_batch *, int32_t n_layers, struct moe_routes *out);
+};
+
+struct moe_balancer_ops { /* at least one is required */
+    int (*adjust)(void *self, const struct moe_batch *, const float *scores, struct moe_bias *in_out);
+    /* After selection; may drop (shrink a token's list), reroute or fill. Routes stay token-major. */
+    int (*rewrite)(void *self, const struct moe_batch *, const float *scores, const struct moe_placement *,
+                   struct moe_routes *in_out);
+    /* After placement. load: [E] tokens of this layer. */
+    int (*plan)(void *self, int32_t layer, const int64_t *load, const struct moe_placement *, struct moe_plan *out);
+    int (*observe)(void *self, int32_t layer, const int64_t *load); /* once per layer and step, after routing */
+    /* For the trainable gate: adds to the loss and to d_logits [T][E]; d_gate is NULL unless tensors are trained. */
+    int (*loss)(void *self, const struct moe_batch *, const float *scores, const struct moe_routes *, double *loss,
+                float *d_logits, struct moe_gate_grad *d_gate);
+};
+
+struct moe_placement_ops {
+    int (*place)(void *self, const struct moe_stats *, struct moe_placement *out); /* required */
+    /* Which replica serves each route: replica[i] indexes placement->replica. NULL: the replica on the token's
+     * device, else on its node, else in turn. The core checks that it holds the route's expert. */
+    int (*select)(void *self, const struct moe_batch *, const struct moe_routes *, const struct moe_placement *,
+                  int32_t *replica);
+    int (*due)(void *self, const struct moe_stats *, bool *rebalance); /* NULL: never, after the first */
+};
+
+struct moe_dispatch_ops {
+    int (*lay_out)(void *self, const struct moe_traffic *, struct moe_graph *); /* required, per layer */
+    int (*observe)(void *self, const struct moe_timings *);                    /* once per step */
+};
+
+struct moe_offload_ops { /* the core owns the table of residents; per access, so keep them small */
+    int (*hit)(void *self, int32_t device, uint32_t object, const struct moe_access *); /* NULL: hits change nothing */
+    int (*insert)(void *self, int32_t device, uint32_t object, const struct moe_access *); /* required; or MOE_BYPASS */
+    /* Required. O(1) or O(log n): a resident, unpinned object. The core removes it: no remove() follows. Or
+     * MOE_BYPASS: `cause` is worth less than everything resident, so nothing leaves and insert is not called. */
+    int (*evict)(void *self, int32_t device, const struct moe_access *cause, const struct moe_pinned *,
+                 uint32_t *victim);
+    int (*remove)(void *self, int32_t device, uint32_t object); /* dropped by the core for another reason */
+    /* Once per layer: the gate scores of the batch (needs MOE_NEEDS_SCORES) and its routes. */
+    int (*observe)(void *self, const struct moe_batch *, const float *scores, const struct moe_routes *);
+    /* Objects wanted early, most wanted first; *n holds the room on entry. */
+    int (*prefetch)(void *self, int32_t device, const struct moe_window *, uint32_t *want, int32_t *n);
+    int (*assign)(void *self, int32_t device, const struct moe_layer_work *, struct moe_assignment *);
+    int (*form)(void *self, const struct moe_queue *, struct moe_batch_plan *);
+    int (*precision)(void *self, uint32_t object, int32_t *bits); /* NULL: the model's */
+};
+
+struct moe_plugin {
+    uint32_t abi, size; /* first for ever: MOE_ABI, sizeof(struct moe_plugin); compared before anything else */
+    enum moe_kind kind;
+    uint32_t needs;     /* enum moe_needs */
+    const char *name;   /* equal to the file's stem */
+    const char *summary;/* one line */
+    const char *source; /* authors, year, arXiv id; or "field practice" */
+    const struct moe_param *params; /* ends with MOE_PARAM_END; NULL: none */
+    size_t conf_size, state_size;   /* state is zeroed before init */
+    int (*init)(void *self, const void *conf, const struct moe_env *); /* conf stays valid for the run; NULL: none */
+    void (*fini)(void *self);                                         /* NULL: nothing to do */
+    union {
+        struct moe_router_ops router;
+        struct moe_balancer_ops balancer;
+        struct moe_placement_ops placement;
+        struct moe_dispatch_ops dispatch;
+        struct moe_offload_ops offload;
+    } ops;
+};
+
+/* The one symbol a plugin exports. */
+extern MOE_EXPORT const struct moe_plugin moe_plugin;
+
+/* ---- small things that many policies share ---- */
+
+static inline int32_t moe_experts_of(const struct moe_model *m, int32_t layer)
+{
+    return m->layer_experts ? m->layer_experts[layer] : m->n_experts;
+}
+
+/* softmax of x[0..n) into y; safe for large values; y may be x. */
+static inline void moe_softmax(const float *x, int32_t n, float *y)
+{
+    float top = x[0], sum = 0;
+    for (int32_t i = 1; i < n; i++)
+        if (x[i] > top)
+            top = x[i];
+    for (int32_t i = 0; i < n; i++)
+        sum += y[i] = expf(x[i] - top);
+    for (int32_t i = 0; i < n; i++)
+        y[i] /= sum;
+}
+
+/* Indices of the k largest of x[0..n), largest first, ties to the lower index. O(n k): meant for k << n. */
+static inline void moe_top_k(const float *x, int32_t n, int32_t k, int32_t *index)
+{
+    int32_t have = 0;
+    for (int32_t i = 0; i < n; i++) {
+        if (have == k && !(x[i] > x[index[k - 1]]))
+            continue;
+        int32_t at = have < k ? have++ : k - 1;
+        for (; at > 0 && x[i] > x[index[at - 1]]; at--)
+            index[at] = index[at - 1];
+        index[at] = i;
+    }
+}
+
+#ifdef __cplusplus
+}
+#endif
+#endif
