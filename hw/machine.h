@@ -1,0 +1,133 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * machine.h - the seam between decisions and time.
+ *
+ *   topology    what the hardware is: devices, links, routes (from hw/machines/NAME.lua, as JSON)
+ *   compute     how long a piece of work takes on one device (roofline)
+ *   net         how long transfers take that share links: flow.c, simgrid_client.c
+ *   sim         runs a task graph on compute + net under a virtual clock
+ *   host, cuda  run the same task graph for real
+ *
+ * Nothing here knows a policy. SI units: seconds, bytes, FLOP/s. */
+#ifndef MACHINE_H
+#define MACHINE_H
+
+#include "err.h"
+#include "moelab.h"
+#include <jansson.h>
+
+/* ---- topology ---- */
+
+enum precision { PREC_FP32, PREC_TF32, PREC_BF16, PREC_FP8, PREC_INT8, PREC_INT4, N_PRECISIONS };
+extern const char *const precision_name[N_PRECISIONS]; /* "fp32", ... */
+
+struct device_spec {
+    char name[64];
+    double memory;              /* bytes */
+    double mem_bandwidth;       /* B/s */
+    double peak[N_PRECISIONS];  /* FLOP/s, dense; 0: not supported, and computing takes for ever */
+    double launch_s;            /* fixed cost of one kernel */
+    double flops_efficiency;    /* of peak, reached by a large GEMM */
+    double mem_efficiency;      /* of mem_bandwidth, reached by a large copy */
+    double half_rows;           /* rows per expert at which a GEMM reaches half of flops_efficiency */
+};
+
+struct link { char name[64]; double bandwidth; double latency; };
+
+#define TOPOLOGY_MAX_HOPS 8
+
+/* Endpoints: device d is d; the memory of node n is D + n; its SSD is D + N + n. */
+struct topology {
+    char name[64];
+    int32_t n_devices, n_nodes, devices_per_node;
+    struct device_spec *device;  /* [D] */
+    int32_t n_links;
+    struct link *link;           /* one direction each; shared by every route over it */
+    double *host_memory, *host_mem_bandwidth, *host_flops; /* [N] */
+    void *priv;                  /* what topology.c needs to answer routes */
+    json_t *description;         /* as loaded, defaults filled in: for the manifest */
+};
+
+/* A description as loaded from a machine file, `nodes` already applied. Unknown keys, missing links (several nodes
+ * and no NIC; several devices and neither NVLink nor PCIe), figures without a source, and sizes that are not
+ * positive are errors that name `file` and the key. */
+int topology_build(struct topology **, const json_t *description, const char *file, struct err *);
+void topology_free(struct topology *);
+/* Links from src to dst in order; returns their number, 0 for src == dst, < 0 if there is no way. Cheap: called
+ * per flow. latency (may be NULL): the sum, in seconds. */
+int topology_route(const struct topology *, int32_t src, int32_t dst, int32_t link[TOPOLOGY_MAX_HOPS],
+                   double *latency);
+static inline int32_t topology_host(const struct topology *t, int32_t node) { return t->n_devices + node; }
+static inline int32_t topology_ssd(const struct topology *t, int32_t node)
+{
+    return t->n_devices + t->n_nodes + node;
+}
+
+/* ---- compute ---- */
+
+/* Seconds for grouped FFNs on one device: for every expert i, rows[i] tokens through a gated FFN of three
+ * matrices d_model x (width[i] or d_expert). Weights of every expert with rows > 0 are read once from device
+ * memory. One launch for all of them. */
+double compute_experts(const struct device_spec *, enum precision, const struct moe_model *, int32_t n,
+                       const int64_t *rows, const double *width /* or NULL: 1 */);
+/* Anything else: max(flops / rate, bytes / bandwidth) + launch. */
+double compute_plain(const struct device_spec *, enum precision, double flops, double bytes);
+
+/* ---- net: transfers that share links ---- */
+
+struct net_flow { int32_t src, dst; double bytes; };       /* endpoints */
+struct net_done { int64_t exchange; int32_t dst; double time; }; /* all of an exchange's bytes for dst are there */
+
+enum net_tier { NET_BOUND, NET_FLOW, NET_EXACT, NET_SIMGRID, N_NET_TIERS };
+extern const char *const net_tier_name[N_NET_TIERS];
+
+struct net; /* state: virtual clock, exchanges under way */
+
+/* bound: an exchange is one fluid whose duration alone is max over links of bytes / bandwidth; all its receivers
+ *        with bytes end when their own busiest link would, at the earliest.
+ * flow:  max-min fair sharing among all flows; flows that end within 1e-3 of each other end together.
+ * exact: the same without that shortcut.     simgrid: libexec/moelab-simgrid over a pipe.
+ * Latency of a flow's route is added to its arrival, not to its sharing. Flows with src == dst or 0 bytes arrive
+ * at once. Concurrent exchanges share links in every tier. */
+int net_open(struct net **, const struct topology *, enum net_tier, struct err *);
+/* `id` must not be under way. Starts at `now`: not before any time returned, or `until` passed, so far. Every dst
+ * named in a flow is reported once, those that get nothing (src == dst, 0 bytes) at `now`. */
+int net_start(struct net *, double now, int64_t id, const struct net_flow *, size_t n, struct err *);
+/* Runs until the first arrival, but not beyond `until`; *n events, all at one time, in order of (exchange, dst);
+ * *n = 0: nothing arrives up to `until` (which may be INFINITY when nothing is under way). */
+int net_advance(struct net *, double until, struct net_done *done, size_t room, size_t *n, struct err *);
+/* Bytes carried so far by each link: [n_links]; those of a flow (bound: of an exchange) count when it has ended. */
+const double *net_link_bytes(const struct net *);
+void net_close(struct net *);
+
+/* ---- machines run task graphs ---- */
+
+struct moe_graph;
+struct machine;
+
+struct machine_ops {
+    const char *name; /* what results say: "flow", "simgrid", "host", "cuda" */
+    int (*run)(struct machine *, struct moe_graph *, struct err *); /* sets start and end of every task */
+    void (*close)(struct machine *);
+};
+
+struct machine {
+    const struct machine_ops *ops;
+    const struct topology *topology;
+    const struct moe_model *model;
+    enum precision precision;
+    double now; /* end of what ran last */
+    /* Machines that really compute; a simulated one leaves these at 0. */
+    int32_t rank;     /* the device that this process is */
+    bool verify;      /* compare every output with a plain reference, outside the times */
+    double max_error; /* largest so far, relative */
+    void *priv;
+};
+
+int machine_open_sim(struct machine *, const struct topology *, const struct moe_model *, enum precision,
+                     enum net_tier, struct err *);
+/* Real execution over MPI, in a process that is a rank: loads the module hw/host.so. */
+int machine_open_host(struct machine *, const struct topology *, const struct moe_model *, bool verify, struct err *);
+static inline int machine_run(struct machine *m, struct moe_graph *g, struct err *e) { return m->ops->run(m, g, e); }
+static inline void machine_close(struct machine *m) { if (m->ops) m->ops->close(m); m->ops = NULL; }
+
+#endif

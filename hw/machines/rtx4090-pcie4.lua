@@ -1,0 +1,48 @@
+-- A workstation with a 24 GB card: where experts are offloaded to host memory and fetched over PCIe.
+-- Units: bytes, B/s, FLOP/s, seconds. doc/machines.md describes the keys.
+return {
+  name    = "rtx4090-pcie4",
+  summary = "one RTX 4090 of 24 GB over PCIe 4.0 x16, two channels of DDR5, one NVMe drive",
+  nodes   = 1,
+  devices = 1,
+
+  device = {
+    name          = "GeForce RTX 4090",
+    memory        = 24e9,
+    mem_bandwidth = 1.008e12,
+    peak = {
+      fp32 = 82.6e12, tf32 = 82.6e12, bf16 = 165.2e12, fp8 = 330.3e12, int8 = 660.6e12, int4 = 1321.2e12,
+    },
+    source        = "NVIDIA Ada GPU architecture whitepaper, appendix A: dense, sums in FP32",
+
+    launch_s         = 2.5e-6,
+    flops_efficiency = 0.75,
+    mem_efficiency   = 0.86,
+    half_rows        = 64,
+    assumed = "nothing fitted: rows, memory and launch as on Hopper; 0.75 of peak in large BF16 GEMMs",
+  },
+
+  pcie = {
+    bandwidth  = 31.5e9,
+    efficiency = 0.80,
+    latency    = 5e-6,
+    peer       = false,
+    source  = "PCIe 4.0 x16: 16 GT/s x 16 x 128/130; no peer-to-peer between GeForce 40 cards in NVIDIA's driver",
+    assumed = "efficiency: about 25 GB/s reach a copy from pinned memory; latency: order of magnitude of one copy",
+  },
+
+  host = {
+    memory        = 128e9,
+    mem_bandwidth = 83.2e9,
+    flops         = 2.3e12,
+    source  = "AMD Ryzen 9 7950X: 2 channels DDR5-5200, 128 GB, 16 cores at 4.5 GHz base",
+    assumed = "a host of this class, not a measured one; flops: 16 cores x 4.5 GHz x 32 FP32 operations",
+  },
+
+  ssd = {
+    bandwidth = 7.45e9,
+    latency   = 60e-6,
+    source  = "Samsung 990 PRO datasheet: 7,450 MB/s of sequential reading",
+    assumed = "latency: order of magnitude of one random read",
+  },
+}

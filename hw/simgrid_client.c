@@ -1,0 +1,358 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * simgrid_client.c - the solver of tier simgrid: talks to moelab-simgrid (simgrid_server.cpp describes how).
+ *
+ * The server is a process of its own, one per open net. It is spoken to over a socket rather than a pipe, because a
+ * send to a process that died can then fail without a signal. */
+#include "config.h"
+
+#include "net.h"
+
+#include <errno.h>
+#include <math.h>
+#include <signal.h>
+#include <spawn.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#define SERVER "moelab-simgrid"
+#define HELLO  SERVER " 1"
+
+/* A flow per pair costs SimGrid about N^4.5: over a minute for one exchange among 128 devices. */
+#define MAX_DEVICES 128
+
+extern char **environ;
+
+#define UNDER_WAY (-2) /* in place of next_free */
+
+struct flying {
+    int32_t slot, receiver, src, dst;
+    double latency, bytes;
+    int64_t next_free;
+};
+
+struct client {
+    pid_t pid;
+    int fd;
+    char *out; /* written, not yet sent */
+    size_t n_out, room_out;
+    char in[1 << 16]; /* received, not yet read: in[at .. n_in) */
+    size_t at, n_in;
+    struct flying *flow; /* a flow's id on the wire is its index */
+    int64_t n_flows, room_flows, free_flow;
+};
+
+/* ---- the process ---- */
+
+/* Where the server may lie, in order; NULL ends the list. Each path is returned in `path`. */
+static const char *candidate(int i, char *path, size_t size)
+{
+    const char *given = getenv("MOELAB_LIBEXEC");
+    char self[4096];
+    if (given && *given) { /* who names a place means it: nothing else is tried */
+        snprintf(path, size, "%s/" SERVER, given);
+        return i == 0 ? path : NULL;
+    }
+    ssize_t n = readlink("/proc/self/exe", self, sizeof self - 1);
+    self[n > 0 ? n : 0] = '\0';
+    char *slash = strrchr(self, '/');
+    if (slash)
+        *slash = '\0';
+    switch (i) {
+    case 0:
+        snprintf(path, size, "%s/hw/" SERVER, self);
+        return path; /* in the build tree */
+    case 1:
+        snprintf(path, size, "%s/../hw/" SERVER, self);
+        return path; /* libtool's .libs/ */
+    case 2:
+        snprintf(path, size, "%s/" SERVER, MOELAB_LIBEXECDIR);
+        return path;
+    default:
+        return NULL;
+    }
+}
+
+static int find_server(char *path, size_t size, struct err *err)
+{
+    char tried[700] = "";
+    for (int i = 0; candidate(i, path, size); i++) {
+        if (access(path, X_OK) == 0)
+            return 0;
+        snprintf(tried + strlen(tried), sizeof tried - strlen(tried), "%s%.200s", i ? ", " : "", path);
+    }
+    return err_set(err, ERR_INPUT,
+                   "tier simgrid: no " SERVER " (looked for %s): it is not built --without-simgrid; "
+                   "use tier exact, which shares its model, or set MOELAB_LIBEXEC",
+                   tried);
+}
+
+static int spawn_server(struct client *c, struct err *err)
+{
+    char path[4200];
+    int rc = find_server(path, sizeof path, err), ends[2];
+    if (rc)
+        return rc;
+    if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) != 0)
+        return err_set(err, ERR_IO, "tier simgrid: socketpair: %s", strerror(errno));
+    c->fd = ends[0];
+
+    /* Not fork: that would copy the page tables of a large parent. */
+    posix_spawn_file_actions_t actions;
+    char *argv[] = { path, NULL };
+    rc = posix_spawn_file_actions_init(&actions);
+    if (rc == 0) {
+        posix_spawn_file_actions_adddup2(&actions, ends[1], STDIN_FILENO);
+        posix_spawn_file_actions_adddup2(&actions, ends[1], STDOUT_FILENO);
+        rc = posix_spawn(&c->pid, path, &actions, NULL, argv, environ);
+        posix_spawn_file_actions_destroy(&actions);
+    }
+    close(ends[1]);
+    if (rc) {
+        c->pid = 0;
+        return err_set(err, ERR_IO, "tier simgrid: %s: %s", path, strerror(rc));
+    }
+    return 0;
+}
+
+/* The connection broke: says how the server ended. */
+static int died(struct client *c, struct err *err)
+{
+    int status = 0;
+    if (c->pid > 0)
+        waitpid(c->pid, &status, 0);
+    c->pid = 0;
+    if (WIFSIGNALED(status))
+        return err_set(err, ERR_IO, "the SimGrid process died (signal %d, %s)", WTERMSIG(status),
+                       strsignal(WTERMSIG(status)));
+    return err_set(err, ERR_IO, "the SimGrid process died (exit %d)", WEXITSTATUS(status));
+}
+
+/* ---- lines ---- */
+
+__attribute__((format(printf, 3, 4))) static int put(struct client *c, struct err *err, const char *fmt, ...)
+{
+    for (;;) {
+        size_t room = c->room_out - c->n_out;
+        va_list ap;
+        va_start(ap, fmt);
+        int n = vsnprintf(c->out ? c->out + c->n_out : NULL, room, fmt, ap);
+        va_end(ap);
+        if (n >= 0 && (size_t)n < room) {
+            c->n_out += (size_t)n;
+            return 0;
+        }
+        size_t bigger = 2 * c->room_out + 4096;
+        char *out = realloc(c->out, bigger);
+        if (!out)
+            return err_set(err, ERR_MEMORY, "tier simgrid: out of memory");
+        c->out = out;
+        c->room_out = bigger;
+    }
+}
+
+static int flush(struct client *c, struct err *err)
+{
+    for (size_t sent = 0; sent < c->n_out;) {
+        ssize_t n = send(c->fd, c->out + sent, c->n_out - sent, MSG_NOSIGNAL);
+        if (n < 0 && errno == EINTR)
+            continue;
+        if (n < 0)
+            return died(c, err);
+        sent += (size_t)n;
+    }
+    c->n_out = 0;
+    return 0;
+}
+
+/* The next line, without its end. A line that reads "error ..." is the server's last word. */
+static int get(struct client *c, char *line, size_t size, struct err *err)
+{
+    for (size_t n = 0;;) {
+        if (c->at == c->n_in) {
+            ssize_t got = recv(c->fd, c->in, sizeof c->in, 0);
+            if (got < 0 && errno == EINTR)
+                continue;
+            if (got <= 0)
+                return died(c, err);
+            c->at = 0;
+            c->n_in = (size_t)got;
+        }
+        char byte = c->in[c->at++];
+        if (byte != '\n') {
+            if (n + 1 < size)
+                line[n++] = byte;
+            continue;
+        }
+        line[n] = '\0';
+        if (strncmp(line, "error ", 6) == 0)
+            return err_set(err, ERR_RUN, "the SimGrid process reports: %s", line + 6);
+        return 0;
+    }
+}
+
+static int expect(struct client *c, const char *what, struct err *err)
+{
+    char line[256];
+    int rc = get(c, line, sizeof line, err);
+    if (rc == 0 && strcmp(line, what) != 0)
+        rc = err_set(err, ERR_IO,
+                     "the SimGrid process: found \"%.100s\", expected \"%s\": is " SERVER " of another version?", line,
+                     what);
+    return rc;
+}
+
+/* ---- solver ---- */
+
+static int put_platform(struct client *c, const struct topology *t, struct err *err)
+{
+    int32_t n = t->n_devices + 2 * t->n_nodes, link[TOPOLOGY_MAX_HOPS];
+    long n_routes = 0;
+    int rc = 0;
+    for (int32_t src = 0; src < n; src++)
+        for (int32_t dst = 0; dst < n; dst++)
+            n_routes += topology_route(t, src, dst, link, NULL) > 0;
+    rc = put(c, err, "platform %d %d %ld\n", n, t->n_links, n_routes);
+    for (int32_t l = 0; l < t->n_links && rc == 0; l++)
+        rc = put(c, err, "%a\n", t->link[l].bandwidth);
+    for (int32_t src = 0; src < n; src++) {
+        for (int32_t dst = 0; dst < n && rc == 0; dst++) {
+            int hops = topology_route(t, src, dst, link, NULL);
+            if (hops <= 0)
+                continue;
+            rc = put(c, err, "%d %d %d", src, dst, hops);
+            for (int h = 0; h < hops && rc == 0; h++)
+                rc = put(c, err, " %d", link[h]);
+            if (rc == 0)
+                rc = put(c, err, "\n");
+        }
+    }
+    return rc;
+}
+
+static int client_open(struct net *net, struct err *err)
+{
+    const struct topology *t = net->topology;
+    if (t->n_devices > MAX_DEVICES)
+        return err_set(err, ERR_INPUT,
+                       "tier simgrid: %s has %d devices, expected at most %d: use tier exact, which "
+                       "agrees with it",
+                       t->name, t->n_devices, MAX_DEVICES);
+    struct client *c = net->priv = calloc(1, sizeof *c);
+    if (!c)
+        return err_set(err, ERR_MEMORY, "tier simgrid: out of memory");
+    c->fd = -1;
+    c->free_flow = -1;
+    int rc = spawn_server(c, err);
+    if (rc || (rc = expect(c, HELLO, err)) || (rc = put_platform(c, t, err)) || (rc = flush(c, err)))
+        return rc;
+    return expect(c, "ready", err);
+}
+
+static void client_close(struct net *net)
+{
+    struct client *c = net->priv;
+    if (!c)
+        return;
+    if (c->fd >= 0)
+        close(c->fd);
+    if (c->pid > 0) { /* it keeps nothing that would have to be saved */
+        kill(c->pid, SIGKILL);
+        waitpid(c->pid, NULL, 0);
+    }
+    free(c->out);
+    free(c->flow);
+    free(c);
+    net->priv = NULL;
+}
+
+static int take_flow(struct client *c, int64_t *id, struct err *err)
+{
+    if (c->free_flow >= 0) {
+        *id = c->free_flow;
+        c->free_flow = c->flow[*id].next_free;
+        return 0;
+    }
+    if (c->n_flows == c->room_flows) {
+        int64_t room = 2 * c->room_flows + 256;
+        struct flying *flow = realloc(c->flow, (size_t)room * sizeof *flow);
+        if (!flow)
+            return err_set(err, ERR_MEMORY, "tier simgrid: out of memory");
+        c->flow = flow;
+        c->room_flows = room;
+    }
+    *id = c->n_flows++;
+    return 0;
+}
+
+static int client_start(struct net *net, double now, int32_t slot, const struct net_flow *flow, size_t n,
+                        struct err *err)
+{
+    struct client *c = net->priv;
+    size_t n_moving = 0;
+    for (size_t i = 0; i < n; i++)
+        n_moving += net_moves(&flow[i]);
+    int rc = put(c, err, "start %a %zu\n", now, n_moving);
+    for (size_t i = 0; i < n && rc == 0; i++) {
+        int64_t id = 0;
+        if (!net_moves(&flow[i]))
+            continue;
+        if ((rc = take_flow(c, &id, err)))
+            break;
+        int32_t link[TOPOLOGY_MAX_HOPS];
+        struct flying *f = &c->flow[id];
+        *f = (struct flying){
+            slot, net->receiver_of[flow[i].dst], flow[i].src, flow[i].dst, 0, flow[i].bytes, UNDER_WAY
+        };
+        topology_route(net->topology, f->src, f->dst, link, &f->latency);
+        rc = put(c, err, "%lld %d %d %a\n", (long long)id, f->src, f->dst, f->bytes);
+    }
+    return rc; /* sent with the next advance */
+}
+
+static int read_end(struct net *net, struct client *c, struct err *err)
+{
+    char line[128];
+    int rc = get(c, line, sizeof line, err);
+    if (rc)
+        return rc;
+    char *at;
+    long long id = strtoll(line, &at, 10);
+    double time = strtod(at, &at);
+    if (*at != '\0' || id < 0 || id >= c->n_flows || c->flow[id].next_free != UNDER_WAY || !isfinite(time))
+        return err_set(err, ERR_IO, "the SimGrid process: found \"%.100s\", expected a flow under way and its time",
+                       line);
+    struct flying *f = &c->flow[id];
+    int32_t link[TOPOLOGY_MAX_HOPS];
+    int hops = topology_route(net->topology, f->src, f->dst, link, NULL);
+    for (int h = 0; h < hops; h++)
+        net->link_bytes[link[h]] += f->bytes;
+    net_part_end(net, f->slot, f->receiver, time + f->latency);
+    f->next_free = c->free_flow;
+    c->free_flow = id;
+    return 0;
+}
+
+static int client_advance(struct net *net, double until, bool *any, struct err *err)
+{
+    struct client *c = net->priv;
+    char line[128];
+    int n_ends = 0, length = 0;
+    int rc = put(c, err, "advance %a\n", until);
+    if (rc || (rc = flush(c, err)) || (rc = get(c, line, sizeof line, err)))
+        return rc;
+    if (sscanf(line, "done %d%n", &n_ends, &length) != 1 || line[length] != '\0')
+        return err_set(err, ERR_IO, "the SimGrid process: found \"%.100s\", expected \"done N\"", line);
+    if (n_ends == 0 && isinf(until))
+        return err_set(err, ERR_RUN, "the SimGrid process: %d receivers wait for flows that never end", net->n_waiting);
+    *any = n_ends > 0;
+    for (int i = 0; i < n_ends && rc == 0; i++)
+        rc = read_end(net, c, err);
+    return rc;
+}
+
+const struct net_ops net_simgrid_ops = { client_open, client_start, client_advance, client_close };
