@@ -1,0 +1,184 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * test_router.c - routers softmax-top-k and replay against Megatron's outputs and hand-made cases. */
+#include "policy_test.h"
+
+struct run {
+    struct policy_host host;
+    struct policy policy;
+    struct moe_batch batch;
+    float *logits, *scores;
+    struct moe_routes routes;
+};
+
+static void run_open(struct run *r, const char *router, const char *settings, int32_t n_tokens, int32_t n_experts,
+                     int32_t top_k)
+{
+    struct policy_shape shape = {1, n_experts, top_k, 1, 1, 0, 1};
+    memset(r, 0, sizeof *r);
+    policy_host_open(&r->host, &shape);
+    assert_int_equal(policy_start(&r->policy, &r->host, test_plugin("router", router), settings), MOE_OK);
+    r->logits = calloc((size_t)(n_tokens * n_experts) + 1, sizeof *r->logits);
+    r->scores = calloc((size_t)(n_tokens * n_experts) + 1, sizeof *r->scores);
+    r->batch = (struct moe_batch){.n_tokens = n_tokens, .n_experts = n_experts, .top_k = top_k,
+                                  .router_logits = r->logits};
+    policy_routes_init(&r->routes, n_tokens);
+}
+
+/* score, then select with the bias (or none); select's result. */
+static int run_select(struct run *r, const struct moe_bias *bias)
+{
+    const struct moe_router_ops *ops = &r->policy.plugin->ops.router;
+    struct moe_cost own = {0, 0};
+    assert_int_equal(ops->score(r->policy.state, &r->batch, r->scores, &own), MOE_OK);
+    int rc = ops->select(r->policy.state, &r->batch, r->scores, bias, &r->routes);
+    policy_host_end_hook(&r->host);
+    return rc;
+}
+
+static void run_close(struct run *r)
+{
+    policy_routes_free(&r->routes);
+    policy_stop(&r->policy);
+    policy_host_close(&r->host);
+    free(r->logits);
+    free(r->scores);
+}
+
+/* The weight that a token gives to an expert; 0 if it is not routed there. */
+static float weight_of(const struct moe_routes *r, int32_t token, int32_t expert)
+{
+    float weight = 0;
+    for (int64_t i = r->offset[token]; i < r->offset[token + 1]; i++)
+        weight += r->expert[i] == expert ? r->weight[i] : 0;
+    return weight;
+}
+
+static void check_megatron(const json_t *c)
+{
+    const json_t *logits = json_object_get(c, "logits"), *probs = json_object_get(c, "probs");
+    int32_t n_tokens = (int32_t)json_array_size(logits);
+    int32_t n_experts = (int32_t)json_array_size(json_array_get(logits, 0));
+    bool renormalise = json_is_true(json_object_get(c, "renormalise"));
+    struct run r;
+    run_open(&r, "softmax-top-k", renormalise ? "renormalise=true" : "renormalise=false", n_tokens, n_experts,
+             test_int(c, "top_k"));
+    for (int32_t i = 0; i < n_tokens * n_experts; i++)
+        r.logits[i] = (float)test_at(json_array_get(logits, (size_t)(i / n_experts)), i % n_experts);
+    assert_int_equal(run_select(&r, NULL), MOE_OK);
+    assert_int_equal(r.routes.n, n_tokens * test_int(c, "top_k"));
+    for (int32_t t = 0; t < n_tokens; t++)
+        for (int32_t e = 0; e < n_experts; e++)
+            assert_true(fabs((double)weight_of(&r.routes, t, e) - test_at(json_array_get(probs, (size_t)t), e)) < 1e-6);
+    run_close(&r);
+}
+
+static void megatron_softmax(void **state)
+{
+    (void)state;
+    json_t *all = test_golden("router.json"), *c;
+    size_t i, n = 0;
+    json_array_foreach(json_object_get(all, "cases"), i, c) {
+        if (strcmp(test_text(c, "kind"), "softmax") == 0) {
+            check_megatron(c);
+            n++;
+        }
+    }
+    assert_int_equal(n, 2);
+    json_decref(all);
+}
+
+static void equal_logits_go_to_the_lower_ids(void **state)
+{
+    (void)state;
+    struct run r;
+    run_open(&r, "softmax-top-k", NULL, 1, 6, 3);
+    assert_int_equal(run_select(&r, NULL), MOE_OK);
+    for (int32_t i = 0; i < 3; i++) {
+        assert_int_equal(r.routes.expert[i], i);
+        assert_true(fabsf(r.routes.weight[i] - 1 / 3.0f) < 1e-6f);
+    }
+    run_close(&r);
+}
+
+/* A bias chooses, the score weighs: probabilities .1 .2 .3 .4, expert 0 pushed up and 3 scaled down. */
+static void bias_selects_but_does_not_weigh(void **state)
+{
+    (void)state;
+    float add[4] = {1, 0, 0, 0}, scale[4] = {1, 1, 1, 0.25f};
+    struct run r;
+    run_open(&r, "softmax-top-k", "renormalise=false", 1, 4, 2);
+    for (int32_t e = 0; e < 4; e++)
+        r.logits[e] = logf(0.1f * (float)(e + 1));
+    assert_int_equal(run_select(&r, &(struct moe_bias){add, scale}), MOE_OK);
+    assert_int_equal(r.routes.expert[0], 0);
+    assert_int_equal(r.routes.expert[1], 2);
+    assert_true(fabsf(r.routes.weight[0] - 0.1f) < 1e-6f);
+    assert_true(fabsf(r.routes.weight[1] - 0.3f) < 1e-6f);
+    run_close(&r);
+}
+
+/* Scores that underflow to 0 and are chosen all the same share alike instead of giving 0 / 0. */
+static void forced_choices_without_score(void **state)
+{
+    (void)state;
+    float add[4] = {0, 1, 1, 0}, scale[4] = {0, 0, 0, 0};
+    struct run r;
+    run_open(&r, "softmax-top-k", NULL, 1, 4, 2);
+    r.logits[0] = 1000;
+    assert_int_equal(run_select(&r, &(struct moe_bias){add, scale}), MOE_OK);
+    assert_true(r.routes.weight[0] == 0.5f && r.routes.weight[1] == 0.5f);
+    run_close(&r);
+}
+
+static void top_k_of_its_own(void **state)
+{
+    (void)state;
+    struct run r;
+    run_open(&r, "softmax-top-k", "top_k=1", 3, 4, 2);
+    assert_int_equal(run_select(&r, NULL), MOE_OK);
+    assert_int_equal(r.routes.n, 3);
+    assert_true(r.routes.weight[2] == 1);
+    run_close(&r);
+    run_open(&r, "softmax-top-k", "top_k=5", 3, 4, 2);
+    assert_int_equal(run_select(&r, NULL), MOE_EINVAL);
+    assert_string_equal(r.host.failure, "layer 0: top_k = 5 of 4 experts");
+    run_close(&r);
+}
+
+static void replay_repeats(void **state)
+{
+    (void)state;
+    struct moe_routes recorded;
+    struct moe_cost own = {0, 0};
+    struct run r;
+    run_open(&r, "replay", NULL, 3, 8, 2);
+    policy_routes_init(&recorded, 3);
+    policy_routes_push(&recorded, 0, 5, 0.7f);
+    policy_routes_push(&recorded, 0, 1, 0.3f);
+    policy_routes_push(&recorded, 2, 7, 1); /* token 1 has none */
+    r.batch.recorded = &recorded;
+    const struct moe_router_ops *ops = &r.policy.plugin->ops.router;
+    assert_int_equal(ops->route(r.policy.state, &r.batch, NULL, &r.routes, &own), MOE_OK);
+    assert_int_equal(r.routes.n, 3);
+    assert_memory_equal(r.routes.offset, recorded.offset, 4 * sizeof *recorded.offset);
+    assert_memory_equal(r.routes.expert, recorded.expert, 3 * sizeof *recorded.expert);
+    assert_memory_equal(r.routes.weight, recorded.weight, 3 * sizeof *recorded.weight);
+    recorded.form = MOE_SLOTS;
+    assert_int_equal(ops->route(r.policy.state, &r.batch, NULL, &r.routes, &own), MOE_EUNSUPPORTED);
+    policy_routes_free(&recorded);
+    run_close(&r);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(megatron_softmax),
+        cmocka_unit_test(equal_logits_go_to_the_lower_ids),
+        cmocka_unit_test(bias_selects_but_does_not_weigh),
+        cmocka_unit_test(forced_choices_without_score),
+        cmocka_unit_test(top_k_of_its_own),
+        cmocka_unit_test(replay_repeats),
+    };
+    cmocka_set_message_output(CM_OUTPUT_TAP);
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
