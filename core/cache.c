@@ -1,0 +1,159 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * cache.c - residency and the replay loop. */
+#include "config.h"
+
+#include "cache.h"
+#include "registry.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+int cache_open(struct cache *c, struct policy *p, int32_t device, int64_t capacity, bool pins, struct err *e)
+{
+    memset(c, 0, sizeof *c);
+    c->policy = p;
+    c->device = device;
+    c->capacity = capacity;
+    c->resident = calloc(p->env.n_objects, 1);
+    if (pins)
+        c->pinned.mark = c->mark = calloc(p->env.n_objects, sizeof *c->mark);
+    c->pinned.now = 1; /* marks start at 0: nothing pinned */
+    if (!c->resident || (pins && !c->mark)) {
+        cache_close(c);
+        return err_set(e, ERR_MEMORY, "out of memory for a cache of %u objects", p->env.n_objects);
+    }
+    return 0;
+}
+
+void cache_close(struct cache *c)
+{
+    free(c->resident);
+    free(c->mark);
+    memset(c, 0, sizeof *c);
+}
+
+static enum cache_result fault(struct cache *c, const char *hook, int code)
+{
+    policy_leave(c->policy, hook, code);
+    return CACHE_ERROR;
+}
+
+void cache_unpin(struct cache *c)
+{
+    c->pinned.now++;
+    c->n_pinned = 0;
+}
+
+void cache_pin(struct cache *c, uint32_t object)
+{
+    if (moe_is_pinned(&c->pinned, object))
+        return;
+    c->mark[object] = c->pinned.now;
+    c->n_pinned += c->resident[object];
+}
+
+/* Room for one more. Returns CACHE_MISS when there is, CACHE_BYPASSED when everything is pinned. */
+static enum cache_result make_room(struct cache *c, const struct moe_access *a, uint32_t *victim)
+{
+    const struct moe_offload_ops *ops = &c->policy->plugin->ops.offload;
+    if (c->capacity == 0 || c->n_pinned == c->n_resident)
+        return CACHE_BYPASSED;
+    uint32_t out = UINT32_MAX;
+    int code = ops->evict(c->policy->self, c->device, a, &c->pinned, &out);
+    if (code < 0)
+        return fault(c, "evict", code);
+    if (code == MOE_BYPASS)
+        return CACHE_BYPASSED;
+    if (out >= c->policy->env.n_objects || !c->resident[out] || moe_is_pinned(&c->pinned, out)) {
+        err_set(c->policy->context->err, ERR_RUN, "offload %s: evict chose object %u, which is %s",
+                c->policy->plugin->name, out,
+                out >= c->policy->env.n_objects ? "no object" : !c->resident[out] ? "not resident" : "in use");
+        return CACHE_ERROR;
+    }
+    c->resident[out] = 0;
+    c->n_resident--;
+    *victim = out;
+    return CACHE_MISS;
+}
+
+/* Inlined into both callers: the replay loop lives on it. */
+static inline enum cache_result access_one(struct cache *c, const struct moe_offload_ops *ops, void *self,
+                                           uint32_t object, const struct moe_access *a, uint32_t *victim)
+{
+    *victim = UINT32_MAX;
+    if (c->resident[object]) {
+        if (ops->hit) {
+            int code = ops->hit(self, c->device, object, a);
+            if (code < 0)
+                return fault(c, "hit", code);
+        }
+        return CACHE_HIT;
+    }
+    if (c->n_resident >= c->capacity) {
+        enum cache_result r = make_room(c, a, victim);
+        if (r != CACHE_MISS)
+            return r;
+    }
+    int code = ops->insert(self, c->device, object, a);
+    if (code < 0)
+        return fault(c, "insert", code);
+    if (code == MOE_BYPASS)
+        return CACHE_BYPASSED;
+    c->resident[object] = 1;
+    c->n_resident++;
+    c->n_pinned += moe_is_pinned(&c->pinned, object);
+    return CACHE_MISS;
+}
+
+enum cache_result cache_access(struct cache *c, uint32_t object, const struct moe_access *a, uint32_t *victim)
+{
+    policy_enter(c->policy, "access");
+    enum cache_result r = access_one(c, &c->policy->plugin->ops.offload, c->policy->self, object, a, victim);
+    policy_leave(c->policy, "access", 0);
+    return r;
+}
+
+int cache_replay(struct cache *c, const uint32_t *key, int64_t n, const int64_t *next_use, uint32_t objects_per_layer,
+                 struct cache_counts *out)
+{
+    const struct moe_offload_ops *ops = &c->policy->plugin->ops.offload;
+    void *self = c->policy->self;
+    struct cache_counts counts = { .requests = n };
+    struct moe_access a = { .next_use = -1, .n_tokens = 1 };
+    const bool layered = objects_per_layer != 0 && objects_per_layer < c->policy->env.n_objects;
+    policy_enter(c->policy, "replay");
+    for (int64_t i = 0; i < n; i++) {
+        a.index = i;
+        if (next_use)
+            a.next_use = next_use[i];
+        if (layered) {
+            a.layer = (int32_t)(key[i] / objects_per_layer);
+            a.expert = (int32_t)(key[i] % objects_per_layer);
+        } else {
+            a.expert = (int32_t)key[i];
+        }
+        uint32_t victim;
+        enum cache_result r = access_one(c, ops, self, key[i], &a, &victim);
+        if (r == CACHE_ERROR)
+            return c->policy->context->err->code;
+        counts.misses += r != CACHE_HIT;
+        counts.bypassed += r == CACHE_BYPASSED;
+    }
+    *out = counts;
+    return policy_leave(c->policy, "replay", 0);
+}
+
+int cache_next_use(const uint32_t *key, int64_t n, uint32_t n_objects, int64_t *next_use, struct err *e)
+{
+    int64_t *seen = malloc(sizeof *seen * (n_objects ? n_objects : 1));
+    if (!seen)
+        return err_set(e, ERR_MEMORY, "out of memory");
+    for (uint32_t o = 0; o < n_objects; o++)
+        seen[o] = INT64_MAX;
+    for (int64_t i = n - 1; i >= 0; i--) {
+        next_use[i] = seen[key[i]];
+        seen[key[i]] = i;
+    }
+    free(seen);
+    return 0;
+}

@@ -1,0 +1,91 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * graph.h - the task graph of one step: what dispatch lays out and a machine runs.
+ *
+ * Tasks are appended and never removed; ids are indices. Lists that belong to a task (parts, experts, items) lie in
+ * the graph's pools, so a graph is emptied by setting counters to zero and costs no allocation from the second step
+ * on. Edges may be added until the graph runs. */
+#ifndef GRAPH_H
+#define GRAPH_H
+
+#include "err.h"
+#include "moelab.h"
+
+enum task_kind {
+    TASK_COMPUTE,  /* (device, stream): flops, bytes */
+    TASK_EXPERTS,  /* (device, stream): expert/rows/items */
+    TASK_EXCHANGE, /* parts */
+    TASK_ARRIVAL,  /* ends when `exchange` has delivered to `device` */
+    TASK_LOAD,     /* (device, stream): `bytes` from endpoint `source`, one after another per stream */
+    TASK_JOIN      /* ends when everything before it has ended */
+};
+
+/* Streams of a device. Dispatch uses those below STREAM_CORE freely. */
+enum { STREAM_COPY = 14, STREAM_HOST = 15, N_STREAMS = 16 };
+
+struct task {
+    enum task_kind kind;
+    enum moe_op op;
+    enum moe_payload payload;
+    int32_t device, stream, layer, micro;
+    int32_t exchange;             /* TASK_ARRIVAL */
+    int32_t source;               /* TASK_LOAD: an endpoint of the topology */
+    uint32_t object;              /* TASK_LOAD: what arrives */
+    int32_t first, n;             /* TASK_EXCHANGE: parts; TASK_EXPERTS: experts and rows */
+    int64_t first_item, n_items;  /* TASK_EXPERTS */
+    float fraction;               /* TASK_EXPERTS */
+    double flops, bytes;
+    double start, end;            /* set by the machine, in seconds of its clock */
+};
+
+struct edge { int32_t before, task; };
+
+/* What items index, kept with them: route i of layer l is route[route_first[l] + i]. */
+struct graph_route { int32_t token, expert; float weight; };
+
+struct moe_graph {
+    struct task *task;
+    int32_t n_tasks, room_tasks;
+    struct edge *edge;
+    int64_t n_edges, room_edges;
+    struct moe_part *part; /* items of part i: item + (intptr_t)part.items, see graph_part_items */
+    int32_t n_parts, room_parts;
+    int32_t *expert;
+    int64_t *rows;
+    int32_t n_experts, room_experts;
+    int64_t *item;
+    int64_t n_items, room_items;
+    int64_t *part_item; /* [n_parts] first item of a part in `item` */
+    int32_t room_part_item;
+    int32_t n_devices;
+    int32_t layer, micro; /* stamped on new tasks */
+    bool keep_items;      /* a real machine will run this */
+    struct graph_route *route;
+    int64_t room_routes;
+    int64_t *route_first; /* [n_route_layers + 1] */
+    int32_t n_route_layers, room_route_layers;
+    int32_t *token_device; /* [n_tokens] where a token enters and leaves every layer */
+    int32_t n_tokens, room_tokens;
+};
+
+void graph_reset(struct moe_graph *);
+void graph_free(struct moe_graph *);
+int32_t graph_compute(struct moe_graph *, const struct moe_work *, struct err *);
+int32_t graph_experts(struct moe_graph *, const struct moe_expert_work *, struct err *);
+int32_t graph_exchange(struct moe_graph *, const struct moe_exchange *, struct err *);
+int32_t graph_arrival(struct moe_graph *, int32_t exchange, int32_t device, struct err *);
+int32_t graph_load(struct moe_graph *, int32_t device, int32_t source, uint32_t object, double bytes, struct err *);
+int32_t graph_join(struct moe_graph *, struct err *);
+int graph_after(struct moe_graph *, int32_t task, int32_t before, struct err *);
+/* Routes of the next layer, 0 first; device: [T]. Only tokens that go to experts: a mix of tokens is no item. */
+int graph_keep_routes(struct moe_graph *, const struct moe_routes *, const int32_t *device, struct err *);
+
+/* Successor lists in CSR form and predecessor counts, by counting; both freed by the caller. Fails when the graph
+ * has a cycle (arrivals count as successors of their exchange). */
+struct graph_order { int64_t *first; int32_t *next; int32_t *n_before; };
+int graph_order(const struct moe_graph *, struct graph_order *, struct err *);
+void graph_order_free(struct graph_order *);
+
+/* "attention", "gate", "permute", "dispatch", "experts", "combine", ...: what results call a task's phase. */
+const char *task_phase(const struct task *);
+
+#endif

@@ -1,0 +1,294 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * metrics.c - reads figures off a graph that has run. */
+#include "config.h"
+
+#include "metrics.h"
+
+#include <ctype.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { N_OPS = MOE_OP_OTHER + 1 };
+
+const struct metric_info metric_info[N_METRICS] = {
+#define METRIC_ROW(name, unit, help) { #name, unit, help },
+    METRICS(METRIC_ROW)
+#undef METRIC_ROW
+};
+
+void metrics_free(struct metrics *m)
+{
+    for (int i = 0; i < N_METRICS; i++)
+        free(m->value[i]);
+    memset(m, 0, sizeof *m);
+}
+
+/* ---- the bound ---- */
+
+/* Links that differ only by the numbers in their names play one role. role: [n_links]; returns how many roles. */
+static int32_t link_roles(const struct topology *t, int32_t *role)
+{
+    int32_t n_roles = 0;
+    char(*known)[64] = malloc(sizeof *known * (size_t)(t->n_links > 0 ? t->n_links : 1));
+    for (int32_t i = 0; known && i < t->n_links; i++) {
+        char plain[64];
+        size_t n = 0;
+        for (const char *c = t->link[i].name; *c && n + 1 < sizeof plain; c++)
+            if (!isdigit((unsigned char)*c))
+                plain[n++] = *c;
+        plain[n] = '\0';
+        int32_t j = 0;
+        while (j < n_roles && strcmp(known[j], plain))
+            j++;
+        if (j == n_roles)
+            memcpy(known[n_roles++], plain, sizeof plain);
+        role[i] = j;
+    }
+    free(known);
+    return known || t->n_links == 0 ? n_roles : -1;
+}
+
+struct evening { /* sums over the devices of one (layer, phase) */
+    const struct topology *topology;
+    int32_t *role, n_roles;
+    double *role_seconds; /* [roles] bytes / bandwidth summed over an exchange's links */
+    int32_t *role_links;  /* [roles] */
+};
+
+/* Time of an exchange whose bytes lie evenly on the links of every role it uses. */
+static double even_exchange(struct evening *v, const struct moe_graph *g, const struct task *t)
+{
+    memset(v->role_seconds, 0, sizeof *v->role_seconds * (size_t)v->n_roles);
+    for (int32_t i = 0; i < t->n; i++) {
+        const struct moe_part *p = &g->part[t->first + i];
+        int32_t link[TOPOLOGY_MAX_HOPS];
+        int n = p->src == p->dst || p->bytes <= 0 ? 0 : topology_route(v->topology, p->src, p->dst, link, NULL);
+        for (int j = 0; j < n; j++)
+            v->role_seconds[v->role[link[j]]] += p->bytes / v->topology->link[link[j]].bandwidth;
+    }
+    double most = 0;
+    for (int32_t i = 0; i < v->n_roles; i++)
+        most = fmax(most, v->role_seconds[i] / v->role_links[i]);
+    return most;
+}
+
+/* Seconds of one (layer, op, stream), summed over devices; the mean counts devices with nothing to do. */
+static size_t phase_of(const struct task *x)
+{
+    return ((size_t)x->layer * N_OPS + (size_t)x->op) * N_STREAMS + (size_t)x->stream;
+}
+
+int metrics_bound(const struct moe_graph *g, const struct topology *t, double *seconds, struct err *e)
+{
+    int32_t n_layers = 0;
+    for (int32_t i = 0; i < g->n_tasks; i++)
+        n_layers = g->task[i].layer >= n_layers ? g->task[i].layer + 1 : n_layers;
+    struct evening v = { .topology = t };
+    struct graph_order order = { 0 };
+    double *phase = calloc((size_t)n_layers * N_OPS * N_STREAMS + 1, sizeof *phase);
+    double *end = calloc((size_t)g->n_tasks + 1, sizeof *end);
+    int32_t *ready = malloc(sizeof *ready * ((size_t)g->n_tasks + 1));
+    v.role = malloc(sizeof *v.role * ((size_t)t->n_links + 1));
+    v.role_seconds = calloc((size_t)t->n_links + 1, sizeof *v.role_seconds);
+    v.role_links = calloc((size_t)t->n_links + 1, sizeof *v.role_links);
+    if (!phase || !end || !ready || !v.role || !v.role_seconds || !v.role_links ||
+        (v.n_roles = link_roles(t, v.role)) < 0) {
+        err_set(e, ERR_MEMORY, "out of memory for the bound");
+        goto out;
+    }
+    for (int32_t i = 0; i < t->n_links; i++)
+        v.role_links[v.role[i]]++;
+    if (graph_order(g, &order, e) < 0)
+        goto out;
+    for (int32_t i = 0; i < g->n_tasks; i++) {
+        const struct task *x = &g->task[i];
+        if (x->kind == TASK_COMPUTE || x->kind == TASK_EXPERTS)
+            phase[phase_of(x)] += x->end - x->start;
+    }
+    /* Longest path in topological order: end[] holds the latest end of what came before, then the task's own. */
+    int32_t n_ready = 0;
+    double last = 0;
+    for (int32_t i = 0; i < g->n_tasks; i++)
+        if (order.n_before[i] == 0)
+            ready[n_ready++] = i;
+    for (int32_t i = 0; i < n_ready; i++) {
+        const struct task *x = &g->task[ready[i]];
+        double own = x->kind == TASK_EXCHANGE ? even_exchange(&v, g, x)
+                   : x->kind == TASK_COMPUTE || x->kind == TASK_EXPERTS ? phase[phase_of(x)] / t->n_devices : 0;
+        end[ready[i]] += own;
+        last = fmax(last, end[ready[i]]);
+        for (int64_t j = order.first[ready[i]]; j < order.first[ready[i] + 1]; j++) {
+            int32_t next = order.next[j];
+            end[next] = fmax(end[next], end[ready[i]]);
+            if (--order.n_before[next] == 0)
+                ready[n_ready++] = next;
+        }
+    }
+    *seconds = last;
+out:
+    graph_order_free(&order);
+    free(phase);
+    free(end);
+    free(ready);
+    free(v.role);
+    free(v.role_seconds);
+    free(v.role_links);
+    return e->code;
+}
+
+/* ---- figures of a step ---- */
+
+static int reserve(struct metrics *m, struct err *e)
+{
+    if (m->n_steps < m->room)
+        return 0;
+    int32_t room = m->room ? 2 * m->room : 64;
+    for (int i = 0; i < N_METRICS; i++) {
+        double *grown = realloc(m->value[i], sizeof *grown * (size_t)room);
+        if (!grown)
+            return err_set(e, ERR_MEMORY, "out of memory for metrics");
+        m->value[i] = grown;
+    }
+    m->room = room;
+    return 0;
+}
+
+/* Per layer the largest device's seconds, summed; per device the seconds of loads. */
+struct sums { double *layer_op; /* [L][N_OPS][D] */ double *load; /* [D] */ int32_t n_layers, n_devices; };
+
+static double slowest(const struct sums *s, enum moe_op op)
+{
+    double sum = 0;
+    for (int32_t l = 0; l < s->n_layers; l++) {
+        double most = 0;
+        for (int32_t d = 0; d < s->n_devices; d++)
+            most = fmax(most, s->layer_op[((size_t)l * N_OPS + op) * (size_t)s->n_devices + (size_t)d]);
+        sum += most;
+    }
+    return sum;
+}
+
+int metrics_step(struct metrics *m, const struct moe_graph *g, const struct topology *t, int32_t n_tokens,
+                 double seconds, struct err *e)
+{
+    if (reserve(m, e) < 0)
+        return e->code;
+    struct sums s = { .n_devices = t->n_devices };
+    for (int32_t i = 0; i < g->n_tasks; i++)
+        s.n_layers = g->task[i].layer >= s.n_layers ? g->task[i].layer + 1 : s.n_layers;
+    s.layer_op = calloc((size_t)s.n_layers * N_OPS * (size_t)t->n_devices + 1, sizeof *s.layer_op);
+    s.load = calloc((size_t)t->n_devices, sizeof *s.load);
+    if (!s.layer_op || !s.load) {
+        free(s.layer_op);
+        free(s.load);
+        return err_set(e, ERR_MEMORY, "out of memory for metrics");
+    }
+    double a2a = 0, migration = 0, intra = 0, inter = 0, bound = 0, load = 0;
+    for (int32_t i = 0; i < g->n_tasks; i++) {
+        const struct task *x = &g->task[i];
+        double took = x->end - x->start;
+        if (x->kind == TASK_COMPUTE || x->kind == TASK_EXPERTS)
+            s.layer_op[((size_t)x->layer * N_OPS + x->op) * (size_t)t->n_devices + (size_t)x->device] += took;
+        else if (x->kind == TASK_LOAD)
+            s.load[x->device] += took;
+        else if (x->kind == TASK_EXCHANGE && x->payload == MOE_PAY_BYTES)
+            migration += took;
+        else if (x->kind == TASK_EXCHANGE)
+            a2a += took;
+        for (int32_t p = 0; x->kind == TASK_EXCHANGE && p < x->n; p++) {
+            const struct moe_part *part = &g->part[x->first + p];
+            if (part->src == part->dst)
+                continue;
+            if (part->src / t->devices_per_node == part->dst / t->devices_per_node)
+                intra += part->bytes;
+            else
+                inter += part->bytes;
+        }
+    }
+    for (int32_t d = 0; d < t->n_devices; d++)
+        load = fmax(load, s.load[d]);
+    metrics_bound(g, t, &bound, e);
+    double *const *v = m->value;
+    const int32_t at = m->n_steps++;
+    v[METRIC_step_s][at] = seconds;
+    v[METRIC_bound_s][at] = bound;
+    v[METRIC_over_bound][at] = bound > 0 ? seconds / bound : NAN;
+    v[METRIC_tokens_per_s][at] = seconds > 0 ? n_tokens / seconds : NAN;
+    v[METRIC_a2a_s][at] = a2a;
+    v[METRIC_experts_s][at] = slowest(&s, MOE_OP_EXPERTS);
+    v[METRIC_attention_s][at] = slowest(&s, MOE_OP_ATTENTION);
+    v[METRIC_load_s][at] = m->accesses > 0 ? load : NAN;
+    v[METRIC_migration_s][at] = migration;
+    v[METRIC_imbalance][at] = m->n_layers > 0 ? m->imbalance_sum / m->n_layers : NAN;
+    v[METRIC_max_vio][at] = m->n_layers > 0 ? m->max_vio_sum / m->n_layers : NAN;
+    v[METRIC_dropped][at] = m->routed > 0 ? 1 - (double)m->kept / (double)m->routed : NAN;
+    v[METRIC_intra_node_bytes][at] = intra;
+    v[METRIC_inter_node_bytes][at] = inter;
+    v[METRIC_hit_rate][at] = m->accesses > 0 ? (double)m->hits / (double)m->accesses : NAN;
+    v[METRIC_loaded_bytes][at] = m->accesses > 0 ? m->loaded_bytes : NAN;
+    m->imbalance_sum = m->max_vio_sum = m->loaded_bytes = 0;
+    m->n_layers = 0;
+    m->routed = m->kept = m->accesses = m->hits = 0;
+    free(s.layer_op);
+    free(s.load);
+    return e->code;
+}
+
+static int by_value(const void *a, const void *b)
+{
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+/* q-th quantile of n sorted values, linear between neighbours. */
+static double quantile(const double *sorted, int n, double q)
+{
+    double at = q * (n - 1);
+    int low = (int)at;
+    return low + 1 < n ? sorted[low] + (at - low) * (sorted[low + 1] - sorted[low]) : sorted[low];
+}
+
+/* Means of ratios over steps mislead: these are ratios of sums. NaN: the plain mean is right. */
+static double ratio_of_sums(const struct metrics *m, int metric)
+{
+    double top = 0, bottom = 0;
+    for (int32_t s = 0; s < m->n_steps; s++) {
+        double step = m->value[METRIC_step_s][s];
+        if (metric == METRIC_tokens_per_s) {
+            top += m->value[METRIC_tokens_per_s][s] * step;
+            bottom += step;
+        } else if (metric == METRIC_over_bound) {
+            top += step;
+            bottom += m->value[METRIC_bound_s][s];
+        }
+    }
+    return bottom > 0 ? top / bottom : NAN;
+}
+
+json_t *metrics_json(const struct metrics *m)
+{
+    json_t *all = json_object();
+    double *sorted = malloc(sizeof *sorted * (size_t)(m->n_steps + 1));
+    for (int i = 0; sorted && i < N_METRICS; i++) {
+        int n = 0;
+        double sum = 0;
+        for (int32_t s = 0; s < m->n_steps; s++)
+            if (isfinite(m->value[i][s])) {
+                sum += m->value[i][s];
+                sorted[n++] = m->value[i][s];
+            }
+        if (n == 0)
+            continue;
+        qsort(sorted, (size_t)n, sizeof *sorted, by_value);
+        double mean = ratio_of_sums(m, i);
+        if (!isfinite(mean))
+            mean = sum / n;
+        json_object_set_new(all, metric_info[i].name,
+                            json_pack("{s:f, s:f, s:f, s:f, s:f}", "mean", mean, "p50", quantile(sorted, n, 0.5),
+                                      "p99", quantile(sorted, n, 0.99), "min", sorted[0], "max", sorted[n - 1]));
+    }
+    free(sorted);
+    return all;
+}

@@ -1,0 +1,61 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * metrics.h - figures of a run: one value per step, summarised at the end; and the bound that none can beat. */
+#ifndef METRICS_H
+#define METRICS_H
+
+#include "graph.h"
+#include "machine.h"
+
+/* One row per figure: name, unit, what it is. The single list behind results, `moelab plugins` and the manual. */
+#define METRICS(M)                                                                                                    \
+    M(step_s, "s", "time of one step")                                                                                \
+    M(bound_s, "s", "the same step if its work and traffic were spread evenly over devices and links, nothing loaded")\
+    M(over_bound, "", "step_s / bound_s")                                                                             \
+    M(tokens_per_s, "token/s", "tokens of a step / step_s")                                                           \
+    M(a2a_s, "s", "time in exchanges, summed over layers")                                                            \
+    M(experts_s, "s", "time of the slowest device's expert FFNs, summed over layers")                                 \
+    M(attention_s, "s", "time of the slowest device's attention, summed over layers")                                 \
+    M(load_s, "s", "time that expert weights were on their way, summed over the busiest device's loads")              \
+    M(migration_s, "s", "time in which weights moved to their new devices")                                           \
+    M(imbalance, "", "largest / mean rows computed per device, mean over layers")                                     \
+    M(max_vio, "", "largest / mean tokens per expert - 1, mean over layers")                                          \
+    M(dropped, "", "share of routes that a balancer dropped")                                                         \
+    M(intra_node_bytes, "B", "bytes exchanged between devices of one node")                                           \
+    M(inter_node_bytes, "B", "bytes exchanged between nodes")                                                         \
+    M(hit_rate, "", "share of expert accesses that found the weights resident")                                       \
+    M(loaded_bytes, "B", "expert weights loaded")
+
+enum metric {
+#define METRIC_ID(name, unit, help) METRIC_##name,
+    METRICS(METRIC_ID)
+#undef METRIC_ID
+        N_METRICS
+};
+
+struct metric_info { const char *name, *unit, *help; };
+extern const struct metric_info metric_info[N_METRICS];
+
+struct metrics {
+    double *value[N_METRICS]; /* [n_steps], NaN where a figure does not apply */
+    int32_t n_steps, room;
+    /* added up by the stages while a step is built */
+    double imbalance_sum, max_vio_sum;
+    int32_t n_layers;
+    int64_t routed, kept, accesses, hits;
+    double loaded_bytes;
+};
+
+void metrics_free(struct metrics *);
+/* Reads a graph that has run. */
+int metrics_step(struct metrics *, const struct moe_graph *, const struct topology *, int32_t n_tokens,
+                 double seconds, struct err *);
+/* {"step_s": {"mean":..., "p50":..., "p99":..., "min":..., "max":...}, ...}; figures that never applied left out. */
+json_t *metrics_json(const struct metrics *);
+
+/* Longest path through the graph if, within each layer and phase, work were spread evenly over devices and the
+ * bytes of every exchange evenly over links of one role (links whose names differ only by numbers), with nothing
+ * loaded. Never above the time of the run it is computed from, for layouts in which a layer's phases follow each
+ * other. */
+int metrics_bound(const struct moe_graph *, const struct topology *, double *seconds, struct err *);
+
+#endif

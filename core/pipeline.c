@@ -1,0 +1,281 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * pipeline.c - one step of the model, top to bottom:
+ *
+ *   workload -> router -> balancers -> placement -> dispatch -> offload -> machine -> metrics
+ *
+ * Decisions for all layers of a step are made first and laid out as one task graph, so that what overlaps what is
+ * the layout's choice; then the machine runs the graph. Nothing below calls up. */
+#include "config.h"
+
+#include "run.h"
+
+#include <stdio.h>
+#include <string.h>
+
+/* FNV-1a over what was decided: equal on every rank, with any number of jobs, on any machine. */
+static void hash_add(uint64_t *h, const void *data, size_t bytes)
+{
+    const unsigned char *p = data;
+    for (size_t i = 0; i < bytes; i++)
+        *h = (*h ^ p[i]) * UINT64_C(0x100000001b3);
+}
+
+static int route_layer(struct run *r, const struct moe_batch *b, struct moe_cost *own)
+{
+    const struct moe_router_ops *router = &r->router.plugin->ops.router;
+    const size_t n_experts = (size_t)r->model.n_experts;
+    for (size_t e = 0; e < n_experts; e++) {
+        r->bias.add[e] = 0;
+        r->bias.scale[e] = 1;
+    }
+    bool scored = router->score && router->select;
+    if (scored && HOOK(&r->router, router, score, b, r->scores, own) < 0)
+        return r->err->code;
+    const float *scores = scored ? r->scores : b->router_logits;
+    for (int i = 0; i < r->n_balancers; i++)
+        if (r->balancer[i].plugin->ops.balancer.adjust &&
+            HOOK(&r->balancer[i], balancer, adjust, b, scores, &r->bias) < 0)
+            return r->err->code;
+    if (routes_begin(&r->routes, b->n_tokens, &r->room_routes, r->err) < 0)
+        return r->err->code;
+    if (scored)
+        HOOK(&r->router, router, select, b, r->scores, &r->bias, &r->routes);
+    else
+        HOOK(&r->router, router, route, b, &r->bias, &r->routes, own);
+    char who[128];
+    snprintf(who, sizeof who, "router %s, step %d, layer %d", r->router.plugin->name, b->step, b->layer);
+    if (r->err->code || routes_check(&r->routes, moe_experts_of(&r->model, b->layer), who, r->err) < 0)
+        return r->err->code;
+    r->metrics.routed += r->routes.n;
+    for (int i = 0; i < r->n_balancers; i++) {
+        if (!r->balancer[i].plugin->ops.balancer.rewrite)
+            continue;
+        if (HOOK(&r->balancer[i], balancer, rewrite, b, scores, &r->placed.view, &r->routes) < 0)
+            return r->err->code;
+        snprintf(who, sizeof who, "balancer %s, step %d, layer %d", r->balancer[i].plugin->name, b->step, b->layer);
+        if (routes_check(&r->routes, moe_experts_of(&r->model, b->layer), who, r->err) < 0)
+            return r->err->code;
+    }
+    r->metrics.kept += r->routes.n;
+    return 0;
+}
+
+/* Tokens per expert, before anything is placed. */
+static void count_experts(struct run *r)
+{
+    const int32_t n_experts = r->model.n_experts;
+    int64_t most = 0, sum = 0;
+    memset(r->load, 0, sizeof *r->load * (size_t)n_experts);
+    for (int64_t i = 0; i < r->routes.n; i++)
+        if (r->routes.expert[i] < n_experts)
+            r->load[r->routes.expert[i]]++;
+    for (int32_t e = 0; e < n_experts; e++) {
+        most = r->load[e] > most ? r->load[e] : most;
+        sum += r->load[e];
+    }
+    r->metrics.max_vio_sum += sum > 0 ? (double)most * n_experts / (double)sum - 1 : 0;
+    r->metrics.n_layers++;
+}
+
+static void count_devices(struct run *r)
+{
+    const int32_t n_devices = r->topology->n_devices;
+    int64_t most = 0, sum = 0;
+    memset(r->device_load, 0, sizeof *r->device_load * (size_t)n_devices);
+    for (int64_t i = 0; i < r->routes.n; i++)
+        if (r->to[i] >= 0)
+            r->device_load[r->to[i]]++;
+    for (int32_t d = 0; d < n_devices; d++) {
+        most = r->device_load[d] > most ? r->device_load[d] : most;
+        sum += r->device_load[d];
+    }
+    r->metrics.imbalance_sum += sum > 0 ? (double)most * n_devices / (double)sum : 1;
+}
+
+/* Attention, gate and shared experts: plain costs that no policy decides on. Leaves in entry[d] the task after
+ * which device d's tokens are ready, in shared[d] its shared experts' task or -1. */
+static int lay_out_plain(struct run *r, const struct moe_batch *b, const struct moe_cost *own, int32_t *shared)
+{
+    const struct moe_model *m = &r->model;
+    const double d = m->d_model, q = (double)r->attention.n_heads * r->attention.d_head,
+                 kv = (double)r->attention.n_kv_heads * r->attention.d_head, w = m->weight_bytes;
+    const int32_t n_devices = r->topology->n_devices;
+    memset(r->device_load, 0, sizeof *r->device_load * (size_t)n_devices);
+    for (int32_t t = 0; t < b->n_tokens; t++)
+        r->device_load[b->device[t]]++;
+    for (int32_t dev = 0; dev < n_devices; dev++) {
+        double rows = (double)r->device_load[dev], context = r->workload.context;
+        double cached = b->phase == MOE_DECODE ? rows * context : context; /* keys and values read */
+        struct moe_work attention = { dev, 0, MOE_OP_ATTENTION,
+                                      .flops = rows * (4 * d * q + 4 * d * kv + 4 * context * q),
+                                      .bytes = (2 * d * q + 2 * d * kv) * w + cached * 2 * kv * 2 };
+        struct moe_work gate = { dev, 0, MOE_OP_GATE, .flops = 2 * rows * d * m->n_experts,
+                                 .bytes = rows * (d * m->act_bytes + m->n_experts * 4.0) + d * m->n_experts * 4.0 };
+        double share = rows / (b->n_tokens > 0 ? b->n_tokens : 1);
+        gate.flops += own->flops * share;
+        gate.bytes += own->bytes * share;
+        int32_t a = graph_compute(&r->graph, &attention, r->err);
+        if (a >= 0 && r->entry[dev] >= 0)
+            graph_after(&r->graph, a, r->entry[dev], r->err);
+        int32_t g = graph_compute(&r->graph, &gate, r->err);
+        if (r->err->code || graph_after(&r->graph, g, a, r->err) < 0)
+            return r->err->code;
+        r->entry[dev] = g;
+        shared[dev] = -1;
+        if (m->n_shared > 0) {
+            double width = (double)m->n_shared * m->d_expert;
+            struct moe_work s = { dev, 1, MOE_OP_SHARED, .flops = 6 * rows * d * width,
+                                  .bytes = 3 * d * width * w + 2 * rows * d * m->act_bytes };
+            shared[dev] = graph_compute(&r->graph, &s, r->err);
+            if (shared[dev] < 0 || graph_after(&r->graph, shared[dev], g, r->err) < 0)
+                return r->err->code;
+        }
+    }
+    return 0;
+}
+
+/* A plan's weights leave once every gate has spoken; the experts they belong to wait for them. */
+static int lay_out_moves(struct run *r, int32_t first_task)
+{
+    if (r->n_moves == 0)
+        return 0;
+    int32_t n_tasks = r->graph.n_tasks;
+    int32_t x = graph_exchange(&r->graph, &(struct moe_exchange){ MOE_PAY_BYTES, r->n_moves, r->moves }, r->err);
+    for (int32_t d = 0; d < r->topology->n_devices && !r->err->code; d++)
+        graph_after(&r->graph, x, r->entry[d], r->err);
+    for (int32_t t = first_task; t < n_tasks && !r->err->code; t++)
+        for (int32_t m = 0; r->graph.task[t].kind == TASK_EXPERTS && m < r->n_moves; m++)
+            if (r->moves[m].dst == r->graph.task[t].device) {
+                graph_after(&r->graph, t, x, r->err);
+                break;
+            }
+    return r->err->code;
+}
+
+static int lay_out_layer(struct run *r, const struct moe_batch *b, const struct moe_cost *own)
+{
+    const int32_t n_devices = r->topology->n_devices;
+    int32_t shared[n_devices];
+    r->graph.layer = b->layer;
+    if (r->graph.keep_items && graph_keep_routes(&r->graph, &r->routes, b->device, r->err) < 0)
+        return r->err->code;
+    if (lay_out_plain(r, b, own, shared) < 0)
+        return r->err->code;
+    struct moe_traffic traffic = {
+        .step = b->step, .layer = b->layer, .micro = 0, .n_micro = 1,
+        .routes = &r->routes, .device = b->device, .to = r->to, .placement = &r->placed.view,
+        .dispatch_bytes = r->model.d_model * r->model.act_bytes,
+        .combine_bytes = r->model.d_model * r->model.combine_bytes,
+        .entry = r->entry, .exit = r->exit,
+    };
+    int32_t first_task = r->graph.n_tasks;
+    int64_t first_edge = r->graph.n_edges;
+    for (int32_t d = 0; d < n_devices; d++)
+        r->exit[d] = -1;
+    if (HOOK(&r->dispatch, dispatch, lay_out, &traffic, &r->graph) < 0)
+        return r->err->code;
+    for (int32_t d = 0; d < n_devices; d++)
+        if (r->exit[d] < 0 || r->exit[d] >= r->graph.n_tasks)
+            return err_set(r->err, ERR_RUN, "dispatch %s, layer %d: exit[%d] is task %d, expected 0 to %d",
+                           r->dispatch.plugin->name, b->layer, d, r->exit[d], r->graph.n_tasks - 1);
+    if (lay_out_moves(r, first_task) < 0)
+        return r->err->code;
+    if (r->offloading && offload_expand(r, b, first_task, first_edge) < 0)
+        return r->err->code;
+    for (int32_t d = 0; d < n_devices; d++) {
+        r->entry[d] = r->exit[d];
+        if (shared[d] < 0)
+            continue;
+        int32_t join = graph_join(&r->graph, r->err);
+        if (join < 0 || graph_after(&r->graph, join, r->exit[d], r->err) < 0 ||
+            graph_after(&r->graph, join, shared[d], r->err) < 0)
+            return r->err->code;
+        r->entry[d] = join;
+    }
+    return 0;
+}
+
+/* The weights that a new placement moves travel before the step begins: nothing can run on them earlier. */
+static int lay_out_migration(struct run *r)
+{
+    for (int32_t d = 0; d < r->topology->n_devices; d++)
+        r->entry[d] = -1;
+    if (r->n_migration == 0)
+        return 0;
+    int32_t x = graph_exchange(&r->graph, &(struct moe_exchange){ MOE_PAY_BYTES, r->n_migration, r->migration },
+                               r->err);
+    for (int32_t d = 0; d < r->topology->n_devices && x >= 0; d++)
+        r->entry[d] = x;
+    r->n_migration = 0;
+    return r->err->code;
+}
+
+static int observe_layer(struct run *r, int32_t layer)
+{
+    for (int32_t e = 0; e < r->model.n_experts; e++)
+        r->window_load[(size_t)layer * (size_t)r->model.n_experts + (size_t)e] += (double)r->load[e];
+    for (int i = 0; i < r->n_balancers; i++)
+        if (r->balancer[i].plugin->ops.balancer.observe &&
+            HOOK(&r->balancer[i], balancer, observe, layer, r->load) < 0)
+            return r->err->code;
+    return 0;
+}
+
+static void keep_as_previous(struct run *r)
+{
+    struct moe_routes swap = r->before;
+    int32_t room = r->room_before;
+    r->before = r->routes;
+    r->room_before = r->room_routes;
+    r->routes = swap;
+    r->room_routes = room;
+}
+
+/* Durations of the step before, for dispatch policies that adapt. */
+static int observe_step(struct run *r, int32_t step)
+{
+    if (!r->dispatch.plugin->ops.dispatch.observe)
+        return 0;
+    const char *phase[] = { metric_info[METRIC_a2a_s].name, metric_info[METRIC_experts_s].name,
+                            metric_info[METRIC_step_s].name };
+    double seconds[] = { r->metrics.value[METRIC_a2a_s][step], r->metrics.value[METRIC_experts_s][step],
+                         r->metrics.value[METRIC_step_s][step] };
+    struct moe_timings timings = { step, 3, phase, seconds };
+    return HOOK(&r->dispatch, dispatch, observe, &timings);
+}
+
+int pipeline_step(struct run *r, int32_t step)
+{
+    graph_reset(&r->graph);
+    workload_step(&r->workload);
+    if (lay_out_migration(r) < 0)
+        return r->err->code;
+    for (int32_t layer = 0; layer < r->model.n_layers; layer++) {
+        struct moe_batch b;
+        struct moe_cost own = { 0, 0 };
+        if (workload_batch(&r->workload, step, layer, r->needs, &b, r->err) < 0)
+            return r->err->code;
+        b.previous = layer > 0 ? &r->before : NULL;
+        if (route_layer(r, &b, &own) < 0)
+            return r->err->code;
+        count_experts(r);
+        if (placement_assign(r, &b) < 0)
+            return r->err->code;
+        count_devices(r);
+        hash_add(&r->decisions, r->routes.offset, sizeof *r->routes.offset * ((size_t)b.n_tokens + 1));
+        hash_add(&r->decisions, r->routes.expert, sizeof *r->routes.expert * (size_t)r->routes.n);
+        hash_add(&r->decisions, r->to, sizeof *r->to * (size_t)r->routes.n);
+        if (lay_out_layer(r, &b, &own) < 0 || observe_layer(r, layer) < 0)
+            return r->err->code;
+        keep_as_previous(r);
+    }
+    if (r->recording)
+        return 0;
+    double began = r->machine.now;
+    if (machine_run(&r->machine, &r->graph, r->err) < 0)
+        return err_prefix(r->err, "machine %s, step %d", r->machine.ops->name, step);
+    if (metrics_step(&r->metrics, &r->graph, r->topology, r->workload.n_tokens, r->machine.now - began, r->err) < 0 ||
+        observe_step(r, step) < 0)
+        return r->err->code;
+    return placement_observe(r, step);
+}

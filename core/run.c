@@ -1,0 +1,342 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * run.c - opens a run from its specification, repeats the pipeline, collects the result.
+ *
+ * A specification is plain JSON; scenarios make it, manifests keep it:
+ *   where      "FILE:LINE"
+ *   seed       whole number
+ *   model      name, layers, experts, top_k, shared, d_model, d_expert, n_heads, n_kv_heads, d_head, precision,
+ *              weight_bytes, act_bytes, combine_bytes
+ *   machine    executor ("flow", "simgrid", "host"), tier, file, description (a machine file, nodes applied)
+ *   workload   see workload.c
+ *   policies   kind -> list of {name, params}; one each but for balancers
+ *   cache      share of all experts that one device holds; absent: what its memory holds
+ *   warmup     steps left out of the figures
+ *   verify     machine host: compare every layer's output with a plain computation of it */
+#include "config.h"
+
+#include "run.h"
+#include "registry.h"
+#include "script.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+static int get_number(struct run *r, const json_t *from, const char *table, const char *key, double def, double min,
+                      double max, double *out)
+{
+    const json_t *v = json_object_get(from, key);
+    *out = def;
+    if (v && !json_is_number(v))
+        return err_set(r->err, ERR_INPUT, "%s: %s.%s: expected a number", r->where, table, key);
+    if (v)
+        *out = json_number_value(v);
+    if (isnan(*out))
+        return err_set(r->err, ERR_INPUT, "%s: %s.%s: is missing", r->where, table, key);
+    if (!(*out >= min && *out <= max))
+        return err_set(r->err, ERR_INPUT, "%s: %s.%s: %g is out of range, expected %g to %g", r->where, table, key,
+                       *out, min, max);
+    return 0;
+}
+
+static int get_whole(struct run *r, const json_t *from, const char *table, const char *key, double def, int32_t min,
+                     int32_t max, int32_t *out)
+{
+    double x;
+    if (get_number(r, from, table, key, def, min, max, &x) < 0)
+        return r->err->code;
+    if (x != floor(x))
+        return err_set(r->err, ERR_INPUT, "%s: %s.%s: expected a whole number, found %g", r->where, table, key, x);
+    *out = (int32_t)x;
+    return 0;
+}
+
+static int read_model(struct run *r, const json_t *m)
+{
+    static const double bytes_of[N_PRECISIONS] = { 4, 4, 2, 1, 1, 0.5 };
+    const char *precision = json_string_value(json_object_get(m, "precision"));
+    if (!precision)
+        precision = "bf16";
+    int p = 0;
+    while (p < N_PRECISIONS && strcmp(precision, precision_name[p]))
+        p++;
+    if (p == N_PRECISIONS) {
+        const char *near = err_nearest(precision, precision_name, N_PRECISIONS);
+        return err_set(r->err, ERR_INPUT, "%s: model.precision: unknown precision \"%s\"%s%s%s", r->where, precision,
+                       near ? "; did you mean \"" : "", near ? near : "", near ? "\"?" : "");
+    }
+    r->precision = (enum precision)p;
+    struct moe_model *o = &r->model;
+    if (get_whole(r, m, "model", "layers", NAN, 1, 1000, &o->n_layers) < 0 ||
+        get_whole(r, m, "model", "experts", NAN, 1, 65535, &o->n_experts) < 0 ||
+        get_whole(r, m, "model", "top_k", NAN, 1, 1024, &o->top_k) < 0 ||
+        get_whole(r, m, "model", "shared", 0, 0, 64, &o->n_shared) < 0 ||
+        get_whole(r, m, "model", "d_model", NAN, 1, 1 << 20, &o->d_model) < 0 ||
+        get_whole(r, m, "model", "d_expert", NAN, 1, 1 << 20, &o->d_expert) < 0 ||
+        get_whole(r, m, "model", "n_heads", NAN, 1, 1 << 16, &r->attention.n_heads) < 0 ||
+        get_whole(r, m, "model", "n_kv_heads", r->attention.n_heads, 1, 1 << 16, &r->attention.n_kv_heads) < 0 ||
+        get_whole(r, m, "model", "d_head", NAN, 1, 1 << 16, &r->attention.d_head) < 0 ||
+        get_number(r, m, "model", "weight_bytes", bytes_of[p], 0.05, 8, &o->weight_bytes) < 0 ||
+        get_number(r, m, "model", "act_bytes", 2, 0.5, 8, &o->act_bytes) < 0 ||
+        get_number(r, m, "model", "combine_bytes", 2, 0.5, 8, &o->combine_bytes) < 0)
+        return r->err->code;
+    if (o->top_k > o->n_experts)
+        return err_set(r->err, ERR_INPUT, "%s: model.top_k: %d is more than the %d experts there are", r->where,
+                       o->top_k, o->n_experts);
+    return 0;
+}
+
+static int open_machine(struct run *r, const json_t *m, bool verify)
+{
+    const char *executor = json_string_value(json_object_get(m, "executor"));
+    const char *tier = json_string_value(json_object_get(m, "tier"));
+    const char *file = json_string_value(json_object_get(m, "file"));
+    static const char *const executors[] = { "flow", "simgrid", "host" };
+    if (topology_build(&r->topology, json_object_get(m, "description"), file ? file : "machine", r->err) < 0)
+        return err_prefix(r->err, "%s", r->where);
+    executor = executor ? executor : "flow";
+    if (!strcmp(executor, "host")) {
+        if (machine_open_host(&r->machine, r->topology, &r->model, verify, r->err) < 0)
+            return err_prefix(r->err, "%s: machine host", r->where);
+        r->graph.keep_items = true;
+    } else if (!strcmp(executor, "flow") || !strcmp(executor, "simgrid")) {
+        int k = !strcmp(executor, "simgrid") ? NET_SIMGRID : NET_FLOW;
+        if (tier && k != NET_SIMGRID)
+            for (k = 0; k < NET_SIMGRID && strcmp(tier, net_tier_name[k]); k++)
+                ;
+        if (k == NET_SIMGRID && strcmp(executor, "simgrid"))
+            return err_set(r->err, ERR_INPUT, "%s: machine.tier: unknown tier \"%s\", expected bound, flow or exact",
+                           r->where, tier);
+        if (r->topology->device[0].peak[r->precision] <= 0)
+            return err_set(r->err, ERR_INPUT, "%s: machine %s has no figure for precision %s", r->where,
+                           r->topology->name, precision_name[r->precision]);
+        if (machine_open_sim(&r->machine, r->topology, &r->model, r->precision, (enum net_tier)k, r->err) < 0)
+            return err_prefix(r->err, "%s: machine %s", r->where, executor);
+    } else {
+        const char *near = err_nearest(executor, executors, 3);
+        return err_set(r->err, ERR_INPUT, "%s: machine.executor: no executor named \"%s\"; %s%s", r->where, executor,
+                       near ? "did you mean " : "there are flow, simgrid and host", near ? near : "");
+    }
+    r->machine_open = true;
+    r->graph.n_devices = r->topology->n_devices;
+    return 0;
+}
+
+static int open_policy(struct run *r, struct policy *p, enum moe_kind kind, const json_t *spec)
+{
+    char who[400];
+    const char *name = json_string_value(json_object_get(spec, "name"));
+    if (!name)
+        return err_set(r->err, ERR_INPUT, "%s: %s: expected a policy's name", r->where, kind_name[kind]);
+    snprintf(who, sizeof who, "%s: %s %s", r->where, kind_name[kind], name);
+    const struct moe_plugin *plugin = NULL;
+    const json_t *lua = json_object_get(spec, "lua"); /* a policy written in the scenario itself */
+    if (lua)
+        plugin = script_policy((int)json_integer_value(lua));
+    else if (registry_load(kind, name, who, &plugin, r->err) < 0)
+        return r->err->code;
+    if (policy_open(p, &r->context, plugin, json_object_get(spec, "params"), who, r->err) < 0)
+        return r->err->code;
+    if (plugin->needs & MOE_LOCAL)
+        return err_set(r->err, ERR_INPUT, "%s: decides from its own device's tokens alone (MOE_LOCAL), which this "
+                       "version's pipeline does not offer", who);
+    const char *lacks = workload_lacks(&r->workload, plugin->needs);
+    if (lacks)
+        return err_set(r->err, ERR_INPUT, "%s: needs %s, which the trace %s does not have", who, lacks,
+                       r->workload.trace.dir);
+    r->needs |= plugin->needs;
+    return 0;
+}
+
+/* Experts that fit in one device's memory beside everything that is always there: attention, gates and shared
+ * experts of every layer, and a tenth kept for activations and KV cache. */
+static int64_t fitting_experts(const struct run *r)
+{
+    const struct moe_model *m = &r->model;
+    double q = (double)r->attention.n_heads * r->attention.d_head, kv = (double)r->attention.n_kv_heads * r->attention.d_head;
+    double fixed = m->n_layers * ((2.0 * m->d_model * q + 2.0 * m->d_model * kv + (double)m->d_model * m->n_experts) *
+                                  m->weight_bytes + m->n_shared * run_expert_bytes(r));
+    double left = 0.9 * r->topology->device[0].memory - fixed;
+    int64_t n = left > 0 ? (int64_t)(left / run_expert_bytes(r)) : 0;
+    return n < (int64_t)r->context.n_objects ? n : (int64_t)r->context.n_objects;
+}
+
+static int open_policies(struct run *r, const json_t *spec)
+{
+    const json_t *policies = json_object_get(spec, "policies");
+    const json_t *cache = json_object_get(spec, "cache");
+    if (policy_context_init(&r->context, &r->model, r->topology, r->precision, r->seed, r->err) < 0)
+        return r->err->code;
+    r->context.machine = &r->machine;
+    if (cache && !(json_is_number(cache) && json_number_value(cache) > 0 && json_number_value(cache) <= 1))
+        return err_set(r->err, ERR_INPUT, "%s: cache: expected a share of all experts within (0, 1]", r->where);
+    r->cache_share = json_number_value(cache);
+    r->context.cache_objects = cache ? llround(r->cache_share * r->context.n_objects) : fitting_experts(r);
+    struct policy *one[MOE_N_KINDS] = { [MOE_ROUTER] = &r->router, [MOE_PLACEMENT] = &r->placement,
+                                        [MOE_DISPATCH] = &r->dispatch, [MOE_OFFLOAD] = &r->offload };
+    for (int k = 0; k < MOE_N_KINDS; k++) {
+        const json_t *list = json_object_get(policies, kind_name[k]);
+        if (k == MOE_BALANCER) {
+            for (size_t i = 0; i < json_array_size(list); i++) {
+                if (i == MAX_BALANCERS)
+                    return err_set(r->err, ERR_INPUT, "%s: balancer: more than %d in one run", r->where,
+                                   MAX_BALANCERS);
+                r->n_balancers++;
+                if (open_policy(r, &r->balancer[i], MOE_BALANCER, json_array_get(list, i)) < 0)
+                    return r->err->code;
+            }
+        } else if (open_policy(r, one[k], (enum moe_kind)k, json_array_get(list, 0)) < 0) {
+            return r->err->code;
+        }
+    }
+    return 0;
+}
+
+static int allocate(struct run *r)
+{
+    size_t n_experts = (size_t)r->model.n_experts, n_devices = (size_t)r->topology->n_devices;
+    r->scores = malloc(sizeof *r->scores * (size_t)r->workload.n_tokens * n_experts);
+    r->bias.add = calloc(n_experts, sizeof *r->bias.add);
+    r->bias.scale = calloc(n_experts, sizeof *r->bias.scale);
+    r->load = calloc(n_experts, sizeof *r->load);
+    r->device_load = calloc(n_devices, sizeof *r->device_load);
+    r->entry = calloc(n_devices, sizeof *r->entry);
+    r->exit = calloc(n_devices, sizeof *r->exit);
+    r->turn = calloc(r->context.n_objects, sizeof *r->turn);
+    r->window_load = calloc(r->context.n_objects, sizeof *r->window_load);
+    if (!r->scores || !r->bias.add || !r->bias.scale || !r->load || !r->device_load || !r->entry || !r->exit ||
+        !r->turn || !r->window_load)
+        return err_set(r->err, ERR_MEMORY, "out of memory for %d tokens x %d experts", r->workload.n_tokens,
+                       r->model.n_experts);
+    return 0;
+}
+
+int run_open(struct run *r, json_t *spec, struct err *e)
+{
+    memset(r, 0, sizeof *r);
+    r->err = e;
+    r->spec = json_incref(spec);
+    const char *where = json_string_value(json_object_get(spec, "where"));
+    snprintf(r->where, sizeof r->where, "%s", where ? where : "run");
+    r->seed = (uint64_t)json_integer_value(json_object_get(spec, "seed"));
+    r->decisions = UINT64_C(0xcbf29ce484222325);
+    if (read_model(r, json_object_get(spec, "model")) < 0 ||
+        open_machine(r, json_object_get(spec, "machine"), json_is_true(json_object_get(spec, "verify"))) < 0 ||
+        workload_open(&r->workload, json_object_get(spec, "workload"), &r->model, r->topology->n_devices, r->seed,
+                      r->where, e) < 0 ||
+        open_policies(r, spec) < 0 || allocate(r) < 0 || offload_open(r) < 0)
+        return e->code;
+    int32_t warmup;
+    if (get_whole(r, spec, "run", "warmup", 0, 0, r->workload.n_steps - 1, &warmup) < 0)
+        return e->code;
+    r->n_warmup = warmup;
+    return 0;
+}
+
+static void close_policies(struct run *r)
+{
+    struct policy *const all[] = { &r->router, &r->placement, &r->dispatch, &r->offload };
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++)
+        policy_close(all[i]);
+    for (int i = 0; i < r->n_balancers; i++)
+        policy_close(&r->balancer[i]);
+    r->n_balancers = 0;
+    policy_context_free(&r->context);
+}
+
+/* Decisions do not depend on time, so the accesses of a first pass without the machine are those of the run.
+ * Policies that learn are opened anew in between. */
+static int record_accesses(struct run *r)
+{
+    r->recording = true;
+    if (placement_start(r) < 0)
+        return r->err->code;
+    for (int32_t step = 0; step < r->workload.n_steps; step++)
+        if (pipeline_step(r, step) < 0)
+            return r->err->code;
+    r->recording = false;
+    metrics_free(&r->metrics);
+    r->decisions = UINT64_C(0xcbf29ce484222325);
+    memset(r->turn, 0, sizeof *r->turn * r->context.n_objects);
+    memset(r->window_load, 0, sizeof *r->window_load * r->context.n_objects);
+    workload_rewind(&r->workload, r->seed);
+    close_policies(r);
+    if (open_policies(r, r->spec) < 0)
+        return r->err->code;
+    return offload_restart(r);
+}
+
+int run_go(struct run *r)
+{
+    if (r->offloading && (r->offload.plugin->needs & MOE_NEEDS_NEXT_USE) && record_accesses(r) < 0)
+        return r->err->code;
+    if (placement_start(r) < 0)
+        return r->err->code;
+    for (int32_t step = 0; step < r->workload.n_steps; step++) {
+        if (pipeline_step(r, step) < 0)
+            return r->err->code;
+        if (step + 1 == r->n_warmup)
+            metrics_free(&r->metrics);
+    }
+    return 0;
+}
+
+static void add_policy(json_t *to, const struct policy *p)
+{
+    json_t *list = json_object_get(to, kind_name[p->plugin->kind]);
+    if (!list)
+        json_object_set_new(to, kind_name[p->plugin->kind], list = json_array());
+    json_array_append_new(list, json_pack("{s:s, s:O}", "name", p->plugin->name, "params", p->params.values));
+}
+
+json_t *run_result(const struct run *r)
+{
+    json_t *policies = json_object();
+    char hash[20];
+    snprintf(hash, sizeof hash, "%016llx", (unsigned long long)r->decisions);
+    add_policy(policies, &r->router);
+    for (int i = 0; i < r->n_balancers; i++)
+        add_policy(policies, &r->balancer[i]);
+    add_policy(policies, &r->placement);
+    add_policy(policies, &r->dispatch);
+    add_policy(policies, &r->offload);
+    json_t *o = json_pack("{s:o, s:s, s:o, s:s, s:i, s:i}", "metrics", metrics_json(&r->metrics), "decisions", hash,
+                          "policies", policies, "machine", r->machine.ops->name, "devices", r->topology->n_devices,
+                          "tokens", r->workload.n_tokens);
+    if (r->machine.verify)
+        json_object_set_new(o, "verified", json_real(r->machine.max_error));
+    if (r->offloading)
+        json_object_set_new(o, "cache_experts", json_integer(r->context.cache_objects));
+    return o;
+}
+
+void run_close(struct run *r)
+{
+    offload_close(r);
+    close_policies(r);
+    json_decref(r->spec);
+    workload_close(&r->workload);
+    if (r->machine_open)
+        machine_close(&r->machine);
+    if (r->topology)
+        topology_free(r->topology);
+    graph_free(&r->graph);
+    metrics_free(&r->metrics);
+    routes_free(&r->routes);
+    routes_free(&r->before);
+    placement_free(&r->placed);
+    free(r->scores);
+    free(r->bias.add);
+    free(r->bias.scale);
+    free(r->to);
+    free(r->replica);
+    free(r->load);
+    free(r->device_load);
+    free(r->entry);
+    free(r->exit);
+    free(r->turn);
+    free(r->window_load);
+    free(r->migration);
+    free(r->moves);
+}

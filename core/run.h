@@ -1,0 +1,99 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * run.h - one run: a model on a machine under one combination of policies. Built from the JSON that a scenario made
+ * of it, so that a run can be repeated from its manifest alone. */
+#ifndef RUN_H
+#define RUN_H
+
+#include "cache.h"
+#include "machine.h"
+#include "metrics.h"
+#include "policy.h"
+#include "workload.h"
+
+enum { MAX_BALANCERS = 8 };
+
+struct attention_shape { int32_t n_heads, n_kv_heads, d_head; };
+
+/* Accesses of one device, recorded by a first pass for policies that know the next use. */
+struct sequence { uint32_t *key; int64_t n, room; int64_t *next; int64_t at; };
+
+struct run {
+    json_t *spec;              /* what it was opened from */
+    char where[256];           /* "FILE:LINE", starts messages */
+    struct moe_model model;
+    enum precision precision;
+    struct attention_shape attention;
+    struct topology *topology;
+    struct machine machine;
+    bool machine_open;
+    uint64_t seed;
+    struct policy_context context;
+
+    struct policy router, balancer[MAX_BALANCERS], placement, dispatch, offload;
+    int n_balancers;
+    uint32_t needs;            /* of all policies together */
+
+    struct workload workload;
+    struct moe_graph graph;
+    struct metrics metrics;
+
+    /* of the current layer */
+    struct moe_routes routes, before; /* before: the same tokens one layer earlier */
+    int32_t room_routes, room_before;
+    float *scores;             /* [T][E] */
+    struct moe_bias bias;      /* [E] */
+    int32_t *to, *replica;     /* [n routes] */
+    int64_t room_to;
+    int64_t *load;             /* [E] tokens routed to each expert */
+    int64_t *device_load;      /* [D] routes computed on each device */
+    int32_t *entry, *exit;     /* [D] tasks */
+    uint32_t *turn;            /* [L*E] which replica is next */
+
+    struct placement placed;
+    double *window_load;       /* [L*E] since the last placement */
+    int32_t window_steps;
+    struct moe_part *migration;/* what the next step must move first */
+    int32_t n_migration;
+    struct moe_part *moves;    /* weights that the layer's plans send */
+    int32_t n_moves;
+
+    bool offloading;           /* a policy other than "none" */
+    double cache_share;        /* of all experts; 0: what fits in the device's memory */
+    struct cache *cache;       /* [D] */
+    int32_t *last_use;         /* [n_objects] task of this step that used an object last, per device 0..D-1 */
+    struct sequence *sequence; /* [D] */
+    bool recording;            /* first pass: decisions only */
+    int32_t n_warmup;          /* steps left out of the figures */
+
+    uint64_t decisions;        /* hash over every route and device chosen */
+    struct err *err;
+};
+
+/* Opens everything; every message starts with the scenario's file and line. */
+int run_open(struct run *, json_t *spec, struct err *);
+/* Runs all steps. */
+int run_go(struct run *);
+/* {"metrics": {...}, "decisions": "...", "policies": {... parameters filled in ...}} */
+json_t *run_result(const struct run *);
+void run_close(struct run *);
+
+/* Stored bytes of one whole expert. */
+static inline double run_expert_bytes(const struct run *r)
+{
+    return 3.0 * r->model.d_model * r->model.d_expert * r->model.weight_bytes;
+}
+
+/* ---- stages, in the order of the pipeline (pipeline.c and the file named) ---- */
+
+int pipeline_step(struct run *, int32_t step);
+int placement_start(struct run *);                     /* placement_stage.c */
+int placement_assign(struct run *, const struct moe_batch *);
+int placement_observe(struct run *, int32_t step);
+int offload_open(struct run *);                        /* offload_stage.c */
+void offload_close(struct run *);
+int offload_restart(struct run *);                     /* between the recording pass and the run */
+/* Turns the experts tasks appended since `first_task` (their edges: since `first_edge`) into resident parts, loads
+ * and late parts. */
+int offload_expand(struct run *, const struct moe_batch *, int32_t first_task, int64_t first_edge);
+
+#endif

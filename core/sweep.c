@@ -1,0 +1,271 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * sweep.c - forks a process per run and watches over it. */
+#include "config.h"
+
+#include "sweep.h"
+#include "rank.h"
+#include "run.h"
+
+#include <errno.h>
+#include <math.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+struct job {
+    pid_t pid;          /* 0: this slot is free */
+    int fd;             /* the child's answer comes here */
+    size_t index;
+    char *text;
+    size_t n, room;
+    double deadline;
+    bool timed_out;
+};
+
+struct state {
+    json_t *specs, *results;
+    struct job *job;
+    int n_jobs;
+    volatile struct policy_note *note; /* [n_jobs], shared with the children */
+    size_t n_started, n_done, n_failed, n_total;
+    double began;
+    bool bad_input;
+    const struct sweep_options *options;
+    struct err *err;
+};
+
+static double now_s(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+/* ---- the child ---- */
+
+static json_t *answer(json_t *spec)
+{
+    struct run run;
+    struct err e = { 0 };
+    json_t *o = NULL;
+    if (rank_wanted(spec)) {
+        o = rank_launch(spec, &e);
+    } else {
+        if (run_open(&run, spec, &e) == 0 && run_go(&run) == 0)
+            o = run_result(&run);
+        run_close(&run);
+    }
+    if (!o)
+        return json_pack("{s:s, s:s, s:b}", "status", "failed", "error", e.text, "bad_input", e.code != ERR_RUN);
+    json_object_set_new(o, "status", json_string("ok"));
+    return o;
+}
+
+static void child(json_t *spec, int fd)
+{
+    json_t *o = answer(spec);
+    char *text = json_dumps(o, JSON_COMPACT | JSON_SORT_KEYS | JSON_REAL_PRECISION(17));
+    size_t n = text ? strlen(text) : 0;
+    for (size_t at = 0; at < n;) {
+        ssize_t w = write(fd, text + at, n - at);
+        if (w < 0 && errno != EINTR)
+            _exit(3);
+        at += w > 0 ? (size_t)w : 0;
+    }
+    free(text);
+    json_decref(o);
+    close(fd);
+}
+
+/* ---- the parent ---- */
+
+static void show_progress(const struct state *s, bool last)
+{
+    if (!s->options->progress)
+        return;
+    double took = now_s() - s->began, rate = took > 0 ? (double)s->n_done / took : 0;
+    fprintf(stderr, "\r\033[K%zu of %zu runs", s->n_done, s->n_total);
+    if (s->n_failed)
+        fprintf(stderr, ", %zu failed", s->n_failed);
+    if (s->n_done && !last)
+        fprintf(stderr, ", %.1f/s, %.0f s left", rate, (double)(s->n_total - s->n_done) / rate);
+    if (last)
+        fprintf(stderr, " in %.1f s\n", took);
+    fflush(stderr);
+}
+
+static int start(struct state *s, struct job *j)
+{
+    int fd[2];
+    if (pipe(fd) < 0)
+        return err_set(s->err, ERR_IO, "cannot make a pipe: %s", strerror(errno));
+    int slot = (int)(j - s->job);
+    memset((void *)(uintptr_t)&s->note[slot], 0, sizeof s->note[slot]);
+    fflush(NULL);
+    pid_t pid = fork();
+    if (pid < 0) {
+        close(fd[0]);
+        close(fd[1]);
+        return err_set(s->err, ERR_IO, "cannot start a process: %s", strerror(errno));
+    }
+    if (pid == 0) {
+        setpgid(0, 0); /* so that a time-out also ends what the run started */
+        close(fd[0]);
+        policy_note_to(&s->note[slot]);
+        child(json_array_get(s->specs, s->n_started), fd[1]);
+        exit(0); /* through atexit: sanitizers report leaks there */
+    }
+    close(fd[1]);
+    *j = (struct job){ .pid = pid, .fd = fd[0], .index = s->n_started++,
+                       .deadline = s->options->timeout_s > 0 ? now_s() + s->options->timeout_s : INFINITY };
+    return 0;
+}
+
+static void whose_fault(const struct state *s, const struct job *j, char *text, size_t room)
+{
+    const volatile struct policy_note *n = &s->note[j - s->job];
+    char kind[sizeof n->kind], name[sizeof n->name], hook[sizeof n->hook];
+    for (size_t i = 0; i < sizeof kind; i++)
+        kind[i] = n->kind[i];
+    for (size_t i = 0; i < sizeof name; i++)
+        name[i] = n->name[i];
+    for (size_t i = 0; i < sizeof hook; i++)
+        hook[i] = n->hook[i];
+    if (hook[0])
+        snprintf(text, room, "%s %s, in %s", kind, name, hook);
+    else
+        snprintf(text, room, "the core%s%s", name[0] ? ", after " : "", name);
+}
+
+static json_t *failure(const struct state *s, const struct job *j, int status)
+{
+    char who[160], text[400];
+    whose_fault(s, j, who, sizeof who);
+    if (j->timed_out)
+        snprintf(text, sizeof text, "%s: did not end within %g s (--run-timeout)", who, s->options->timeout_s);
+    else if (WIFSIGNALED(status))
+        snprintf(text, sizeof text, "%s: crashed: %s", who, strsignal(WTERMSIG(status)));
+    else
+        snprintf(text, sizeof text, "%s: ended with exit code %d and no result", who, WEXITSTATUS(status));
+    return json_pack("{s:s, s:s}", "status", "failed", "error", text);
+}
+
+static void finish(struct state *s, struct job *j)
+{
+    int status = 0;
+    while (waitpid(j->pid, &status, 0) < 0 && errno == EINTR)
+        ;
+    close(j->fd);
+    json_t *o = NULL;
+    bool clean = WIFEXITED(status) && WEXITSTATUS(status) == 0 && !j->timed_out;
+    if (clean && j->n > 0)
+        o = json_loadb(j->text, j->n, 0, NULL);
+    if (!o)
+        o = failure(s, j, status);
+    const char *error = json_string_value(json_object_get(o, "error"));
+    if (json_is_true(json_object_get(o, "bad_input")) && !s->bad_input) {
+        s->bad_input = true;
+        err_set(s->err, ERR_INPUT, "%s", error);
+    }
+    json_object_del(o, "bad_input");
+    s->n_failed += error != NULL;
+    json_array_set_new(s->results, j->index, o);
+    s->n_done++;
+    free(j->text);
+    memset(j, 0, sizeof *j);
+    show_progress(s, false);
+}
+
+static void read_answer(struct state *s, struct job *j)
+{
+    if (j->n + 65536 > j->room) {
+        char *grown = realloc(j->text, j->room + 262144);
+        if (!grown) {
+            kill(-j->pid, SIGKILL);
+            finish(s, j);
+            return;
+        }
+        j->text = grown;
+        j->room += 262144;
+    }
+    ssize_t n = read(j->fd, j->text + j->n, 65536);
+    if (n > 0)
+        j->n += (size_t)n;
+    else if (n == 0 || errno != EINTR)
+        finish(s, j);
+}
+
+/* Waits for the next answer or deadline. */
+static void watch(struct state *s)
+{
+    struct pollfd p[s->n_jobs];
+    struct job *of[s->n_jobs];
+    int n = 0;
+    double first = INFINITY;
+    for (int i = 0; i < s->n_jobs; i++)
+        if (s->job[i].pid) {
+            p[n] = (struct pollfd){ .fd = s->job[i].fd, .events = POLLIN };
+            of[n++] = &s->job[i];
+            first = fmin(first, s->job[i].deadline);
+        }
+    double left = first - now_s();
+    int ms = isinf(first) ? -1 : left <= 0 ? 0 : left > 3600 ? 3600000 : (int)(left * 1000) + 1;
+    if (poll(p, (nfds_t)n, ms) > 0)
+        for (int i = 0; i < n; i++)
+            if (p[i].revents)
+                read_answer(s, of[i]);
+    for (int i = 0; i < n; i++)
+        if (of[i]->pid && !of[i]->timed_out && now_s() >= of[i]->deadline) {
+            of[i]->timed_out = true;
+            kill(-of[i]->pid, SIGKILL);
+            kill(of[i]->pid, SIGKILL);
+        }
+}
+
+static int running(const struct state *s)
+{
+    int n = 0;
+    for (int i = 0; i < s->n_jobs; i++)
+        n += s->job[i].pid != 0;
+    return n;
+}
+
+int sweep(json_t *specs, const struct sweep_options *options, json_t **results, struct err *e)
+{
+    struct state s = { .specs = specs, .results = json_array(), .n_jobs = options->jobs > 0 ? options->jobs : 1,
+                       .n_total = json_array_size(specs), .began = now_s(), .options = options, .err = e };
+    size_t shared = sizeof(struct policy_note) * (size_t)s.n_jobs;
+    s.job = calloc((size_t)s.n_jobs, sizeof *s.job);
+    void *map = mmap(NULL, shared, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    if (!s.job || !s.results || map == MAP_FAILED) {
+        err_set(e, ERR_MEMORY, "out of memory for %d jobs", s.n_jobs);
+        goto out;
+    }
+    s.note = map;
+    for (size_t i = 0; i < s.n_total; i++)
+        json_array_append_new(s.results, json_null());
+    while (s.n_done < s.n_started || (s.n_started < s.n_total && !e->code)) {
+        for (int i = 0; i < s.n_jobs && s.n_started < s.n_total && !e->code; i++)
+            if (!s.job[i].pid)
+                start(&s, &s.job[i]);
+        if (running(&s) > 0)
+            watch(&s);
+    }
+    show_progress(&s, true);
+out:
+    if (map != MAP_FAILED)
+        munmap(map, shared);
+    free(s.job);
+    if (e->code) {
+        json_decref(s.results);
+        s.results = NULL;
+    }
+    *results = s.results;
+    return e->code;
+}

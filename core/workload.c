@@ -1,0 +1,272 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * workload.c - batches from recorded routing. */
+#include "config.h"
+
+#include "workload.h"
+#include "policy.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+static int read_int(const json_t *spec, const char *key, int64_t def, int64_t min, int64_t max, int64_t *out,
+                    const char *who, struct err *e)
+{
+    const json_t *v = json_object_get(spec, key);
+    if (v && !json_is_integer(v))
+        return err_set(e, ERR_INPUT, "%s: workload.%s: expected a whole number", who, key);
+    *out = v ? json_integer_value(v) : def;
+    if (*out < min || *out > max)
+        return err_set(e, ERR_INPUT, "%s: workload.%s: %lld is out of range, expected %lld to %lld", who, key,
+                       (long long)*out, (long long)min, (long long)max);
+    return 0;
+}
+
+/* Every n-th request is profiled so that both parts hold every domain, whatever the trace's order. */
+static int split_requests(struct workload *w, const char *who, struct err *e)
+{
+    int32_t n = w->trace.n_requests;
+    w->played = malloc(sizeof *w->played * (size_t)n);
+    w->profiled = malloc(sizeof *w->profiled * (size_t)n);
+    if (!w->played || !w->profiled)
+        return err_set(e, ERR_MEMORY, "out of memory");
+    double owed = 0;
+    for (int32_t r = 0; r < n; r++) {
+        const int64_t *offset = w->trace.offsets.data;
+        if (offset[r] == offset[r + 1])
+            continue;
+        owed += w->profile;
+        if (owed >= 1 - 1e-9) {
+            owed -= 1;
+            w->profiled[w->n_profiled++] = r;
+        } else {
+            w->played[w->n_played++] = r;
+        }
+    }
+    if (w->profile == 0) {
+        memcpy(w->profiled, w->played, sizeof *w->played * (size_t)w->n_played);
+        w->n_profiled = w->n_played;
+    }
+    if (w->n_played == 0 || w->n_profiled == 0)
+        return err_set(e, ERR_INPUT, "%s: workload.profile: %g of %d requests leaves none to %s", who, w->profile, n,
+                       w->n_played ? "profile" : "play");
+    return 0;
+}
+
+int workload_open(struct workload *w, const json_t *spec, const struct moe_model *m, int32_t n_devices, uint64_t seed,
+                  const char *who, struct err *e)
+{
+    memset(w, 0, sizeof *w);
+    const char *dir = json_string_value(json_object_get(spec, "trace"));
+    const char *kind = json_string_value(json_object_get(spec, "kind"));
+    int64_t batch = 0, steps = 0, context = 0;
+    if (!dir)
+        return err_set(e, ERR_INPUT, "%s: workload.trace: expected a trace directory", who);
+    if (trace_open(&w->trace, dir, e) < 0)
+        return err_prefix(e, "%s", who);
+    if (w->trace.n_layers != m->n_layers || w->trace.n_experts != m->n_experts || w->trace.top_k != m->top_k)
+        return err_set(e, ERR_INPUT,
+                       "%s: the model has %d layers, %d experts, top_k %d; the trace %s has %d layers, %d experts, "
+                       "top_k %d", who, m->n_layers, m->n_experts, m->top_k, dir, w->trace.n_layers,
+                       w->trace.n_experts, w->trace.top_k);
+    bool prefill = kind && !strcmp(kind, "prefill");
+    w->phase = prefill ? MOE_PREFILL : MOE_DECODE;
+    const char *key = prefill ? "tokens_per_device" : "batch_per_device";
+    if (read_int(spec, key, prefill ? 4096 : 64, 1, 1 << 20, &batch, who, e) < 0 ||
+        read_int(spec, "steps", 20, 1, 1000000, &steps, who, e) < 0 ||
+        read_int(spec, "context", 1024, 0, 1 << 24, &context, who, e) < 0)
+        return e->code;
+    const json_t *profile = json_object_get(spec, "profile");
+    w->profile = profile ? json_number_value(profile) : 0.5;
+    if ((profile && !json_is_number(profile)) || !(w->profile >= 0 && w->profile < 1))
+        return err_set(e, ERR_INPUT, "%s: workload.profile: expected a share of requests within [0, 1)", who);
+    if (batch * n_devices > 1 << 24)
+        return err_set(e, ERR_INPUT, "%s: workload.%s: %lld tokens on %d devices are more than a step holds (%d)",
+                       who, key, (long long)batch, n_devices, 1 << 24);
+    w->n_devices = n_devices;
+    w->n_steps = (int32_t)steps;
+    w->context = (int32_t)context;
+    w->n_streams = prefill ? n_devices : (int32_t)batch * n_devices;
+    w->per_stream = prefill ? (int32_t)batch : 1;
+    w->n_tokens = w->n_streams * w->per_stream;
+    if (split_requests(w, who, e) < 0)
+        return e->code;
+    size_t n = (size_t)w->n_tokens;
+    w->stream = calloc((size_t)w->n_streams, sizeof *w->stream);
+    w->row = calloc(n, sizeof *w->row);
+    w->device = calloc(n * 5, sizeof *w->device);
+    w->importance = calloc(n, sizeof *w->importance);
+    if (!w->stream || !w->row || !w->device || !w->importance)
+        return err_set(e, ERR_MEMORY, "out of memory for %d tokens per step", w->n_tokens);
+    w->token_id = w->device + n;
+    w->position = w->device + 2 * n;
+    w->request = w->device + 3 * n;
+    w->label = w->device + 4 * n;
+    workload_rewind(w, seed);
+    return 0;
+}
+
+void workload_close(struct workload *w)
+{
+    trace_close(&w->trace);
+    free(w->played);
+    free(w->profiled);
+    free(w->stream);
+    free(w->row);
+    free(w->device);
+    free(w->importance);
+    free(w->logits);
+    free(w->previous_logits);
+    free(w->hidden);
+    routes_free(&w->recorded);
+    memset(w, 0, sizeof *w);
+}
+
+const char *workload_lacks(const struct workload *w, uint32_t needs)
+{
+    const struct trace *t = &w->trace;
+    if ((needs & (MOE_NEEDS_LOGITS | MOE_NEEDS_SCORES)) && !t->logits.data)
+        return "router logits (logits.npy)";
+    if ((needs & MOE_NEEDS_HIDDEN) && (!t->hidden.data || t->hidden.shape[0] < t->n_tokens))
+        return "hidden states of every token (hidden.npy)";
+    if ((needs & MOE_NEEDS_IMPORTANCE) && !t->importance.data)
+        return "token importance (importance.npy)";
+    if ((needs & MOE_NEEDS_TOKEN_ID) && !t->token_ids.data)
+        return "token ids (token_ids.npy)";
+    if ((needs & MOE_NEEDS_LABEL) && !t->domains.data)
+        return "labels (domains.npy)";
+    return NULL;
+}
+
+static int by_id(const void *a, const void *b)
+{
+    int32_t x = *(const int32_t *)a, y = *(const int32_t *)b;
+    return (x > y) - (x < y);
+}
+
+void workload_rewind(struct workload *w, uint64_t seed)
+{
+    const int64_t *offset = w->trace.offsets.data;
+    uint64_t z = moe_mix(seed + 0x5eed);
+    qsort(w->played, (size_t)w->n_played, sizeof *w->played, by_id); /* the recorded order, then shuffled */
+    for (int32_t i = w->n_played - 1; i > 0; i--) {
+        int32_t j = (int32_t)(moe_mix(z + (uint64_t)i) % (uint64_t)(i + 1));
+        int32_t swap = w->played[i];
+        w->played[i] = w->played[j];
+        w->played[j] = swap;
+    }
+    for (int32_t s = 0; s < w->n_streams; s++) {
+        int32_t at = s % w->n_played, request = w->played[at];
+        int64_t length = offset[request + 1] - offset[request];
+        /* A single stream plays whole requests; many start anywhere, as in a server that has run for a while. */
+        int64_t start = w->n_streams == 1 ? 0 : (int64_t)(moe_mix(z ^ (uint64_t)(s + 1)) % (uint64_t)length);
+        w->stream[s] = (struct stream){ at, offset[request] + start };
+    }
+}
+
+void workload_step(struct workload *w)
+{
+    const int64_t *offset = w->trace.offsets.data;
+    for (int32_t s = 0, t = 0; s < w->n_streams; s++)
+        for (int32_t i = 0; i < w->per_stream; i++, t++) {
+            struct stream *x = &w->stream[s];
+            int32_t request = w->played[x->at];
+            int64_t row = w->row[t] = x->token;
+            w->device[t] = (int32_t)((int64_t)s * w->n_devices / w->n_streams);
+            w->request[t] = request;
+            w->position[t] = w->trace.positions.data ? (int32_t)npy_int(&w->trace.positions, row)
+                                                     : (int32_t)(row - offset[request]);
+            w->token_id[t] = w->trace.token_ids.data ? (int32_t)npy_int(&w->trace.token_ids, row) : 0;
+            w->label[t] = w->trace.domains.data ? (int32_t)npy_int(&w->trace.domains, request) : 0;
+            w->importance[t] = w->trace.importance.data ? (float)npy_real(&w->trace.importance, row) : 0;
+            if (++x->token == offset[request + 1]) {
+                x->at = (x->at + 1) % w->n_played;
+                x->token = offset[w->played[x->at]];
+            }
+        }
+}
+
+/* Gathers rows of a [tokens, layers, width] array into [T][width]. */
+static int gather(struct workload *w, const struct npy *a, int32_t layer, int64_t width, float **to, struct err *e)
+{
+    if (!*to)
+        *to = malloc(sizeof **to * (size_t)w->n_tokens * (size_t)width);
+    if (!*to)
+        return err_set(e, ERR_MEMORY, "out of memory for a batch");
+    int64_t layers = w->trace.n_layers;
+    for (int32_t t = 0; t < w->n_tokens; t++)
+        npy_floats(a, (w->row[t] * layers + layer) * width, width, *to + (int64_t)t * width);
+    return 0;
+}
+
+int workload_batch(struct workload *w, int32_t step, int32_t layer, uint32_t needs, struct moe_batch *b,
+                   struct err *e)
+{
+    const struct trace *t = &w->trace;
+    memset(b, 0, sizeof *b);
+    b->step = step;
+    b->layer = layer;
+    b->phase = w->phase;
+    b->n_tokens = w->n_tokens;
+    b->n_experts = t->n_experts;
+    b->top_k = t->top_k;
+    b->device = w->device;
+    b->request = w->request;
+    b->position = w->position;
+    b->token_id = t->token_ids.data ? w->token_id : NULL;
+    b->label = t->domains.data ? w->label : NULL;
+    b->importance = t->importance.data ? w->importance : NULL;
+    if (needs & (MOE_NEEDS_LOGITS | MOE_NEEDS_SCORES)) {
+        if (gather(w, &t->logits, layer, t->n_experts, &w->logits, e) < 0)
+            return e->code;
+        b->router_logits = w->logits;
+        if ((needs & MOE_NEEDS_PREVIOUS) && layer > 0) {
+            if (gather(w, &t->logits, layer - 1, t->n_experts, &w->previous_logits, e) < 0)
+                return e->code;
+            b->previous_logits = w->previous_logits;
+        }
+    }
+    if (needs & MOE_NEEDS_HIDDEN) {
+        b->n_hidden = (int32_t)t->hidden.shape[2];
+        if (gather(w, &t->hidden, layer, b->n_hidden, &w->hidden, e) < 0)
+            return e->code;
+        b->hidden = w->hidden;
+    }
+    if (needs & MOE_NEEDS_RECORDED) {
+        int64_t n = (int64_t)w->n_tokens * t->top_k;
+        if (routes_begin(&w->recorded, w->n_tokens, &w->room_recorded, e) < 0 || routes_reserve(&w->recorded, n, e) < 0)
+            return e->code;
+        for (int32_t i = 0; i < w->n_tokens; i++) {
+            int64_t at = (int64_t)i * t->top_k;
+            trace_experts(t, w->row[i], layer, w->recorded.expert + at);
+            trace_weights(t, w->row[i], layer, w->recorded.weight + at);
+            w->recorded.offset[i + 1] = at + t->top_k;
+        }
+        w->recorded.n = n;
+        b->recorded = &w->recorded;
+    }
+    return 0;
+}
+
+int64_t workload_profile(const struct workload *w, double *load, double *transitions)
+{
+    const struct trace *t = &w->trace;
+    const int64_t *offset = t->offsets.data;
+    const size_t n_experts = (size_t)t->n_experts;
+    int64_t n_tokens = 0;
+    int32_t now[t->top_k], before[t->top_k];
+    memset(load, 0, sizeof *load * (size_t)t->n_layers * n_experts);
+    if (transitions)
+        memset(transitions, 0, sizeof *transitions * (size_t)(t->n_layers - 1) * n_experts * n_experts);
+    for (int32_t i = 0; i < w->n_profiled; i++)
+        for (int64_t row = offset[w->profiled[i]]; row < offset[w->profiled[i] + 1]; row++, n_tokens++)
+            for (int32_t l = 0; l < t->n_layers; l++) {
+                trace_experts(t, row, l, now);
+                for (int32_t k = 0; k < t->top_k; k++) {
+                    load[(size_t)l * n_experts + (size_t)now[k]]++;
+                    for (int32_t j = 0; transitions && l > 0 && j < t->top_k; j++)
+                        transitions[((size_t)(l - 1) * n_experts + (size_t)before[j]) * n_experts + (size_t)now[k]]++;
+                }
+                memcpy(before, now, sizeof now);
+            }
+    return n_tokens;
+}

@@ -1,0 +1,51 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * workload.h - which tokens enter the model at each step, and everything recorded about them. */
+#ifndef WORKLOAD_H
+#define WORKLOAD_H
+
+#include "err.h"
+#include "moelab.h"
+#include "trace.h"
+
+/* Tokens come from streams. decode: batch_per_device streams per device, one token each per step (continuous
+ * batching: a stream that ends its request takes the next one). prefill: one stream per device, tokens_per_device
+ * tokens per step. Requests are split: a share is profiled (what placements may know), the rest is played. */
+struct workload {
+    struct trace trace;
+    enum moe_phase phase;
+    int32_t n_devices, n_steps;
+    int32_t n_streams, per_stream;  /* tokens of a step: n_streams * per_stream */
+    double profile;                 /* share of requests profiled; 0: profile what is played */
+    int32_t context;                /* tokens of context that attention sees, at least */
+    int32_t *played, n_played;      /* requests, in playing order */
+    int32_t *profiled, n_profiled;
+    struct stream { int32_t at; int64_t token; } *stream; /* index into played; next token of the trace */
+
+    int32_t n_tokens;               /* of the current step */
+    int64_t *row;                   /* [T] token of the trace */
+    int32_t *device, *token_id, *position, *request, *label; /* [T] */
+    float *importance;              /* [T] */
+    float *logits, *previous_logits, *hidden; /* [T][E], [T][E], [T][H]; allocated when a policy needs them */
+    struct moe_routes recorded;
+    int32_t room_recorded;
+};
+
+/* `spec` is the scenario's workload table; `who` starts messages. Checks the trace against the model. */
+int workload_open(struct workload *, const json_t *spec, const struct moe_model *, int32_t n_devices, uint64_t seed,
+                  const char *who, struct err *);
+void workload_close(struct workload *);
+/* The MOE_NEEDS_* that this workload cannot give, out of `needs`, as text ("router logits"), or NULL. */
+const char *workload_lacks(const struct workload *, uint32_t needs);
+
+/* Picks the tokens of the next step. Steps are numbered by the caller. */
+void workload_step(struct workload *);
+/* Starts again from the first step (same tokens in the same order). */
+void workload_rewind(struct workload *, uint64_t seed);
+/* Fills a batch for one layer of the current step: arrays stay valid until the next call. */
+int workload_batch(struct workload *, int32_t step, int32_t layer, uint32_t needs, struct moe_batch *, struct err *);
+
+/* Loads and transitions of the profiled requests, as recorded. Arrays owned by the caller: load [L*E],
+ * transitions [(L-1)*E*E] or NULL. Returns the number of tokens counted. */
+int64_t workload_profile(const struct workload *, double *load, double *transitions);
+
+#endif

@@ -1,0 +1,327 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * sim.c - runs a task graph under a virtual clock: streams in order, transfers on a net that shares links.
+ *
+ * A task is ready when everything before it has ended. Tasks of one (device, stream) run one at a time in the order
+ * in which they became ready, ties by id. At equal times arrivals are handled before ends of computation. */
+#include "config.h"
+
+#include "event.h"
+#include "graph.h"
+#include "machine.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+struct queue { int32_t *task; int32_t head, n, room; bool busy; };
+
+struct arrival { int32_t exchange, device, task; };
+
+struct sim {
+    struct net *net;
+    struct queue *stream;       /* [D * N_STREAMS] */
+    struct event_queue events;  /* ends of computation */
+    struct net_flow *flow;
+    size_t room_flows;
+    struct net_done *done;
+    size_t room_done;
+};
+
+struct walk { /* one run of one graph */
+    struct machine *m;
+    struct sim *s;
+    struct moe_graph *g;
+    struct graph_order order;
+    struct arrival *arrival;    /* sorted by (exchange, device) */
+    int32_t n_arrivals, n_left;
+    int32_t *receivers;         /* [tasks] devices that an exchange still has to deliver to */
+    double now;
+    struct err *e;
+};
+
+static const struct device_spec *spec_of(const struct walk *w, const struct task *t)
+{
+    return &w->m->topology->device[t->device];
+}
+
+static double seconds_of(const struct walk *w, const struct task *t)
+{
+    const struct moe_graph *g = w->g;
+    const struct moe_model *model = w->m->model;
+    if (t->kind == TASK_COMPUTE)
+        return compute_plain(spec_of(w, t), w->m->precision, t->flops, t->bytes);
+    double width[t->n + 1];
+    for (int32_t i = 0; i < t->n; i++) {
+        int32_t expert = g->expert[t->first + i];
+        double share = model->expert_width ? model->expert_width[(size_t)t->layer * (size_t)model->n_experts +
+                                                                 (size_t)expert]
+                                           : 1.0;
+        width[i] = share * (double)t->fraction;
+    }
+    return compute_experts(spec_of(w, t), w->m->precision, model, t->n, g->rows + t->first, width);
+}
+
+static void finish(struct walk *w, int32_t id);
+
+static void start_transfer(struct walk *w, int32_t id)
+{
+    struct task *t = &w->g->task[id];
+    struct sim *s = w->s;
+    size_t n = 0;
+    t->start = w->now;
+    size_t n_parts = t->kind == TASK_LOAD ? 1 : (size_t)t->n;
+    if (n_parts > s->room_flows) {
+        struct net_flow *flow = realloc(s->flow, sizeof *flow * n_parts);
+        if (!flow) {
+            err_set(w->e, ERR_MEMORY, "out of memory for an exchange");
+            return;
+        }
+        s->flow = flow;
+        s->room_flows = n_parts;
+    }
+    if (t->kind == TASK_LOAD) {
+        if (t->bytes > 0)
+            s->flow[n++] = (struct net_flow){ t->source, t->device, t->bytes };
+    } else {
+        for (int32_t i = 0; i < t->n; i++) {
+            const struct moe_part *p = &w->g->part[t->first + i];
+            if (p->src != p->dst && p->bytes > 0)
+                s->flow[n++] = (struct net_flow){ p->src, p->dst, p->bytes };
+        }
+    }
+    int32_t n_devices = w->m->topology->n_devices;
+    uint8_t *waits = calloc((size_t)n_devices, 1);
+    if (!waits) {
+        err_set(w->e, ERR_MEMORY, "out of memory for an exchange");
+        return;
+    }
+    w->receivers[id] = 0;
+    for (size_t i = 0; i < n; i++)
+        if (!waits[s->flow[i].dst]) {
+            waits[s->flow[i].dst] = 1;
+            w->receivers[id]++;
+        }
+    if (n > 0 && net_start(s->net, w->now, id, s->flow, n, w->e) < 0) {
+        free(waits);
+        return;
+    }
+    /* Devices that nothing is sent to have nothing to wait for. */
+    for (int64_t i = w->order.first[id]; i < w->order.first[id + 1]; i++) {
+        int32_t next = w->order.next[i];
+        const struct task *a = &w->g->task[next];
+        if (a->kind == TASK_ARRIVAL && a->exchange == id && !waits[a->device]) {
+            w->g->task[next].start = w->now;
+            finish(w, next);
+        }
+    }
+    free(waits);
+    if (n == 0)
+        finish(w, id);
+}
+
+static void start_stream_task(struct walk *w, int32_t id)
+{
+    struct task *t = &w->g->task[id];
+    t->start = w->now;
+    if (t->kind == TASK_LOAD) {
+        start_transfer(w, id);
+        return;
+    }
+    if (!event_push(&w->s->events, w->now + seconds_of(w, t), id))
+        err_set(w->e, ERR_MEMORY, "out of memory for events");
+}
+
+static void ready(struct walk *w, int32_t id)
+{
+    struct task *t = &w->g->task[id];
+    switch (t->kind) {
+    case TASK_JOIN:
+        t->start = w->now;
+        finish(w, id);
+        return;
+    case TASK_EXCHANGE:
+        start_transfer(w, id);
+        return;
+    case TASK_ARRIVAL: /* released by its exchange's receivers, never by counting */
+        return;
+    case TASK_COMPUTE:
+    case TASK_EXPERTS:
+    case TASK_LOAD:
+        break;
+    }
+    struct queue *q = &w->s->stream[t->device * N_STREAMS + t->stream];
+    if (!q->busy) {
+        q->busy = true;
+        start_stream_task(w, id);
+        return;
+    }
+    if (q->n > 0 && q->head + q->n == q->room) {
+        memmove(q->task, q->task + q->head, sizeof *q->task * (size_t)q->n);
+        q->head = 0;
+    }
+    if (q->n == 0)
+        q->head = 0;
+    if (q->n == q->room) {
+        int32_t room = q->room ? 2 * q->room : 16;
+        int32_t *grown = realloc(q->task, sizeof *grown * (size_t)room);
+        if (!grown) {
+            err_set(w->e, ERR_MEMORY, "out of memory for streams");
+            return;
+        }
+        q->task = grown;
+        q->room = room;
+    }
+    q->task[q->head + q->n++] = id;
+}
+
+static void finish(struct walk *w, int32_t id)
+{
+    struct task *t = &w->g->task[id];
+    t->end = w->now;
+    w->n_left--;
+    for (int64_t i = w->order.first[id]; i < w->order.first[id + 1] && !w->e->code; i++) {
+        int32_t next = w->order.next[i];
+        if (w->g->task[next].kind != TASK_ARRIVAL && --w->order.n_before[next] == 0)
+            ready(w, next);
+    }
+    if (t->kind == TASK_COMPUTE || t->kind == TASK_EXPERTS || t->kind == TASK_LOAD) {
+        struct queue *q = &w->s->stream[t->device * N_STREAMS + t->stream];
+        q->busy = false;
+        if (q->n > 0 && !w->e->code) {
+            int32_t next = q->task[q->head++];
+            q->n--;
+            q->busy = true;
+            start_stream_task(w, next);
+        }
+    }
+}
+
+static int by_exchange(const void *a, const void *b)
+{
+    const struct arrival *x = a, *y = b;
+    if (x->exchange != y->exchange)
+        return x->exchange < y->exchange ? -1 : 1;
+    if (x->device != y->device)
+        return x->device < y->device ? -1 : 1;
+    return (x->task > y->task) - (x->task < y->task);
+}
+
+static void deliver(struct walk *w, const struct net_done *d)
+{
+    int32_t id = (int32_t)d->exchange;
+    struct task *t = &w->g->task[id];
+    if (t->kind == TASK_EXCHANGE) {
+        /* First arrival of (exchange, device); there may be several. */
+        int32_t low = 0, high = w->n_arrivals;
+        while (low < high) {
+            int32_t mid = low + (high - low) / 2;
+            const struct arrival *a = &w->arrival[mid];
+            if (a->exchange < id || (a->exchange == id && a->device < d->dst))
+                low = mid + 1;
+            else
+                high = mid;
+        }
+        for (; low < w->n_arrivals && w->arrival[low].exchange == id && w->arrival[low].device == d->dst; low++) {
+            w->g->task[w->arrival[low].task].start = t->start;
+            finish(w, w->arrival[low].task);
+        }
+    }
+    if (--w->receivers[id] == 0)
+        finish(w, id);
+}
+
+static int walk_loop(struct walk *w)
+{
+    struct sim *s = w->s;
+    for (int32_t t = 0; t < w->g->n_tasks && !w->e->code; t++)
+        if (w->order.n_before[t] == 0 && w->g->task[t].kind != TASK_ARRIVAL)
+            ready(w, t);
+    while (w->n_left > 0 && !w->e->code) {
+        double until = event_next(&s->events);
+        size_t n = 0;
+        if (net_advance(s->net, until, s->done, s->room_done, &n, w->e) < 0)
+            break;
+        if (n > 0) {
+            w->now = s->done[0].time;
+            for (size_t i = 0; i < n && !w->e->code; i++)
+                deliver(w, &s->done[i]);
+            continue;
+        }
+        struct event ev;
+        if (!event_pop(&s->events, &ev)) {
+            err_set(w->e, ERR_RUN, "%d tasks wait for something that never ends", w->n_left);
+            break;
+        }
+        w->now = ev.time;
+        finish(w, ev.what);
+    }
+    return w->e->code;
+}
+
+static int sim_run(struct machine *m, struct moe_graph *g, struct err *e)
+{
+    struct sim *s = m->priv;
+    struct walk w = { .m = m, .s = s, .g = g, .n_left = g->n_tasks, .now = m->now, .e = e };
+    if (graph_order(g, &w.order, e) < 0)
+        return e->code;
+    w.receivers = calloc((size_t)g->n_tasks + 1, sizeof *w.receivers);
+    w.arrival = malloc(sizeof *w.arrival * ((size_t)g->n_tasks + 1));
+    if (!w.receivers || !w.arrival) {
+        err_set(e, ERR_MEMORY, "out of memory for the task graph");
+        goto out;
+    }
+    for (int32_t t = 0; t < g->n_tasks; t++)
+        if (g->task[t].kind == TASK_ARRIVAL)
+            w.arrival[w.n_arrivals++] = (struct arrival){ g->task[t].exchange, g->task[t].device, t };
+    qsort(w.arrival, (size_t)w.n_arrivals, sizeof *w.arrival, by_exchange);
+    if (walk_loop(&w) == 0)
+        m->now = w.now;
+out:
+    graph_order_free(&w.order);
+    free(w.receivers);
+    free(w.arrival);
+    return e->code;
+}
+
+static void sim_close(struct machine *m)
+{
+    struct sim *s = m->priv;
+    if (!s)
+        return;
+    for (int32_t i = 0; s->stream && i < m->topology->n_devices * N_STREAMS; i++)
+        free(s->stream[i].task);
+    free(s->stream);
+    event_free(&s->events);
+    free(s->flow);
+    free(s->done);
+    if (s->net)
+        net_close(s->net);
+    free(s);
+    m->priv = NULL;
+}
+
+static const struct machine_ops flow_ops = { "flow", sim_run, sim_close };
+static const struct machine_ops simgrid_ops = { "simgrid", sim_run, sim_close };
+
+int machine_open_sim(struct machine *m, const struct topology *t, const struct moe_model *model, enum precision p,
+                     enum net_tier tier, struct err *e)
+{
+    memset(m, 0, sizeof *m);
+    m->ops = tier == NET_SIMGRID ? &simgrid_ops : &flow_ops;
+    m->topology = t;
+    m->model = model;
+    m->precision = p;
+    struct sim *s = m->priv = calloc(1, sizeof *s);
+    if (s) {
+        s->room_done = (size_t)t->n_devices * 64 + 64;
+        s->done = malloc(sizeof *s->done * s->room_done);
+        s->stream = calloc((size_t)t->n_devices * N_STREAMS, sizeof *s->stream);
+    }
+    if (!s || !s->done || !s->stream)
+        err_set(e, ERR_MEMORY, "out of memory for the machine");
+    else
+        net_open(&s->net, t, tier, e);
+    if (e->code)
+        sim_close(m);
+    return e->code;
+}
