@@ -1,0 +1,188 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * cmd_papers.c - moelab papers: which mechanisms work, the setting that gives each, the scenario that shows it.
+ * moelab reproduce: runs those scenarios and judges published against ours.
+ *
+ * The list is scenarios/papers/papers.json. Verdicts are computed here from (published, ours, tolerance) and nowhere
+ * else. */
+#include "config.h"
+
+#include "cmd.h"
+#include "record.h"
+#include "registry.h"
+#include "script.h"
+
+#include <dirent.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+static json_t *load_papers(struct err *e)
+{
+    char path[900];
+    json_error_t why;
+    if (registry_data("scenarios/papers/papers.json", path, sizeof path) < 0) {
+        err_set(e, ERR_IO, "scenarios/papers/papers.json: not found");
+        return NULL;
+    }
+    json_t *list = json_load_file(path, 0, &why);
+    if (!json_is_array(list)) {
+        err_set(e, ERR_IO, "%s:%d: %s", path, why.line, list ? "expected a list" : why.text);
+        json_decref(list);
+        return NULL;
+    }
+    return list;
+}
+
+static const char *text_of(const json_t *o, const char *key)
+{
+    const char *s = json_string_value(json_object_get(o, key));
+    return s ? s : "";
+}
+
+int cmd_papers(int argc, char **argv)
+{
+    bool as_json = false;
+    for (int i = 1; i < argc; i++) {
+        if (!strcmp(argv[i], "--help") || !strcmp(argv[i], "-h")) {
+            puts("usage: moelab papers [--json]\n\n"
+                 "Papers whose mechanisms work: kind, policy, class (E exact, A analytic, S shape, X not claimed),\n"
+                 "the parameters that give the paper's rule, and the scenario that shows it.\n\n"
+                 "Example:\n  moelab papers --json");
+            return 0;
+        }
+        if (strcmp(argv[i], "--json"))
+            return cmd_usage("papers", "%s: not understood", argv[i]);
+        as_json = true;
+    }
+    struct err e = { 0 };
+    json_t *list = load_papers(&e);
+    if (!list)
+        return cmd_fail(&e);
+    if (as_json) {
+        json_dumpf(list, stdout, JSON_INDENT(1));
+        putchar('\n');
+    }
+    for (size_t i = 0; !as_json && i < json_array_size(list); i++) {
+        const json_t *o = json_array_get(list, i);
+        char *params = json_dumps(json_object_get(o, "params"), JSON_COMPACT);
+        printf("%-10s %-20s %s  %s\n%31s   %s%s%s\n", text_of(o, "kind"), text_of(o, "plugin"), text_of(o, "class"),
+               text_of(o, "paper"), "", text_of(o, "scenario"), params && strcmp(params, "{}") ? "  " : "",
+               params && strcmp(params, "{}") ? params : "");
+        free(params);
+    }
+    json_decref(list);
+    return 0;
+}
+
+/* error: (ours - published) / |published|, or the difference where 0 was published. Equal integers in class E are
+ * equal; everything else holds within the tolerance. Class X is never claimed. */
+static void judge(json_t *row)
+{
+    double published = json_number_value(json_object_get(row, "published"));
+    double ours = json_number_value(json_object_get(row, "ours"));
+    double tolerance = json_number_value(json_object_get(row, "tolerance"));
+    bool known = json_is_number(json_object_get(row, "published")) && json_is_number(json_object_get(row, "ours"));
+    double error = published != 0 ? (ours - published) / fabs(published) : ours - published;
+    const char *class = text_of(row, "class");
+    json_object_set_new(row, "error", known ? json_real(error) : json_null());
+    const char *verdict = !strcmp(class, "X") ? "not claimed" : known && fabs(error) <= tolerance ? "holds" : "fails";
+    json_object_set_new(row, "verdict", json_string(verdict));
+}
+
+static void print_rows(const json_t *rows)
+{
+    printf("%-44s %-42s %12s %12s %9s %s %9s  %s\n", "paper", "metric", "published", "ours", "error", "c", "tolerance",
+           "verdict");
+    for (size_t i = 0; i < json_array_size(rows); i++) {
+        const json_t *r = json_array_get(rows, i);
+        char error[32] = "-";
+        if (json_is_number(json_object_get(r, "error")))
+            snprintf(error, sizeof error, "%+.2g %%", 100 * json_number_value(json_object_get(r, "error")));
+        printf("%-44.44s %-42.42s %12.6g %12.6g %9s %s %7.3g %%  %s\n", text_of(r, "paper"), text_of(r, "metric"),
+               json_number_value(json_object_get(r, "published")), json_number_value(json_object_get(r, "ours")),
+               error, text_of(r, "class"), 100 * json_number_value(json_object_get(r, "tolerance")),
+               text_of(r, "verdict"));
+    }
+}
+
+/* Scenarios under scenarios/papers, by name; `only` NULL: all. */
+static int collect(const char *only, json_t *rows, struct err *e)
+{
+    char dir[900];
+    struct dirent **file = NULL;
+    if (registry_data("scenarios/papers", dir, sizeof dir) < 0)
+        return err_set(e, ERR_IO, "scenarios/papers: not found");
+    int n = scandir(dir, &file, NULL, alphasort), n_run = 0;
+    for (int i = 0; i < n; i++) {
+        size_t len = strlen(file[i]->d_name);
+        bool is_lua = len > 4 && !strcmp(file[i]->d_name + len - 4, ".lua");
+        char path[1200], out[64];
+        if (is_lua && (!only || (strlen(only) == len - 4 && !strncmp(only, file[i]->d_name, len - 4))) && !e->code) {
+            json_t *claims = NULL;
+            snprintf(path, sizeof path, "%s/%s", dir, file[i]->d_name);
+            snprintf(out, sizeof out, "/tmp/moelab-reproduce-%d", (int)getpid());
+            struct script_options o = { .out = out, .jobs = 2, .timeout_s = 600, .quiet = true };
+            n_run++;
+            if (script_run(path, &o, &claims, e) == 0 || e->code == ERR_RUN) {
+                memset(e, 0, sizeof *e);
+                json_array_extend(rows, claims);
+            }
+            json_decref(claims);
+            record_discard(out);
+        }
+        free(file[i]);
+    }
+    free(file);
+    if (!e->code && n_run == 0)
+        return err_set(e, ERR_INPUT, "no scenario \"%s\" under scenarios/papers", only ? only : "");
+    return e->code;
+}
+
+int cmd_reproduce(int argc, char **argv)
+{
+    bool as_json = false, all = false;
+    const char *only = NULL;
+    for (int i = 1; i < argc; i++) {
+        if (!strcmp(argv[i], "--help") || !strcmp(argv[i], "-h")) {
+            puts("usage: moelab reproduce [NAME | --all] [--json]\n\n"
+                 "Runs scenarios/papers/NAME.lua (or all of them) and prints published against ours: signed error, class,\n"
+                 "tolerance, verdict. Exit code 1 if a row of class E or A fails.\n\n"
+                 "Example:\n  moelab reproduce eplb");
+            return 0;
+        }
+        if (!strcmp(argv[i], "--json"))
+            as_json = true;
+        else if (!strcmp(argv[i], "--all"))
+            all = true;
+        else if (argv[i][0] == '-' || only)
+            return cmd_usage("reproduce", "%s: not understood", argv[i]);
+        else
+            only = argv[i];
+    }
+    if (all && only)
+        return cmd_usage("reproduce", "expected a name or --all, found both");
+    struct err e = { 0 };
+    json_t *rows = json_array();
+    int code = 0;
+    if (collect(only, rows, &e) < 0) {
+        code = cmd_fail(&e);
+    } else {
+        for (size_t i = 0; i < json_array_size(rows); i++) {
+            json_t *row = json_array_get(rows, i);
+            judge(row);
+            const char *class = text_of(row, "class");
+            if ((!strcmp(class, "E") || !strcmp(class, "A")) && !strcmp(text_of(row, "verdict"), "fails"))
+                code = 1;
+        }
+        if (as_json) {
+            json_dumpf(rows, stdout, JSON_INDENT(1) | JSON_REAL_PRECISION(17));
+            putchar('\n');
+        } else {
+            print_rows(rows);
+        }
+    }
+    json_decref(rows);
+    return code;
+}

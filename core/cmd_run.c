@@ -1,0 +1,68 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * cmd_run.c - moelab run FILE.lua */
+#include "config.h"
+
+#include "cmd.h"
+#include "script.h"
+
+#include <getopt.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+static void help(void)
+{
+    puts("usage: moelab run FILE.lua [OPTION...]\n\n"
+         "Runs a scenario: all combinations of its axes, each in a process of its own.\n\n"
+         "  --out DIR          results directory (default: results/NAME)\n"
+         "  --set KEY=VALUE    override a key of the experiment: machine.nodes=8, workload.steps=5, seed=3\n"
+         "  --machine NAME     executor: flow, simgrid or host\n"
+         "  --jobs N           runs at a time (default: one per processor)\n"
+         "  --run-timeout S    seconds after which a run, or the script's own loop, is ended (default: 600; 0: never)\n"
+         "  --unsafe           give the script files, processes and native libraries\n"
+         "  --quiet            no tables\n\n"
+         "Exit code: 0 done, 1 some runs failed, 2 bad usage or input.\n\n"
+         "Example:\n  moelab run scenarios/quickstart.lua --out results/quickstart --set seed=2");
+}
+
+int cmd_run(int argc, char **argv)
+{
+    static const struct option long_options[] = {
+        { "out", required_argument, NULL, 'o' },     { "set", required_argument, NULL, 's' },
+        { "machine", required_argument, NULL, 'm' }, { "jobs", required_argument, NULL, 'j' },
+        { "run-timeout", required_argument, NULL, 't' }, { "unsafe", no_argument, NULL, 'u' },
+        { "quiet", no_argument, NULL, 'q' },         { "help", no_argument, NULL, 'h' },
+        { NULL, 0, NULL, 0 },
+    };
+    long processors = sysconf(_SC_NPROCESSORS_ONLN);
+    const char *set[argc];
+    struct script_options o = { .set = set, .jobs = processors > 0 ? (int)processors : 1, .timeout_s = 600,
+                                .progress = isatty(STDERR_FILENO) };
+    char *end;
+    for (int c; (c = getopt_long(argc, argv, "", long_options, NULL)) != -1;) {
+        switch (c) {
+        case 'o': o.out = optarg; break;
+        case 's': set[o.n_set++] = optarg; break;
+        case 'm': o.executor = optarg; break;
+        case 'j':
+            o.jobs = (int)strtol(optarg, &end, 10);
+            if (*end || o.jobs < 1 || o.jobs > 4096)
+                return cmd_usage("run", "--jobs %s: expected a number from 1 to 4096", optarg);
+            break;
+        case 't':
+            o.timeout_s = strtod(optarg, &end);
+            if (*end || !(o.timeout_s >= 0) || o.timeout_s > 1e9)
+                return cmd_usage("run", "--run-timeout %s: expected seconds, 0 or more", optarg);
+            break;
+        case 'u': o.unsafe = true; break;
+        case 'q': o.quiet = true; break;
+        case 'h': help(); return 0;
+        default: return cmd_usage("run", "see above");
+        }
+    }
+    if (optind + 1 != argc)
+        return cmd_usage("run", "expected one scenario, found %d", argc - optind);
+    struct err e = { 0 };
+    return script_run(argv[optind], &o, NULL, &e) < 0 ? cmd_fail(&e) : 0;
+}

@@ -1,0 +1,85 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * main.c - the command line's first word. */
+#include "config.h"
+
+#include "cmd.h"
+#include "revision.h"
+
+#include <locale.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+
+static const struct command {
+    const char *name, *summary;
+    int (*run)(int argc, char **argv);
+} commands[] = {
+    { "run", "run a scenario", cmd_run },
+    { "plugins", "list policies, workloads and metrics, or show one", cmd_plugins },
+    { "eval", "one policy, machine or metric on one input", cmd_eval },
+    { "trace", "inspect, check, import or synthesise traces", cmd_trace },
+    { "papers", "papers whose mechanisms work, and how to get them", cmd_papers },
+    { "reproduce", "published figures against ours", cmd_reproduce },
+    { "rank", NULL, cmd_rank },
+};
+
+enum { N_COMMANDS = sizeof commands / sizeof *commands };
+
+int cmd_fail(const struct err *e)
+{
+    fprintf(stderr, "moelab: %s\n", e->text);
+    return err_exit_code(e->code);
+}
+
+int cmd_usage(const char *name, const char *fmt, ...)
+{
+    va_list ap;
+    va_start(ap, fmt);
+    fprintf(stderr, "moelab %s: ", name);
+    vfprintf(stderr, fmt, ap);
+    fprintf(stderr, "\n(see: moelab %s --help)\n", name);
+    va_end(ap);
+    return 2;
+}
+
+static void help(FILE *to)
+{
+    fprintf(to, "usage: moelab COMMAND [ARGUMENT...]\n\n"
+                "Which policies, on which hardware, for my traffic, and how far from the best possible?\n\n");
+    for (int i = 0; i < N_COMMANDS; i++)
+        if (commands[i].summary)
+            fprintf(to, "  %-10s %s\n", commands[i].name, commands[i].summary);
+    fprintf(to, "\nmoelab COMMAND --help says more. Example:\n  moelab run scenarios/quickstart.lua --out results/quickstart\n");
+}
+
+int main(int argc, char **argv)
+{
+    setlocale(LC_ALL, "C");
+    signal(SIGPIPE, SIG_IGN); /* a helper process that dies, a file-size limit: errors to report, not ends */
+    signal(SIGXFSZ, SIG_IGN);
+    if (argc < 2 || !strcmp(argv[1], "--help") || !strcmp(argv[1], "-h") || !strcmp(argv[1], "help")) {
+        help(argc < 2 ? stderr : stdout);
+        return argc < 2 ? 2 : 0;
+    }
+    if (!strcmp(argv[1], "--version")) {
+        printf("moelab %s (%s)\n", PACKAGE_VERSION, MOELAB_REVISION);
+        return 0;
+    }
+    const char *names[N_COMMANDS];
+    for (int i = 0; i < N_COMMANDS; i++) {
+        names[i] = commands[i].name;
+        if (!strcmp(argv[1], commands[i].name)) {
+            int code = commands[i].run(argc - 1, argv + 1);
+            if (fflush(stdout) != 0 || ferror(stdout)) {
+                perror("moelab: standard output");
+                return code ? code : 2;
+            }
+            return code;
+        }
+    }
+    const char *near = err_nearest(argv[1], names, N_COMMANDS - 1);
+    fprintf(stderr, "moelab: unknown command \"%s\"%s%s%s\n", argv[1], near ? "; did you mean \"" : "",
+            near ? near : "", near ? "\"?" : " (see: moelab --help)");
+    return 2;
+}

@@ -1,0 +1,260 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * record.c - runs.jsonl, manifest.json and files that scenarios write. */
+#include "config.h"
+
+#include "record.h"
+#include "revision.h"
+#include "sha256.h"
+#include "trace.h"
+
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+enum { SCHEMA = 1 }; /* of runs.jsonl and manifest.json: raised when a key's meaning changes */
+
+static int make_parents(const char *path, struct err *e)
+{
+    char part[512];
+    snprintf(part, sizeof part, "%s", path);
+    for (char *c = part + 1; *c; c++)
+        if (*c == '/') {
+            *c = '\0';
+            if (mkdir(part, 0777) < 0 && errno != EEXIST)
+                return err_set(e, ERR_IO, "cannot make %s: %s", part, strerror(errno));
+            *c = '/';
+        }
+    return 0;
+}
+
+/* Directories of results hold plain files only. */
+void record_discard(const char *path)
+{
+    DIR *d = opendir(path);
+    if (!d)
+        return;
+    for (struct dirent *f; (f = readdir(d));)
+        if (strcmp(f->d_name, ".") && strcmp(f->d_name, ".."))
+            unlinkat(dirfd(d), f->d_name, 0);
+    closedir(d);
+    rmdir(path);
+}
+
+static bool is_empty(const char *path)
+{
+    DIR *d = opendir(path);
+    int n = 0;
+    for (struct dirent *f; d && (f = readdir(d));)
+        n++;
+    if (d)
+        closedir(d);
+    return n <= 2;
+}
+
+int record_open(struct record *r, const char *out, struct err *e)
+{
+    memset(r, 0, sizeof *r);
+    if (strlen(out) >= sizeof r->out)
+        return err_set(e, ERR_INPUT, "--out: %zu characters, expected fewer than %zu", strlen(out), sizeof r->out);
+    snprintf(r->out, sizeof r->out, "%s", out);
+    size_t n = strlen(r->out);
+    while (n > 1 && r->out[n - 1] == '/')
+        r->out[--n] = '\0';
+    snprintf(r->part, sizeof r->part, "%s.part", r->out);
+    struct stat st;
+    char manifest[512];
+    snprintf(manifest, sizeof manifest, "%s/manifest.json", r->out);
+    if (stat(r->out, &st) == 0 && (!S_ISDIR(st.st_mode) || (!is_empty(r->out) && access(manifest, F_OK) < 0)))
+        return err_set(e, ERR_INPUT, "%s: exists and is not a results directory; choose another --out", r->out);
+    if (make_parents(r->part, e) < 0)
+        return e->code;
+    record_discard(r->part);
+    if (mkdir(r->part, 0777) < 0)
+        return err_set(e, ERR_IO, "cannot make %s: %s", r->part, strerror(errno));
+    r->open = true;
+    r->experiments = json_array();
+    r->machines = json_object();
+    r->traces = json_object();
+    return 0;
+}
+
+static int put(struct record *r, const char *name, const char *mode, const char *text, size_t n, struct err *e)
+{
+    char path[700];
+    snprintf(path, sizeof path, "%s/%s", r->part, name);
+    FILE *f = fopen(path, mode);
+    if (!f)
+        return err_set(e, ERR_IO, "cannot write %s: %s", path, strerror(errno));
+    bool ok = fwrite(text, 1, n, f) == n;
+    int why = errno;
+    if (fclose(f) != 0 && ok) {
+        ok = false;
+        why = errno;
+    }
+    return ok ? 0 : err_set(e, ERR_IO, "cannot write %s: %s", path, strerror(why));
+}
+
+int record_file(struct record *r, const char *name, const char *text, size_t n, struct err *e)
+{
+    if (!*name || *name == '.' || strchr(name, '/') || strlen(name) > 200)
+        return err_set(e, ERR_INPUT, "\"%s\" is not a file name (no slashes, no leading dot)", name);
+    return put(r, name, "w", text, n, e);
+}
+
+static const char *base_name(const char *path)
+{
+    const char *slash = strrchr(path, '/');
+    return slash ? slash + 1 : path;
+}
+
+/* A spec for the manifest: big and machine-dependent things by name, listed once elsewhere. */
+static json_t *slim_spec(struct record *r, json_t *spec, struct err *e)
+{
+    json_t *s = json_deep_copy(spec), *machine = json_object_get(s, "machine"), *w = json_object_get(s, "workload");
+    json_t *description = json_object_get(machine, "description");
+    const char *file = json_string_value(json_object_get(machine, "file"));
+    const char *trace = json_string_value(json_object_get(w, "trace"));
+    if (description) {
+        char key[200];
+        json_t *nodes = json_object_get(description, "nodes");
+        for (int i = 0;; i++) { /* one file may appear with several sets of figures */
+            snprintf(key, sizeof key, "%s, %lld nodes%.*s", file ? base_name(file) : "machine",
+                     (long long)json_integer_value(nodes), i, "''''''''''''''''");
+            json_t *known = json_object_get(r->machines, key);
+            if (!known)
+                json_object_set(r->machines, key, description);
+            if (!known || json_equal(known, description) || i == 16)
+                break;
+        }
+        json_object_set_new(machine, "description", json_string(key));
+        if (file)
+            json_object_set_new(machine, "file", json_string(base_name(file)));
+    }
+    if (trace) {
+        const char *name = base_name(trace);
+        if (!json_object_get(r->traces, name)) {
+            struct trace t;
+            char hex[65] = "";
+            if (trace_open(&t, trace, e) == 0) {
+                trace_checksum(&t, hex, e);
+                json_object_set_new(r->traces, name,
+                                    json_pack("{s:s, s:i, s:i, s:i, s:I}", "sha256", hex, "layers", t.n_layers,
+                                              "experts", t.n_experts, "top_k", t.top_k, "tokens",
+                                              (json_int_t)t.n_tokens));
+                trace_close(&t);
+            }
+        }
+        json_object_set_new(w, "trace", json_string(name));
+    }
+    const char *where = json_string_value(json_object_get(s, "where"));
+    if (where)
+        json_object_set_new(s, "where", json_string(base_name(where)));
+    return s;
+}
+
+int record_runs(struct record *r, const char *experiment, json_t *specs, json_t *axes, json_t *results, struct err *e)
+{
+    json_t *kept = json_array();
+    for (size_t i = 0; i < json_array_size(results) && !e->code; i++) {
+        json_t *result = json_array_get(results, i);
+        json_t *line = json_pack("{s:i, s:i, s:s, s:O}", "schema", SCHEMA, "run", r->n_runs++, "experiment",
+                                 experiment, "axes", json_array_get(axes, i));
+        json_t *spec = slim_spec(r, json_array_get(specs, i), e);
+        json_t *policies = json_object_get(result, "policies");
+        if (policies) /* with every default filled in */
+            json_object_set(spec, "policies", policies);
+        json_array_append_new(kept, spec);
+        json_object_update(line, result);
+        json_object_del(line, "policies");
+        char *text = json_dumps(line, JSON_COMPACT | JSON_SORT_KEYS | JSON_REAL_PRECISION(17));
+        if (!text || put(r, "runs.jsonl", "a", text, strlen(text), e) < 0 || put(r, "runs.jsonl", "a", "\n", 1, e) < 0)
+            err_set(e, ERR_MEMORY, "out of memory for results");
+        free(text);
+        json_decref(line);
+    }
+    json_array_append_new(r->experiments, json_pack("{s:s, s:o}", "name", experiment, "runs", kept));
+    return e->code;
+}
+
+int record_commit(struct record *r, const char *scenario, const json_t *overrides, struct err *e)
+{
+    char hex[65] = "";
+    if (sha256_file(scenario, hex, e) < 0)
+        return e->code;
+    json_t *m = json_pack("{s:i, s:s, s:s, s:{s:s, s:s}, s:O, s:O, s:O, s:O}", "schema", SCHEMA, "moelab",
+                          PACKAGE_VERSION, "revision", MOELAB_REVISION, "scenario", "file", base_name(scenario),
+                          "sha256", hex, "overrides", overrides, "machines", r->machines, "traces", r->traces,
+                          "experiments", r->experiments);
+    char *text = json_dumps(m, JSON_INDENT(1) | JSON_SORT_KEYS | JSON_REAL_PRECISION(17));
+    json_decref(m);
+    int code = text ? put(r, "manifest.json", "w", text, strlen(text), e)
+                    : err_set(e, ERR_MEMORY, "out of memory for the manifest");
+    free(text);
+    if (code < 0)
+        return code;
+    char old[440];
+    snprintf(old, sizeof old, "%s.old", r->out);
+    record_discard(old);
+    bool had = rename(r->out, old) == 0;
+    if (rename(r->part, r->out) < 0) {
+        err_set(e, ERR_IO, "cannot rename %s to %s: %s", r->part, r->out, strerror(errno));
+        if (had)
+            rename(old, r->out);
+        return e->code;
+    }
+    record_discard(old);
+    r->open = false;
+    json_decref(r->experiments);
+    json_decref(r->machines);
+    json_decref(r->traces);
+    return 0;
+}
+
+void record_abandon(struct record *r)
+{
+    if (!r->open)
+        return;
+    record_discard(r->part);
+    json_decref(r->experiments);
+    json_decref(r->machines);
+    json_decref(r->traces);
+    r->open = false;
+}
+
+int record_draw(struct record *r, const char *gp, struct err *e)
+{
+    int fd[2];
+    char text[400] = "";
+    if (pipe(fd) < 0)
+        return err_set(e, ERR_IO, "cannot make a pipe: %s", strerror(errno));
+    fflush(NULL);
+    pid_t pid = fork();
+    if (pid == 0) {
+        dup2(fd[1], 2);
+        dup2(fd[1], 1);
+        close(fd[0]);
+        if (chdir(r->part) == 0)
+            execlp("gnuplot", "gnuplot", gp, (char *)NULL);
+        _exit(errno == ENOENT ? 127 : 126);
+    }
+    close(fd[1]);
+    size_t n = 0;
+    for (ssize_t got; pid > 0 && (got = read(fd[0], text + n, sizeof text - 1 - n)) > 0;)
+        n += (size_t)got;
+    close(fd[0]);
+    text[n] = '\0';
+    int status = 0;
+    if (pid < 0 || waitpid(pid, &status, 0) < 0)
+        return err_set(e, ERR_IO, "cannot start gnuplot: %s", strerror(errno));
+    if (WIFEXITED(status) && WEXITSTATUS(status) == 127)
+        return 1;
+    if (!WIFEXITED(status) || WEXITSTATUS(status) != 0)
+        return err_set(e, ERR_IO, "gnuplot %s failed: %s", gp, text);
+    return 0;
+}

@@ -1,0 +1,33 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * record.h - a results directory: built beside its place under another name, renamed when everything is in it. */
+#ifndef RECORD_H
+#define RECORD_H
+
+#include "err.h"
+#include <jansson.h>
+#include <stdbool.h>
+
+struct record {
+    char out[400], part[420];
+    bool open;
+    json_t *experiments; /* for the manifest */
+    json_t *machines, *traces;
+    int n_runs;
+};
+
+/* Refuses a directory that holds something other than results of moelab. */
+int record_open(struct record *, const char *out, struct err *);
+/* A file in the directory; `name` without slashes. */
+int record_file(struct record *, const char *name, const char *text, size_t n, struct err *);
+/* Appends one line per run to runs.jsonl, and what the runs were made of to the manifest. */
+int record_runs(struct record *, const char *experiment, json_t *specs, json_t *axes, json_t *results, struct err *);
+/* Writes manifest.json and puts the directory in its place. */
+int record_commit(struct record *, const char *scenario, const json_t *overrides, struct err *);
+/* Removes what was written. Harmless after record_commit. */
+void record_abandon(struct record *);
+/* Removes a results directory (plain files and the directory itself). */
+void record_discard(const char *out);
+/* Draws NAME.gp in the directory with gnuplot. 0: drawn; 1: there is no gnuplot; < 0: gnuplot failed. */
+int record_draw(struct record *, const char *gp, struct err *);
+
+#endif

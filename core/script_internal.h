@@ -1,0 +1,46 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * script_internal.h - shared by core/script*.c alone. */
+#ifndef SCRIPT_INTERNAL_H
+#define SCRIPT_INTERNAL_H
+
+#include "record.h"
+#include "script.h"
+
+#include <lauxlib.h>
+#include <lua.h>
+#include <lualib.h>
+
+struct script {
+    const struct script_options *options;
+    const char *path;
+    struct record record;
+    json_t *overrides;    /* --set, as an object */
+    json_t *claims;
+    bool some_failed;     /* a run failed: exit 1 */
+    struct err err;       /* of a native function, on its way through Lua */
+    char synth_dir[64];   /* synthetic traces of this scenario, removed at the end */
+    int n_synth;
+    bool no_gnuplot_told;
+    size_t bytes;         /* memory the script holds */
+};
+
+struct script *script_of(lua_State *);
+/* Raises err->text as a Lua error; err->code becomes the scenario's. Does not return. */
+int script_raise(lua_State *, struct err *);
+
+/* Lua value at `index` <-> JSON. A table with t[1] is a list, any other an object. Functions and userdata are errors
+ * that name the key. */
+json_t *script_to_json(lua_State *, int index);
+void script_push_json(lua_State *, const json_t *);
+
+/* The table of functions that core/moelab.lua is built on: script_native.c. Leaves it on the stack. */
+void script_push_natives(lua_State *);
+/* moe.policy: registers the table at the top of the stack, returns its id. script_policy.c */
+int script_policy_add(lua_State *);
+void script_policy_forget(void);
+
+/* The clock on a script's own loops: stopped while runs go on. */
+void script_clock_start(lua_State *, double seconds);
+void script_clock_stop(void);
+
+#endif

@@ -1,0 +1,332 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * script_native.c - what core/moelab.lua cannot do in Lua: files, runs, checks against the plugins, gnuplot. */
+#include "config.h"
+
+#include "eval.h"
+#include "metrics.h"
+#include "param.h"
+#include "registry.h"
+#include "script_internal.h"
+#include "sweep.h"
+#include "trace.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+/* where(level): file and line of the caller's caller..., as in messages. */
+static int n_where(lua_State *L)
+{
+    lua_Debug ar;
+    int level = (int)luaL_checkinteger(L, 1);
+    /* Up from `level` to the first function that is not part of the prelude. */
+    for (; lua_getstack(L, level, &ar); level++) {
+        lua_getinfo(L, "Sl", &ar);
+        if (ar.currentline > 0 && !strstr(ar.short_src, "core/moelab.lua")) {
+            lua_pushstring(L, ar.source[0] == '@' ? ar.source + 1 : ar.source);
+            lua_pushinteger(L, ar.currentline);
+            return 2;
+        }
+    }
+    lua_pushstring(L, script_of(L)->path);
+    lua_pushinteger(L, 0);
+    return 2;
+}
+
+/* key_line(file, line, key): the first line from `line` on where `key` is set in a table, else `line`. Lua keeps no
+ * line per key; a search of the text from the call on finds it. */
+static int n_key_line(lua_State *L)
+{
+    const char *file = luaL_checkstring(L, 1), *key = luaL_checkstring(L, 3);
+    lua_Integer line = luaL_checkinteger(L, 2), at = 0, found = line;
+    char text[4096];
+    FILE *f = fopen(file, "r");
+    size_t n = strlen(key);
+    while (f && found == line && fgets(text, sizeof text, f)) {
+        if (++at < line)
+            continue;
+        for (const char *c = text; (c = strstr(c, key)); c += n) {
+            bool starts = c == text || !(c[-1] == '_' || c[-1] == '.' || (c[-1] >= 'a' && c[-1] <= 'z'));
+            const char *after = c + n + strspn(c + n, " \t\"]");
+            if (starts && after[0] == '=' && after[1] != '=') {
+                found = at;
+                break;
+            }
+        }
+        if (at > line + 200)
+            break;
+    }
+    if (f)
+        fclose(f);
+    lua_pushinteger(L, found);
+    return 1;
+}
+
+/* nearest(name, list) */
+static int n_nearest(lua_State *L)
+{
+    const char *name = luaL_checkstring(L, 1);
+    int n = (int)lua_rawlen(L, 2);
+    const char **candidate = lua_newuserdatauv(L, sizeof *candidate * (size_t)(n + 1), 0);
+    for (int i = 0; i < n; i++) {
+        lua_rawgeti(L, 2, i + 1);
+        candidate[i] = lua_tostring(L, -1);
+        lua_pop(L, 1); /* the list keeps the string */
+    }
+    lua_pushstring(L, err_nearest(name, candidate, n));
+    return 1;
+}
+
+/* fail(message): ends the scenario with exit code 2. */
+static int n_fail(lua_State *L)
+{
+    struct err e = { 0 };
+    err_set(&e, ERR_INPUT, "%s", luaL_checkstring(L, 1));
+    return script_raise(L, &e);
+}
+
+/* machine(name) -> description, file */
+static int n_machine(lua_State *L)
+{
+    json_t *o = NULL;
+    char file[600];
+    struct err e = { 0 };
+    if (script_machine(luaL_checkstring(L, 1), &o, file, sizeof file, &e) < 0) {
+        lua_pushnil(L);
+        lua_pushstring(L, e.text);
+        return 2;
+    }
+    script_push_json(L, o);
+    json_decref(o);
+    lua_pushstring(L, file);
+    return 2;
+}
+
+/* policy(kind, name, params, where): that the policy exists and takes these parameters, before anything runs. */
+static int n_policy(lua_State *L)
+{
+    int kind = kind_of(luaL_checkstring(L, 1));
+    const char *name = luaL_checkstring(L, 2);
+    char who[600];
+    struct err e = { 0 };
+    const struct moe_plugin *plugin;
+    struct param_set set;
+    snprintf(who, sizeof who, "%s: %s %s", luaL_checkstring(L, 4), kind_name[kind], name);
+    json_t *params = script_to_json(L, 3);
+    if (registry_load((enum moe_kind)kind, name, who, &plugin, &e) == 0 && param_fill(&set, plugin, params, who, &e) == 0)
+        param_free(&set);
+    json_decref(params);
+    return e.code ? script_raise(L, &e) : 0;
+}
+
+/* trace(path): where the trace is: as given, beside the scenario, under scenarios/; nil if nowhere. */
+static int n_trace(lua_State *L)
+{
+    const char *name = luaL_checkstring(L, 1), *scenario = script_of(L)->path;
+    char path[900], probe[920];
+    const char *slash = strrchr(scenario, '/');
+    for (int i = 0; i < 3; i++) {
+        char sub[500];
+        if (i == 0)
+            snprintf(path, sizeof path, "%s", name);
+        else if (i == 1)
+            snprintf(path, sizeof path, "%.*s%s", slash ? (int)(slash - scenario + 1) : 0, scenario, name);
+        else if (snprintf(sub, sizeof sub, "scenarios/%s", name) < 0 || registry_data(sub, path, sizeof path) < 0)
+            break;
+        snprintf(probe, sizeof probe, "%s/trace.json", path);
+        if (access(probe, R_OK) == 0) {
+            lua_pushstring(L, path);
+            return 1;
+        }
+    }
+    return 0;
+}
+
+static double field_number(lua_State *L, int table, const char *key, double def, double min, double max)
+{
+    struct err e = { 0 };
+    lua_getfield(L, table, key);
+    double x = lua_isnil(L, -1) ? def : lua_isnumber(L, -1) ? lua_tonumber(L, -1) : min - 1;
+    lua_pop(L, 1);
+    if (x >= min && x <= max)
+        return x;
+    lua_getfield(L, table, "where");
+    err_set(&e, ERR_INPUT, "%s: moe.synth: %s: expected a number from %g to %g", lua_tostring(L, -1), key, min, max);
+    script_raise(L, &e);
+    return 0;
+}
+
+/* synth(table) -> directory of a trace that lives as long as the scenario. table.where starts messages; with
+ * table.like (a trace directory) skew, stickiness, affinity and drift are fitted to it. */
+static int n_synth(lua_State *L)
+{
+    struct script *s = script_of(L);
+    struct err e = { 0 };
+    char dir[200];
+    luaL_checktype(L, 1, LUA_TTABLE);
+    struct trace like = { 0 };
+    lua_getfield(L, 1, "like");
+    const char *model = lua_tostring(L, -1);
+    if (model && trace_open(&like, model, &e) < 0)
+        return script_raise(L, &e);
+    lua_getfield(L, 1, "logits");
+    struct trace_synth t = {
+        .n_layers = (int32_t)field_number(L, 1, "layers", like.n_layers, 1, 1000),
+        .n_experts = (int32_t)field_number(L, 1, "experts", like.n_experts, 1, 65535),
+        .top_k = (int32_t)field_number(L, 1, "top_k", like.top_k, 1, 1024),
+        .n_requests = (int32_t)field_number(L, 1, "requests", 64, 1, 1e6),
+        .tokens_per_request = (int32_t)field_number(L, 1, "tokens_per_request", 128, 1, 1e6),
+        .skew = field_number(L, 1, "skew", 0.5, 0, 10), .stickiness = field_number(L, 1, "stickiness", 0.25, 0, 1),
+        .affinity = field_number(L, 1, "affinity", 0.25, 0, 1), .drift = field_number(L, 1, "drift", model ? -1 : 0, -1, 1),
+        .logits = lua_toboolean(L, -1), .seed = (uint64_t)field_number(L, 1, "seed", 1, 0, 9e15),
+    };
+    lua_pop(L, 2);
+    if (model) {
+        trace_synth_like(&t, &like, NULL, &e);
+        trace_close(&like);
+        if (e.code)
+            return script_raise(L, &e);
+    }
+    if (!s->synth_dir[0]) {
+        snprintf(s->synth_dir, sizeof s->synth_dir, "/tmp/moelab-synth-XXXXXX");
+        if (!mkdtemp(s->synth_dir)) {
+            err_set(&e, ERR_IO, "cannot make a directory for synthetic traces under /tmp");
+            s->synth_dir[0] = '\0';
+            return script_raise(L, &e);
+        }
+    }
+    snprintf(dir, sizeof dir, "%s/%d", s->synth_dir, s->n_synth);
+    if (trace_synthesise(&t, dir, &e) < 0)
+        return script_raise(L, &e);
+    s->n_synth++;
+    lua_pushstring(L, dir);
+    return 1;
+}
+
+/* eval(kind, name, options) -> what `moelab eval` prints, as a table */
+static int n_eval(lua_State *L)
+{
+    struct err e = { 0 };
+    const char *kind = luaL_checkstring(L, 1), *name = luaL_checkstring(L, 2);
+    json_t *options = script_to_json(L, 3);
+    json_t *result = eval(kind, name, options, &e);
+    json_decref(options);
+    if (!result)
+        return script_raise(L, &e);
+    script_push_json(L, result);
+    json_decref(result);
+    return 1;
+}
+
+/* run(name, specs, axes) -> results. Runs are recorded as they come back. */
+static int n_run(lua_State *L)
+{
+    struct script *s = script_of(L);
+    struct err e = { 0 };
+    const char *name = luaL_checkstring(L, 1);
+    json_t *specs = script_to_json(L, 2), *axes = script_to_json(L, 3), *results = NULL;
+    struct sweep_options o = { s->options->jobs, s->options->timeout_s, s->options->progress };
+    script_clock_stop(); /* runs have their own */
+    if (sweep(specs, &o, &results, &e) == 0)
+        record_runs(&s->record, name, specs, axes, results, &e);
+    script_clock_start(L, s->options->timeout_s);
+    json_decref(specs);
+    json_decref(axes);
+    if (e.code) {
+        json_decref(results);
+        return script_raise(L, &e);
+    }
+    for (size_t i = 0; i < json_array_size(results); i++) {
+        const char *error = json_string_value(json_object_get(json_array_get(results, i), "error"));
+        if (!error)
+            continue;
+        s->some_failed = true;
+        fprintf(stderr, "moelab: run %zu of \"%s\" failed: %s\n", i + 1, name, error);
+    }
+    script_push_json(L, results);
+    json_decref(results);
+    return 1;
+}
+
+/* write(name, text) */
+static int n_write(lua_State *L)
+{
+    size_t n;
+    struct err e = { 0 };
+    const char *name = luaL_checkstring(L, 1), *text = luaL_checklstring(L, 2, &n);
+    return record_file(&script_of(L)->record, name, text, n, &e) < 0 ? script_raise(L, &e) : 0;
+}
+
+/* draw(name): NAME.gp by gnuplot, if there is one. */
+static int n_draw(lua_State *L)
+{
+    struct script *s = script_of(L);
+    struct err e = { 0 };
+    int code = record_draw(&s->record, luaL_checkstring(L, 1), &e);
+    if (code < 0)
+        return script_raise(L, &e);
+    if (code == 1 && !s->no_gnuplot_told) {
+        fprintf(stderr, "moelab: gnuplot is not installed: pictures are left as .gp and .dat; with it, run "
+                        "\"gnuplot NAME.gp\" in %s\n", s->record.out);
+        s->no_gnuplot_told = true;
+    }
+    lua_pushboolean(L, code == 0);
+    return 1;
+}
+
+/* claim(table): one row of published against ours, for `moelab reproduce`. */
+static int n_claim(lua_State *L)
+{
+    json_array_append_new(script_of(L)->claims, script_to_json(L, 1));
+    return 0;
+}
+
+/* overrides() -> the --set pairs as a table */
+static int n_overrides(lua_State *L)
+{
+    script_push_json(L, script_of(L)->overrides);
+    return 1;
+}
+
+/* metrics() -> { name = unit } */
+static int n_metrics(lua_State *L)
+{
+    lua_newtable(L);
+    for (int i = 0; i < N_METRICS; i++) {
+        lua_pushstring(L, metric_info[i].unit);
+        lua_setfield(L, -2, metric_info[i].name);
+    }
+    return 1;
+}
+
+static int n_option(lua_State *L)
+{
+    const struct script_options *o = script_of(L)->options;
+    const char *name = luaL_checkstring(L, 1);
+    if (!strcmp(name, "executor"))
+        lua_pushstring(L, o->executor);
+    else if (!strcmp(name, "quiet"))
+        lua_pushboolean(L, o->quiet);
+    else
+        lua_pushnil(L);
+    return 1;
+}
+
+static int n_add_policy(lua_State *L)
+{
+    lua_pushinteger(L, script_policy_add(L));
+    return 1;
+}
+
+void script_push_natives(lua_State *L)
+{
+    static const luaL_Reg all[] = {
+        { "where", n_where }, { "key_line", n_key_line }, { "nearest", n_nearest }, { "fail", n_fail },
+        { "machine", n_machine }, { "policy", n_policy }, { "trace", n_trace }, { "synth", n_synth },
+        { "run", n_run }, { "eval", n_eval }, { "write", n_write }, { "draw", n_draw }, { "claim", n_claim },
+        { "overrides", n_overrides }, { "option", n_option }, { "metrics", n_metrics }, { "add_policy", n_add_policy }, { NULL, NULL },
+    };
+    luaL_newlib(L, all);
+}
