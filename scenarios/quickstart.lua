@@ -1,0 +1,69 @@
+-- SPDX-License-Identifier: Apache-2.0
+--
+-- Two questions, answered on routing that a small MoE language model learned (scenarios/traces/tiny-moe):
+--   1. Which placement of experts is fastest on one and on two 8-GPU H100 nodes, and how far is it from perfect balance?
+--   2. On one 24 GB card with the experts in host memory, which offload policy keeps the right ones resident?
+-- Both are run on the flow solver and on SimGrid, and the two are compared.
+--
+-- The routing is the trace's: 8 layers, 32 experts, top-4. The sizes are gpt-oss-20b's, which routes the same way.
+local moe = require "moelab"
+
+local trace = "traces/tiny-moe"
+local model = moe.model "gpt-oss-20b" { layers = 8 }
+
+-- 1. Placement. Statistics come from one half of the requests, the other half is served.
+local placement = moe.experiment {
+  name      = "placement",
+  model     = model,
+  machine   = moe.machine "dgx-h100" { nodes = moe.each { 1, 2 } },
+  executor  = moe.each { "flow", "simgrid" },
+  tier      = "exact",
+  workload  = moe.decode { trace = trace, batch_per_device = 128, steps = 4, profile = 0.5 },
+  placement = moe.each { "contiguous", "round-robin", moe.plugin("eplb", { replicas = 48 }) },
+}
+
+-- 2. Offload. One request at a time; a cache that holds a share of all 256 experts.
+local offload = moe.experiment {
+  name     = "offload",
+  model    = model,
+  machine  = "rtx4090-pcie4",
+  executor = moe.each { "flow", "simgrid" },
+  workload = moe.decode { trace = trace, batch_per_device = 1, steps = 512, profile = 0 },
+  offload  = moe.each { "lru", "lfu", "layer-distance", "belady" },
+  cache    = moe.each { 0.05, 0.1, 0.2, 0.3, 0.5, 0.75 },
+}
+
+local placed = placement:run()
+placed:filter { executor = "flow" }:table {
+  title = "Which placement serves a decode batch of 128 tokens per GPU fastest?",
+  rows = { "machine.nodes", "placement" }, value = { "step_s", "a2a_s", "experts_s", "imbalance" },
+  best = "min", bound = true, file = "placement.txt",
+}
+placed:difference { over = "executor", value = "step_s" }
+placed:filter { executor = "flow" }:plot {
+  title = "Which placement is fastest? (gpt-oss-20b shapes, learned routing, 128 tokens per H100)",
+  x = "machine.nodes", group = "placement", y = "step_s", bound = true,
+  xlabel = "nodes of 8 H100", ylabel = "time of one step", file = "placement.png",
+}
+
+local offloaded = offload:run()
+offloaded:filter { executor = "flow" }:table {
+  title = "Which policy keeps the right experts on a 24 GB card? Expert accesses that hit, by the share of experts it holds",
+  rows = "offload", cols = "cache", value = "hit_rate", percent = true, best = "max", ceiling = "belady",
+  file = "offload-hits.txt",
+}
+offloaded:filter { executor = "flow" }:table {
+  title = "... and what it means for speed (belady knows the future: the ceiling)",
+  rows = "offload", cols = "cache", value = "tokens_per_s", best = "max", ceiling = "belady", file = "offload-speed.txt",
+}
+offloaded:difference { over = "executor", value = "step_s" }
+offloaded:filter { executor = "flow" }:plot {
+  title = "How close do caches come to the best possible? (256 experts behind PCIe 4.0)",
+  x = "cache", group = "offload", y = "hit_rate", kind = "lines", percent = true, ceiling = "belady",
+  xlabel = "cache size (share of all experts)", ylabel = "expert accesses that hit", file = "offload-hits.png",
+}
+offloaded:filter { executor = "flow" }:plot {
+  title = "Decode speed on one 24 GB card with experts in host memory",
+  x = "cache", group = "offload", y = "tokens_per_s", kind = "lines", ceiling = "belady",
+  xlabel = "cache size (share of all experts)", ylabel = "decode speed", file = "offload-speed.png",
+}
