@@ -132,9 +132,9 @@ static int open_policy(struct run *r, struct policy *p, enum moe_kind kind, cons
     snprintf(who, sizeof who, "%s: %s %s", r->where, kind_name[kind], name);
     const struct moe_plugin *plugin = NULL;
     const json_t *lua = json_object_get(spec, "lua"); /* a policy written in the scenario itself */
-    if (lua)
-        plugin = script_policy((int)json_integer_value(lua));
-    else if (registry_load(kind, name, who, &plugin, r->err) < 0)
+    if (lua && (!(plugin = script_policy((int)json_integer_value(lua))) || plugin->kind != kind))
+        return err_set(r->err, ERR_INPUT, "%s: is written in Lua, and its scenario does not run in this process", who);
+    if (!lua && registry_load(kind, name, who, &plugin, r->err) < 0)
         return r->err->code;
     if (policy_open(p, &r->context, plugin, json_object_get(spec, "params"), who, r->err) < 0)
         return r->err->code;

@@ -7,6 +7,7 @@
 #include "run.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <math.h>
 #include <poll.h>
 #include <signal.h>
@@ -14,6 +15,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -103,7 +105,7 @@ static void show_progress(const struct state *s, bool last)
 static int start(struct state *s, struct job *j)
 {
     int fd[2];
-    if (pipe(fd) < 0)
+    if (pipe2(fd, O_CLOEXEC) < 0)
         return err_set(s->err, ERR_IO, "cannot make a pipe: %s", strerror(errno));
     int slot = (int)(j - s->job);
     memset((void *)(uintptr_t)&s->note[slot], 0, sizeof s->note[slot]);
@@ -116,6 +118,7 @@ static int start(struct state *s, struct job *j)
     }
     if (pid == 0) {
         setpgid(0, 0); /* so that a time-out also ends what the run started */
+        prctl(PR_SET_PDEATHSIG, SIGKILL);
         close(fd[0]);
         policy_note_to(&s->note[slot]);
         child(json_array_get(s->specs, s->n_started), fd[1]);

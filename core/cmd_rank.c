@@ -1,0 +1,59 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * cmd_rank.c - moelab rank SPEC RESULT: one MPI rank of a run on machine host. Started by mpirun, which rank.c starts.
+ *
+ * Every rank opens the same run from the same specification and takes the same decisions; rank 0 writes the result. A
+ * failure is written by whichever rank it happens to. */
+#include "config.h"
+
+#include "cmd.h"
+#include "run.h"
+
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+/* The first to write wins; whole or not at all. */
+static int write_result(const json_t *o, const char *path)
+{
+    char own[1024];
+    snprintf(own, sizeof own, "%s.%ld", path, (long)getpid());
+    int code = json_dump_file(o, own, JSON_COMPACT | JSON_REAL_PRECISION(17));
+    if (code == 0 && link(own, path) < 0 && errno != EEXIST)
+        code = -1;
+    if (code < 0)
+        fprintf(stderr, "moelab rank: cannot write %s: %s\n", path, strerror(errno));
+    unlink(own);
+    return code;
+}
+
+int cmd_rank(int argc, char **argv)
+{
+    if (argc != 3)
+        return cmd_usage("rank", "expected SPEC RESULT; `moelab run` starts ranks, nobody else needs to");
+    json_error_t at;
+    json_t *spec = json_load_file(argv[1], 0, &at), *result = NULL;
+    struct run run;
+    struct err e = { 0 };
+    if (!spec) {
+        err_set(&e, ERR_INPUT, "%s:%d: %s", argv[1], at.line, at.text);
+        return cmd_fail(&e);
+    }
+    if (run_open(&run, spec, &e) < 0 || run_go(&run) < 0) {
+        result = json_pack("{s:s, s:i}", "error", e.text, "code", e.code);
+        write_result(result, argv[2]);
+        /* Not a word to MPI: leaving it would wait for the others, ending without having left it makes mpirun end
+         * them. */
+        fflush(stderr);
+        _exit(err_exit_code(e.code));
+    }
+    int32_t rank = run.machine.rank;
+    if (rank == 0)
+        result = run_result(&run);
+    run_close(&run);
+    int code = rank == 0 && write_result(result, argv[2]) < 0 ? 2 : 0;
+    json_decref(result);
+    json_decref(spec);
+    return code;
+}

@@ -1,0 +1,53 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * host_rank.h - the state of one MPI rank of machine host, within the module.
+ *
+ * Hidden states and outputs are rows of d_model floats. Rows live in one pool until the step ends, and two tables say
+ * where on this rank a row is, or -1: `token_row` of a token entering a layer, `route_row` of an expert's output. An
+ * exchange fills them on the receiving rank, so a row that was never sent cannot be computed on. */
+#ifndef HOST_RANK_H
+#define HOST_RANK_H
+
+#include "err.h"
+#include "graph.h"
+
+#include <mpi.h>
+
+struct pool { float *data; size_t room; };
+
+struct host {
+    const struct moe_model *model;
+    int rank, n_ranks;
+    MPI_Datatype row;            /* d_model floats */
+    int32_t step;
+    float **weights;             /* [L * E] of experts that ran here, kept */
+    struct pool rows, send, gathered, gate, up;
+    size_t n_rows;
+    int64_t *token_row;          /* [(L + 1) * T] */
+    int64_t *route_row;          /* [routes of all layers] */
+    int64_t *route_of;           /* [L * (T + 1)] first route of a token, counted over all layers */
+    int32_t *place, *own, n_own; /* [T] index among this rank's tokens or -1; [n_own] tokens */
+    int *count;                  /* [4 * n_ranks] send counts and displacements, receive counts and displacements */
+    char *piece;                 /* what exchange_bytes sends and receives, once it ran */
+};
+
+static inline float *row_at(const struct host *h, int64_t row)
+{
+    return h->rows.data + (size_t)row * (size_t)h->model->d_model;
+}
+
+static inline int64_t *token_row(const struct host *h, const struct moe_graph *g, int32_t layer, int32_t token)
+{
+    return &h->token_row[(size_t)layer * (size_t)g->n_tokens + (size_t)token];
+}
+
+static inline int64_t route_of(const struct host *h, const struct moe_graph *g, int32_t layer, int32_t token)
+{
+    return h->route_of[(size_t)layer * ((size_t)g->n_tokens + 1) + (size_t)token];
+}
+
+/* Over everything that a rank acts on. The graph keeps at least one layer's routes. */
+uint64_t host_graph_hash(const struct moe_graph *);
+/* Checks that the graph can be run here, makes room for all that this rank will touch, and places the inputs. */
+int host_prepare(struct host *, const struct moe_graph *, struct err *);
+
+#endif

@@ -1,0 +1,97 @@
+#!/bin/bash
+# SPDX-License-Identifier: Apache-2.0
+# Two MPI ranks run the same task graphs as the simulated machines, and what they compute is right.
+. "$(dirname "$0")/lib.sh"
+[ -e "$top_builddir/hw/host.so" ] || skip_all "built without MPI or OpenBLAS"
+command -v mpirun >/dev/null || skip_all "no mpirun"
+export ASAN_OPTIONS=${ASAN_OPTIONS:+$ASAN_OPTIONS:}detect_leaks=0 # MPI's, from code that is no longer loaded
+scenario=$top_srcdir/tests/cli/host.lua
+cd "$work" || exit 99
+
+# figures FILE REGEX: what each run has of it, sorted
+figures() { grep -Eo "$2" "$1/runs.jsonl" | sort; }
+
+ok "layers that ranks compute equal the reference" "$moelab" run "$scenario" --out host --jobs 1
+# Not 0: ranks compute in single precision with OpenBLAS, the reference in double.
+ok "every run was verified" test "$(figures host '"verified":[1-9][0-9.]*e-[0-9]+' | wc -l)" = 4
+ok "by machine host" test "$(figures host '"machine":"host"' | wc -l)" = 4
+
+ok "the same scenario, simulated" "$moelab" run "$scenario" --machine flow --out flow
+figures host '"decisions":"[0-9a-f]+"' >host.decisions
+figures flow '"decisions":"[0-9a-f]+"' >flow.decisions
+ok "four hashes of decisions" test "$(wc -l <host.decisions)" = 4
+ok "the same decisions on both" diff host.decisions flow.decisions
+ok "by machine flow, which verifies nothing" test "$(figures flow '"(machine":"flow"|verified)"?' | wc -l)" = 4
+
+# one FILE KEYS: a scenario with one run
+one()
+{
+    cat >"$1.lua" <<EOF
+local moe = require "moelab"
+moe.experiment {
+  model = { layers = 2, experts = 8, top_k = 2, d_model = 16, d_expert = 8, n_heads = 1, d_head = 16 },
+  machine = moe.machine "star-50GBps" { nodes = 2 }, executor = "host", verify = true,
+  workload = moe.decode { trace = moe.synth { layers = 2, experts = 8, top_k = 2, requests = 4, tokens_per_request = 60 },
+                          batch_per_device = 8, steps = 6 },
+  $2
+}:run()
+EOF
+}
+
+one moving 'placement = moe.plugin("eplb", { replicas = 12, interval = 2 }),'
+ok "replicas, and weights that move" "$moelab" run moving.lua --out moving
+ok "moved" test "$(figures moving '"migration_s":\{"max":[0-9.]*[1-9]' | wc -l)" = 1
+one three 'machine = moe.machine "star-50GBps" { nodes = 3 },'
+ok "three ranks" "$moelab" run three.lua
+one offload 'offload = "lru", cache = 0.25,'
+run_expect 2 'no slower memory to load experts from: expected offload none' "$moelab" run offload.lua
+one lua 'placement = moe.policy { kind = "placement", name = "mine", place = function() end },'
+run_expect 2 'lua\.lua:2: machine host: placement mine is written in Lua' "$moelab" run lua.lua
+one many 'machine = moe.machine "star-50GBps" { nodes = 300 },'
+run_expect 2 'machine host: 300 devices, expected at most 256' "$moelab" run many.lua
+one plain ''
+run_expect 2 'no mpirun on PATH' env PATH=/nowhere "$moelab" run plain.lua
+run_expect 2 'this is an MPI rank already' env PMIX_RANK=0 "$moelab" run plain.lua
+run_expect 2 'moelab rank: expected SPEC RESULT' "$moelab" rank
+
+# placement NAME BODY: a policy whose place() is BODY and then puts every expert on device 0
+placement()
+{
+    cat >"$1.c" <<EOF
+#include <moelab.h>
+#include <signal.h>
+#include <unistd.h>
+struct state { const struct moe_env *env; };
+static int init(void *self, const void *conf, const struct moe_env *env)
+{
+    (void)conf;
+    ((struct state *)self)->env = env;
+    return 0;
+}
+static int place(void *self, const struct moe_stats *stats, struct moe_placement *out)
+{
+    const struct moe_env *env = ((struct state *)self)->env;
+    int device = 0;
+    (void)stats;
+    $2
+    for (int l = 0; l < env->model->n_layers; l++)
+        for (int e = 0; e < env->model->n_experts; e++)
+            env->host->place(env, out, l, e, device, 1);
+    return 0;
+}
+const struct moe_plugin moe_plugin = {
+    .abi = MOE_ABI, .size = sizeof(struct moe_plugin), .kind = MOE_PLACEMENT, .name = "$1", .summary = "broken",
+    .source = "this test", .state_size = sizeof(struct state), .init = init, .ops.placement = { .place = place },
+};
+EOF
+    "${CC:-cc}" -shared -fPIC -I"$top_srcdir/core" -o "$1.so" "$1.c" || exit 99
+    one "$1" "placement = \"$1\","
+}
+export MOELAB_PLUGIN_PATH=$work
+placement on-one ''
+ok "a device without experts" "$moelab" run on-one.lua
+placement dies 'kill(getpid(), SIGKILL);'
+run_expect 1 'dies.lua:2: machine host: the ranks ended without a result: .*signal 9' "$moelab" run dies.lua
+placement differs 'device = getpid() % 2;'
+run_expect 1 'rank 1 decided otherwise than rank 0' "$moelab" run differs.lua
+plan
