@@ -77,18 +77,9 @@ static enum cache_result make_room(struct cache *c, const struct moe_access *a, 
 }
 
 /* Inlined into both callers: the replay loop lives on it. */
-static inline enum cache_result access_one(struct cache *c, const struct moe_offload_ops *ops, void *self,
-                                           uint32_t object, const struct moe_access *a, uint32_t *victim)
+static inline enum cache_result miss(struct cache *c, const struct moe_offload_ops *ops, void *self, uint32_t object,
+                                     const struct moe_access *a, uint32_t *victim)
 {
-    *victim = UINT32_MAX;
-    if (c->resident[object]) {
-        if (ops->hit) {
-            int code = ops->hit(self, c->device, object, a);
-            if (code < 0)
-                return fault(c, "hit", code);
-        }
-        return CACHE_HIT;
-    }
     if (c->n_resident >= c->capacity) {
         enum cache_result r = make_room(c, a, victim);
         if (r != CACHE_MISS)
@@ -107,36 +98,58 @@ static inline enum cache_result access_one(struct cache *c, const struct moe_off
 
 enum cache_result cache_access(struct cache *c, uint32_t object, const struct moe_access *a, uint32_t *victim)
 {
+    const struct moe_offload_ops *ops = &c->policy->plugin->ops.offload;
+    enum cache_result r = CACHE_HIT;
+    *victim = UINT32_MAX;
     policy_enter(c->policy, "access");
-    enum cache_result r = access_one(c, &c->policy->plugin->ops.offload, c->policy->self, object, a, victim);
+    if (!c->resident[object]) {
+        r = miss(c, ops, c->policy->self, object, a, victim);
+    } else if (ops->hit) {
+        int code = ops->hit(c->policy->self, c->device, object, a);
+        r = code < 0 ? fault(c, "hit", code) : CACHE_HIT;
+    }
     policy_leave(c->policy, "access", 0);
     return r;
 }
 
+/* What cache_access() looks up anew for every request stays in registers: a policy's hooks could change
+ * none of it, but a compiler cannot know. */
 int cache_replay(struct cache *c, const uint32_t *key, int64_t n, const int64_t *next_use, uint32_t objects_per_layer,
                  struct cache_counts *out)
 {
     const struct moe_offload_ops *ops = &c->policy->plugin->ops.offload;
-    void *self = c->policy->self;
+    int (*const hit)(void *, int32_t, uint32_t, const struct moe_access *) = ops->hit;
+    void *const self = c->policy->self;
+    const uint8_t *const resident = c->resident;
+    const int32_t device = c->device;
     struct cache_counts counts = { .requests = n };
     struct moe_access a = { .next_use = -1, .n_tokens = 1 };
     const bool layered = objects_per_layer != 0 && objects_per_layer < c->policy->env.n_objects;
     policy_enter(c->policy, "replay");
     for (int64_t i = 0; i < n; i++) {
+        const uint32_t object = key[i];
         a.index = i;
         if (next_use)
             a.next_use = next_use[i];
         if (layered) {
-            a.layer = (int32_t)(key[i] / objects_per_layer);
-            a.expert = (int32_t)(key[i] % objects_per_layer);
+            a.layer = (int32_t)(object / objects_per_layer);
+            a.expert = (int32_t)(object % objects_per_layer);
         } else {
-            a.expert = (int32_t)key[i];
+            a.expert = (int32_t)object;
+        }
+        if (resident[object]) {
+            int code = hit ? hit(self, device, object, &a) : 0;
+            if (code < 0) {
+                fault(c, "hit", code);
+                return c->policy->context->err->code;
+            }
+            continue;
         }
         uint32_t victim;
-        enum cache_result r = access_one(c, ops, self, key[i], &a, &victim);
+        enum cache_result r = miss(c, ops, self, object, &a, &victim);
         if (r == CACHE_ERROR)
             return c->policy->context->err->code;
-        counts.misses += r != CACHE_HIT;
+        counts.misses++;
         counts.bypassed += r == CACHE_BYPASSED;
     }
     *out = counts;

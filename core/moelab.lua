@@ -562,6 +562,11 @@ local function scale_of(unit, largest)
   return 1, unit
 end
 
+-- "step_s" reads as step, in whatever unit the column says.
+local function short(figure)
+  return metric_unit[figure] == "s" and figure:gsub("_s$", "") or figure
+end
+
 local function number(v)
   if v == nil then return "-" end
   local a = math.abs(v)
@@ -671,7 +676,7 @@ function Runs:table(o)
       if not mean then failed = failed + 1 end
     end
   end
-  local head = {}
+  local head, caption = {}, nil
   for i, a in ipairs(axes) do head[i] = a end
   for c, col in ipairs(columns) do
     local largest = 0
@@ -684,7 +689,9 @@ function Runs:table(o)
     local unit = metric_unit[col.figure:match("^[%w_]+")]
     col.scale, col.unit = scale_of(unit, largest)
     if o.percent and unit == "" and col.figure ~= "over_bound" then col.scale, col.unit = 0.01, "%" end
-    head[#axes + c] = col.title:gsub("_s$", "") .. (col.unit ~= "" and " (" .. col.unit .. ")" or "")
+    local unit_text = col.unit ~= "" and " (" .. col.unit .. ")" or ""
+    head[#axes + c] = o.cols and col.title or short(col.title) .. unit_text
+    caption = o.cols and string.format("%s%s by %s", short(col.figure), unit_text, o.cols)
   end
   -- The best of a column, within each label of the axes before the last: what is compared is the last axis.
   local winners = {}
@@ -714,7 +721,7 @@ function Runs:table(o)
     rows[#rows + 1] = row
   end
   if o.ceiling and o.best and o.cols and #axes == 1 then rows[#rows + 1] = reached(groups, cells, columns, winners, o) end
-  local text = (o.title and o.title .. "\n" or "") .. lay_out(rows, #axes)
+  local text = (o.title and o.title .. "\n" or "") .. (caption and "  " .. caption .. "\n" or "") .. lay_out(rows, #axes)
   if o.best then text = text .. "  * best" .. (o.best == "min" and " (least)" or " (most)") .. "\n" end
   if failed > 0 then text = text .. "  - no figure: the run failed or the figure does not apply\n" end
   if not native.option("quiet") then print(text) end
@@ -838,7 +845,7 @@ function Runs:plot(o)
     "set output " .. "\"" .. o.file .. "\"",
     "set title " .. quote(o.title or self.name) .. " font \",15\"",
     "set xlabel " .. quote(o.xlabel or o.x),
-    "set ylabel " .. quote((o.ylabel or metric:gsub("_s$", "")) .. (unit ~= "" and " (" .. unit .. ")" or "")),
+    "set ylabel " .. quote((o.ylabel or short(metric)) .. (unit ~= "" and " (" .. unit .. ")" or "")),
     "set key below center horizontal Left reverse samplen 2 spacing 1.3 width 2 height 0.7",
     "set grid ytics lt 1 lw 1 lc rgb \"#dddddd\"", "set border 3", "set tics nomirror out",
   }

@@ -33,7 +33,7 @@ static int make_parents(const char *path, struct err *e)
     return 0;
 }
 
-/* Directories of results hold plain files only. */
+/* Directories of results hold plain files only; what else is found there stays, and so does the directory. */
 void record_discard(const char *path)
 {
     DIR *d = opendir(path);
@@ -57,31 +57,23 @@ static bool is_empty(const char *path)
     return n <= 2;
 }
 
-int record_open(struct record *r, const char *out, struct err *e)
+static const char *base_name(const char *path)
 {
-    memset(r, 0, sizeof *r);
-    if (strlen(out) >= sizeof r->out)
-        return err_set(e, ERR_INPUT, "--out: %zu characters, expected fewer than %zu", strlen(out), sizeof r->out);
-    snprintf(r->out, sizeof r->out, "%s", out);
-    size_t n = strlen(r->out);
-    while (n > 1 && r->out[n - 1] == '/')
-        r->out[--n] = '\0';
-    snprintf(r->part, sizeof r->part, "%s.part", r->out);
-    struct stat st;
-    char manifest[512];
-    snprintf(manifest, sizeof manifest, "%s/manifest.json", r->out);
-    if (stat(r->out, &st) == 0 && (!S_ISDIR(st.st_mode) || (!is_empty(r->out) && access(manifest, F_OK) < 0)))
-        return err_set(e, ERR_INPUT, "%s: exists and is not a results directory; choose another --out", r->out);
-    if (make_parents(r->part, e) < 0)
-        return e->code;
-    record_discard(r->part);
-    if (mkdir(r->part, 0777) < 0)
-        return err_set(e, ERR_IO, "cannot make %s: %s", r->part, strerror(errno));
-    r->open = true;
-    r->experiments = json_array();
-    r->machines = json_object();
-    r->traces = json_object();
-    return 0;
+    const char *slash = strrchr(path, '/');
+    return slash ? slash + 1 : path;
+}
+
+static bool has_file(const char *dir, const char *name)
+{
+    char path[700];
+    snprintf(path, sizeof path, "%s/%s", dir, name);
+    return access(path, F_OK) == 0;
+}
+
+/* Stays in the directory, and is nobody's option. */
+static bool is_plain(const char *name)
+{
+    return *name && *name != '.' && *name != '-' && !strchr(name, '/') && strlen(name) <= 200;
 }
 
 static int put(struct record *r, const char *name, const char *mode, const char *text, size_t n, struct err *e)
@@ -100,17 +92,67 @@ static int put(struct record *r, const char *name, const char *mode, const char 
     return ok ? 0 : err_set(e, ERR_IO, "cannot write %s: %s", path, strerror(why));
 }
 
+int record_open(struct record *r, const char *out, struct err *e)
+{
+    memset(r, 0, sizeof *r);
+    if (strlen(out) >= sizeof r->out)
+        return err_set(e, ERR_INPUT, "--out: %zu characters, expected fewer than %zu", strlen(out), sizeof r->out);
+    snprintf(r->out, sizeof r->out, "%s", out);
+    size_t n = strlen(r->out);
+    while (n > 1 && r->out[n - 1] == '/')
+        r->out[--n] = '\0';
+    const char *last = base_name(r->out);
+    if (!*last || !strcmp(last, ".") || !strcmp(last, ".."))
+        return err_set(e, ERR_INPUT, "--out \"%s\": expected the name of a directory to make", out);
+    snprintf(r->part, sizeof r->part, "%s.part", r->out);
+    struct stat st;
+    if (stat(r->out, &st) == 0 && (!S_ISDIR(st.st_mode) || (!is_empty(r->out) && !has_file(r->out, "manifest.json"))))
+        return err_set(e, ERR_INPUT, "%s: exists and is not a results directory; choose another --out", r->out);
+    if (stat(r->part, &st) == 0 && (!S_ISDIR(st.st_mode) || (!is_empty(r->part) && !has_file(r->part, "runs.jsonl"))))
+        return err_set(e, ERR_INPUT, "%s: exists and was not left by moelab; results are built there: remove it or "
+                       "choose another --out", r->part);
+    if (make_parents(r->part, e) < 0)
+        return e->code;
+    record_discard(r->part);
+    if (mkdir(r->part, 0777) < 0)
+        return err_set(e, ERR_IO, "cannot make %s: %s", r->part, strerror(errno));
+    r->open = true;
+    r->experiments = json_array();
+    r->machines = json_object();
+    r->traces = json_object();
+    r->trace_names = json_object();
+    if (put(r, "runs.jsonl", "w", "", 0, e) < 0) /* what is left of an interrupted scenario is known by it */
+        record_abandon(r);
+    return e->code;
+}
+
 int record_file(struct record *r, const char *name, const char *text, size_t n, struct err *e)
 {
-    if (!*name || *name == '.' || strchr(name, '/') || strlen(name) > 200)
-        return err_set(e, ERR_INPUT, "\"%s\" is not a file name (no slashes, no leading dot)", name);
+    if (!is_plain(name))
+        return err_set(e, ERR_INPUT, "\"%s\" is not a file name (no slashes, no leading dot or dash)", name);
+    if (!strcmp(name, "runs.jsonl") || !strcmp(name, "manifest.json"))
+        return err_set(e, ERR_INPUT, "%s is moelab's own; choose another name", name);
     return put(r, name, "w", text, n, e);
 }
 
-static const char *base_name(const char *path)
+/* The trace's key in the manifest, where its checksum is: its last name, and "NAME (2)" for the second so called. */
+static const char *trace_name(struct record *r, const char *dir, struct err *e)
 {
-    const char *slash = strrchr(path, '/');
-    return slash ? slash + 1 : path;
+    const char *known = json_string_value(json_object_get(r->trace_names, dir));
+    char name[300], hex[65] = "";
+    struct trace t;
+    if (known || trace_open(&t, dir, e) < 0)
+        return known;
+    snprintf(name, sizeof name, "%.250s", base_name(dir));
+    for (int i = 2; json_object_get(r->traces, name); i++)
+        snprintf(name, sizeof name, "%.250s (%d)", base_name(dir), i);
+    trace_checksum(&t, hex, e);
+    json_object_set_new(r->traces, name,
+                        json_pack("{s:s, s:i, s:i, s:i, s:I}", "sha256", hex, "layers", t.n_layers, "experts",
+                                  t.n_experts, "top_k", t.top_k, "tokens", (json_int_t)t.n_tokens));
+    trace_close(&t);
+    json_object_set_new(r->trace_names, dir, json_string(name));
+    return json_string_value(json_object_get(r->trace_names, dir));
 }
 
 /* A spec for the manifest: big and machine-dependent things by name, listed once elsewhere. */
@@ -137,20 +179,9 @@ static json_t *slim_spec(struct record *r, json_t *spec, struct err *e)
             json_object_set_new(machine, "file", json_string(base_name(file)));
     }
     if (trace) {
-        const char *name = base_name(trace);
-        if (!json_object_get(r->traces, name)) {
-            struct trace t;
-            char hex[65] = "";
-            if (trace_open(&t, trace, e) == 0) {
-                trace_checksum(&t, hex, e);
-                json_object_set_new(r->traces, name,
-                                    json_pack("{s:s, s:i, s:i, s:i, s:I}", "sha256", hex, "layers", t.n_layers,
-                                              "experts", t.n_experts, "top_k", t.top_k, "tokens",
-                                              (json_int_t)t.n_tokens));
-                trace_close(&t);
-            }
-        }
-        json_object_set_new(w, "trace", json_string(name));
+        const char *name = trace_name(r, trace, e);
+        if (name)
+            json_object_set_new(w, "trace", json_string(name));
     }
     const char *where = json_string_value(json_object_get(s, "where"));
     if (where)
@@ -182,6 +213,21 @@ int record_runs(struct record *r, const char *experiment, json_t *specs, json_t 
     return e->code;
 }
 
+/* Earlier results give way in one step where the file system can do that. */
+static int put_in_place(const struct record *r)
+{
+    if (rename(r->part, r->out) == 0)
+        return 0;
+    if (errno != ENOTEMPTY && errno != EEXIST)
+        return -1;
+    if (renameat2(AT_FDCWD, r->part, AT_FDCWD, r->out, RENAME_EXCHANGE) == 0)
+        return 0;
+    if (errno != EINVAL && errno != ENOSYS)
+        return -1;
+    record_discard(r->out);
+    return rename(r->part, r->out);
+}
+
 int record_commit(struct record *r, const char *scenario, const json_t *overrides, struct err *e)
 {
     char hex[65] = "";
@@ -198,21 +244,9 @@ int record_commit(struct record *r, const char *scenario, const json_t *override
     free(text);
     if (code < 0)
         return code;
-    char old[440];
-    snprintf(old, sizeof old, "%s.old", r->out);
-    record_discard(old);
-    bool had = rename(r->out, old) == 0;
-    if (rename(r->part, r->out) < 0) {
-        err_set(e, ERR_IO, "cannot rename %s to %s: %s", r->part, r->out, strerror(errno));
-        if (had)
-            rename(old, r->out);
-        return e->code;
-    }
-    record_discard(old);
-    r->open = false;
-    json_decref(r->experiments);
-    json_decref(r->machines);
-    json_decref(r->traces);
+    if (put_in_place(r) < 0)
+        return err_set(e, ERR_IO, "cannot rename %s to %s: %s", r->part, r->out, strerror(errno));
+    record_abandon(r); /* what is there now is what was in the place before, if anything */
     return 0;
 }
 
@@ -224,6 +258,7 @@ void record_abandon(struct record *r)
     json_decref(r->experiments);
     json_decref(r->machines);
     json_decref(r->traces);
+    json_decref(r->trace_names);
     r->open = false;
 }
 
@@ -231,6 +266,8 @@ int record_draw(struct record *r, const char *gp, struct err *e)
 {
     int fd[2];
     char text[400] = "";
+    if (!is_plain(gp))
+        return err_set(e, ERR_INPUT, "\"%s\" is not a file name", gp);
     if (pipe(fd) < 0)
         return err_set(e, ERR_IO, "cannot make a pipe: %s", strerror(errno));
     fflush(NULL);

@@ -12,6 +12,7 @@ struct record {
     bool open;
     json_t *experiments; /* for the manifest */
     json_t *machines, *traces;
+    json_t *trace_names; /* directory -> its key in traces */
     int n_runs;
 };
 

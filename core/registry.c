@@ -217,6 +217,7 @@ int registry_load(enum moe_kind kind, const char *name, const char *who, const s
                   struct err *e)
 {
     char dir[1024], path[1200];
+    struct err other = { 0 };
     if (!*name || strchr(name, '/') || strlen(name) > 60)
         return err_set(e, ERR_INPUT, "%s: \"%s\" is not a policy's name", who, name);
     for (int i = 0; search_dir(kind, i, dir, sizeof dir); i++) {
@@ -226,11 +227,21 @@ int registry_load(enum moe_kind kind, const char *name, const char *who, const s
         if (load_file(kind, name, path, out, e) == 0)
             return 0;
         if (e->code == OTHER_KIND) { /* a flat directory on the path may hold policies of every kind */
+            err_set(&other, ERR_INPUT, "%s", e->text);
             memset(e, 0, sizeof *e);
             continue;
         }
         return err_prefix(e, "%s", who);
     }
+    if (other.code)
+        return err_set(e, ERR_INPUT, "%s: %s", who, other.text);
+    for (int k = 0; k < MOE_N_KINDS; k++)
+        for (int i = 0; k != (int)kind && search_dir((enum moe_kind)k, i, dir, sizeof dir); i++) {
+            snprintf(path, sizeof path, "%s/%s.so", dir, name);
+            if (is_file(path))
+                return err_set(e, ERR_INPUT, "%s: \"%s\" is a %s, expected a %s", who, name, kind_name[k],
+                               kind_name[kind]);
+        }
     struct registry_entry *found;
     int n = scan(kind, &found);
     const char *candidate[n + 1];

@@ -1,69 +1,138 @@
 /* SPDX-License-Identifier: Apache-2.0
  * script.c - the sandbox that scenarios live in.
  *
- * A scenario is text, never bytecode. It gets the base, string, table, math, utf8 and coroutine libraries without
- * load, dofile and string.dump, and `require` for "moelab" and for Lua files beside it or under scenarios/. No
- * processes, network, native libraries, debug access or files; what it writes goes through moe.write into the
- * results directory. --unsafe gives it everything. Loops end after --run-timeout. */
+ * A scenario is text, never bytecode. It gets the base, string, table, math and utf8 libraries without load, dofile,
+ * string.dump and finalizers (which no clock can stop), and `require` for "moelab" and for Lua files beside it or
+ * under scenarios/. No processes, network, native libraries, debug access or files; what it writes goes through
+ * moe.write into the results directory. --unsafe gives it everything. Loops end after --run-timeout.
+ *
+ * The prelude holds what a scenario must not (core/script_native.c), so it runs on copies of the libraries that the
+ * scenario cannot reach: replacing string.format or table.concat changes nothing there. */
 #include "config.h"
 
 #include "script_internal.h"
 #include "registry.h"
 
+#include <errno.h>
 #include <math.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/time.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
-enum { MAX_SCRIPT_BYTES = 1 << 30 };
+enum { MAX_SCRIPT_BYTES = 1 << 30, MAX_TEXT_BYTES = 1 << 26 };
+
+/* ---- leaving from within a signal handler ---- */
+
+/* What a scenario that is cut short would leave behind. Handlers read it; the process that set it is its owner. */
+static struct { volatile pid_t owner; char part[440], synth[64]; } leftovers;
+
+/* Only what is safe in a handler: _Fork, exec, waitpid. */
+static void remove_leftovers(void)
+{
+    if (leftovers.owner != getpid())
+        return; /* a run: its parent cleans up */
+    pid_t pid = _Fork();
+    if (pid == 0) {
+        execl("/bin/rm", "rm", "-rf", "--", leftovers.part, leftovers.synth, (char *)NULL);
+        _exit(127);
+    }
+    if (pid > 0)
+        waitpid(pid, NULL, 0);
+}
+
+static void on_end(int signal_number)
+{
+    remove_leftovers();
+    signal(signal_number, SIG_DFL);
+    raise(signal_number);
+}
+
+/* From here to watch_leftovers(NULL) an interrupt leaves nothing half-written. */
+static void watch_leftovers(const char *part)
+{
+    static const int ends[] = { SIGINT, SIGTERM, SIGHUP };
+    leftovers.owner = 0;
+    snprintf(leftovers.part, sizeof leftovers.part, "%s", part ? part : "");
+    leftovers.synth[0] = '\0';
+    leftovers.owner = part ? getpid() : 0;
+    for (size_t i = 0; i < sizeof ends / sizeof *ends; i++)
+        if (signal(ends[i], part ? on_end : SIG_DFL) == SIG_IGN)
+            signal(ends[i], SIG_IGN); /* as nohup wants it */
+}
+
+void script_watch_synth(const char *dir)
+{
+    snprintf(leftovers.synth, sizeof leftovers.synth, "%s", dir);
+}
 
 /* ---- time ---- */
 
-static lua_State *volatile clocked;
+static lua_State *volatile clocked; /* NULL: no clock */
 static volatile sig_atomic_t clock_rings;
+static double clock_seconds;
+static struct itimerval clock_left; /* while paused */
 
+/* The hook stays, so that a script that catches the error meets it again at once. */
 static void on_clock(lua_State *L, lua_Debug *ar)
 {
+    char text[80];
     (void)ar;
-    lua_sethook(L, NULL, 0, 0);
-    luaL_error(L, "the script did not end within %f s (--run-timeout)", script_of(L)->options->timeout_s);
+    snprintf(text, sizeof text, "the script did not end within %g s (--run-timeout)", clock_seconds);
+    luaL_error(L, "%s", text);
 }
 
 /* First ring: stop at the next Lua instruction. Second: the script is inside one long call of a library. */
 static void ring(int signal_number)
 {
     (void)signal_number;
-    if (clock_rings++ == 0 && clocked) {
+    if (!clocked)
+        return;
+    if (clock_rings++ == 0) {
         lua_sethook(clocked, on_clock, LUA_MASKCOUNT | LUA_MASKCALL | LUA_MASKRET, 1);
-    } else {
-        static const char text[] = "moelab: the script did not end within --run-timeout\n";
-        if (write(STDERR_FILENO, text, sizeof text - 1) < 0) {
-            /* nobody to tell */
-        }
-        _exit(2);
+        return;
     }
+    static const char text[] = "moelab: the script did not end within --run-timeout, and is inside one call of a "
+                               "library\n";
+    if (write(STDERR_FILENO, text, sizeof text - 1) < 0) {
+        /* nobody to tell */
+    }
+    remove_leftovers();
+    _exit(2);
 }
 
-void script_clock_start(lua_State *L, double seconds)
+static void clock_start(lua_State *L, double seconds)
 {
     struct sigaction action = { .sa_handler = ring, .sa_flags = SA_RESTART };
     if (!(seconds > 0))
         return;
     clocked = L;
     clock_rings = 0;
+    clock_seconds = seconds;
     sigaction(SIGALRM, &action, NULL);
-    struct itimerval t = { .it_value = { (time_t)seconds, (suseconds_t)(fmod(seconds, 1) * 1e6) + 1 },
-                           .it_interval = { 2, 0 } };
+    struct itimerval t = { .it_value = { (time_t)seconds, (suseconds_t)(fmod(seconds, 1) * 999999) + 1 },
+                           .it_interval = { 1, 0 } };
     setitimer(ITIMER_REAL, &t, NULL);
 }
 
-void script_clock_stop(void)
+void script_clock_pause(void)
+{
+    setitimer(ITIMER_REAL, &(struct itimerval){ 0 }, &clock_left);
+}
+
+void script_clock_resume(void)
+{
+    setitimer(ITIMER_REAL, &clock_left, NULL);
+}
+
+static void clock_stop(lua_State *L)
 {
     setitimer(ITIMER_REAL, &(struct itimerval){ 0 }, NULL);
     clocked = NULL;
+    lua_sethook(L, NULL, 0, 0);
 }
 
 /* ---- the sandbox ---- */
@@ -107,22 +176,24 @@ static char *read_text(const char *path, size_t *n, struct err *e)
     FILE *f = fopen(path, "rb");
     char *text = NULL;
     if (!f) {
-        err_set(e, ERR_INPUT, "%s: cannot be read", path);
+        err_set(e, ERR_INPUT, "%s: cannot be read: %s", path, strerror(errno));
         return NULL;
     }
     size_t room = 0;
     *n = 0;
     for (size_t got = 1; got > 0; *n += got) {
         if (*n == room) {
-            char *grown = room < (1 << 26) ? realloc(text, room = room ? 2 * room : 65536) : NULL;
-            if (!grown)
+            char *grown = room < MAX_TEXT_BYTES ? realloc(text, room = room ? 2 * room : 65536) : NULL;
+            if (!grown) {
+                err_set(e, ERR_INPUT, "%s: more than %d bytes, too large for a script", path, MAX_TEXT_BYTES);
                 break;
+            }
             text = grown;
         }
         got = fread(text + *n, 1, room - *n, f);
     }
-    if (ferror(f) || !text)
-        err_set(e, ERR_INPUT, "%s: cannot be read", path);
+    if (ferror(f))
+        err_set(e, ERR_INPUT, "%s: cannot be read: %s", path, strerror(errno));
     fclose(f);
     if (e->code) {
         free(text);
@@ -174,6 +245,7 @@ static int l_require(lua_State *L)
 {
     const char *name = luaL_checkstring(L, 1);
     struct script *s = script_of(L);
+    struct err e = { 0 };
     char path[800];
     luaL_getsubtable(L, LUA_REGISTRYINDEX, "moelab.loaded");
     if (lua_getfield(L, -1, name) != LUA_TNIL)
@@ -183,10 +255,13 @@ static int l_require(lua_State *L)
     if (prelude ? registry_data("core/moelab.lua", path, sizeof path) < 0
                 : find_module(s->path, name, path, sizeof path) < 0)
         return luaL_error(L, "module \"%s\" not found beside the scenario or under scenarios/", name);
-    if (load_text(L, path, &s->err) < 0)
-        return script_raise(L, &s->err);
-    if (prelude)
+    if (load_text(L, path, &e) < 0)
+        return script_raise(L, &e);
+    if (prelude) {
+        lua_getfield(L, LUA_REGISTRYINDEX, "moelab.own");
+        lua_setupvalue(L, -2, 1); /* its globals */
         script_push_natives(L);
+    }
     lua_call(L, prelude ? 1 : 0, 1);
     if (lua_isnil(L, -1)) {
         lua_pop(L, 1);
@@ -197,6 +272,49 @@ static int l_require(lua_State *L)
     return 1;
 }
 
+/* setmetatable without finalizers: hooks, and so the clock, do not work while one runs. */
+static int l_setmetatable(lua_State *L)
+{
+    luaL_checktype(L, 1, LUA_TTABLE);
+    luaL_argexpected(L, lua_isnoneornil(L, 2) || lua_istable(L, 2), 2, "nil or table");
+    lua_settop(L, 2);
+    if (lua_istable(L, 2)) {
+        lua_pushliteral(L, "__gc");
+        if (lua_rawget(L, 2) != LUA_TNIL)
+            return luaL_error(L, "setmetatable: __gc is not available without --unsafe");
+        lua_pop(L, 1);
+    }
+    if (luaL_getmetafield(L, 1, "__metatable") != LUA_TNIL)
+        return luaL_error(L, "cannot change a protected metatable");
+    lua_setmetatable(L, 1);
+    return 1;
+}
+
+/* Copies the globals, and the libraries among them, as they are now. */
+static void push_own_globals(lua_State *L)
+{
+    lua_newtable(L);
+    lua_pushglobaltable(L);
+    lua_pushnil(L);
+    while (lua_next(L, -2)) { /* own, globals, key, value */
+        if (lua_istable(L, -1) && !lua_rawequal(L, -1, -3)) {
+            lua_newtable(L);
+            lua_pushnil(L);
+            while (lua_next(L, -3)) {
+                lua_pushvalue(L, -2);
+                lua_insert(L, -2);
+                lua_rawset(L, -4);
+            }
+            lua_remove(L, -2);
+        }
+        lua_pushvalue(L, -2);
+        lua_insert(L, -2);
+        lua_rawset(L, -5);
+    }
+    lua_pop(L, 1);
+}
+
+/* The libraries that every script gets. */
 static void open_libraries(lua_State *L, bool unsafe)
 {
     if (unsafe) {
@@ -204,7 +322,7 @@ static void open_libraries(lua_State *L, bool unsafe)
     } else {
         static const luaL_Reg safe[] = { { LUA_GNAME, luaopen_base }, { LUA_STRLIBNAME, luaopen_string },
                                          { LUA_TABLIBNAME, luaopen_table }, { LUA_MATHLIBNAME, luaopen_math },
-                                         { LUA_UTF8LIBNAME, luaopen_utf8 }, { LUA_COLIBNAME, luaopen_coroutine } };
+                                         { LUA_UTF8LIBNAME, luaopen_utf8 } };
         for (size_t i = 0; i < sizeof safe / sizeof *safe; i++) {
             luaL_requiref(L, safe[i].name, safe[i].func, 1);
             lua_pop(L, 1);
@@ -218,15 +336,33 @@ static void open_libraries(lua_State *L, bool unsafe)
         lua_pushnil(L);
         lua_setfield(L, -2, "dump");
         lua_pop(L, 1);
+        lua_pushcfunction(L, l_setmetatable);
+        lua_setglobal(L, "setmetatable");
     }
-    lua_pushcfunction(L, l_require);
-    lua_setglobal(L, "require");
     /* Lua seeds its generator from time and addresses; a scenario's numbers depend on the scenario alone. */
     lua_getglobal(L, "math");
     lua_getfield(L, -1, "randomseed");
     lua_pushinteger(L, 1);
     lua_call(L, 1, 0);
     lua_pop(L, 1);
+}
+
+/* What a scenario has beyond a machine file: modules. */
+static void open_modules(lua_State *L, bool unsafe)
+{
+    lua_pushcfunction(L, l_require);
+    lua_setglobal(L, "require");
+    push_own_globals(L);
+    if (!unsafe) { /* methods of strings come from the prelude's own library, which nothing leads to */
+        lua_pushliteral(L, "");
+        lua_getmetatable(L, -1);
+        lua_getfield(L, -3, LUA_STRLIBNAME);
+        lua_setfield(L, -2, "__index");
+        lua_pushboolean(L, false);
+        lua_setfield(L, -2, "__metatable");
+        lua_pop(L, 2);
+    }
+    lua_setfield(L, LUA_REGISTRYINDEX, "moelab.own");
 }
 
 static lua_State *new_state(struct script *s, bool unsafe)
@@ -237,85 +373,6 @@ static lua_State *new_state(struct script *s, bool unsafe)
         open_libraries(L, unsafe);
     }
     return L;
-}
-
-/* ---- JSON ---- */
-
-static json_t *table_to_json(lua_State *L, int index)
-{
-    index = lua_absindex(L, index);
-    luaL_checkstack(L, 4, "tables nested too deeply");
-    lua_Integer n = (lua_Integer)lua_rawlen(L, index);
-    json_t *o = n > 0 ? json_array() : json_object();
-    for (lua_Integer i = 1; i <= n; i++) {
-        lua_rawgeti(L, index, i);
-        json_array_append_new(o, script_to_json(L, -1));
-        lua_pop(L, 1);
-    }
-    if (n > 0)
-        return o;
-    lua_pushnil(L);
-    while (lua_next(L, index)) {
-        if (lua_type(L, -2) != LUA_TSTRING)
-            luaL_error(L, "a table's keys must be names or 1, 2, 3, ...");
-        json_object_set_new(o, lua_tostring(L, -2), script_to_json(L, -1));
-        lua_pop(L, 1);
-    }
-    return o;
-}
-
-json_t *script_to_json(lua_State *L, int index)
-{
-    switch (lua_type(L, index)) {
-    case LUA_TNIL: return json_null();
-    case LUA_TBOOLEAN: return json_boolean(lua_toboolean(L, index));
-    case LUA_TNUMBER: {
-        if (lua_isinteger(L, index))
-            return json_integer(lua_tointeger(L, index));
-        double x = lua_tonumber(L, index);
-        if (!isfinite(x))
-            luaL_error(L, "a number is not finite: %f", x);
-        return json_real(x);
-    }
-    case LUA_TSTRING: {
-        json_t *o = json_string(lua_tostring(L, index));
-        if (!o)
-            luaL_error(L, "a string is not UTF-8");
-        return o;
-    }
-    case LUA_TTABLE: return table_to_json(L, index);
-    default: luaL_error(L, "expected a number, string, boolean or table, found a %s", luaL_typename(L, index));
-    }
-    return NULL;
-}
-
-void script_push_json(lua_State *L, const json_t *o)
-{
-    luaL_checkstack(L, 4, "results nested too deeply");
-    switch (o ? json_typeof(o) : JSON_NULL) {
-    case JSON_NULL: lua_pushnil(L); break;
-    case JSON_TRUE: lua_pushboolean(L, 1); break;
-    case JSON_FALSE: lua_pushboolean(L, 0); break;
-    case JSON_INTEGER: lua_pushinteger(L, json_integer_value(o)); break;
-    case JSON_REAL: lua_pushnumber(L, json_real_value(o)); break;
-    case JSON_STRING: lua_pushstring(L, json_string_value(o)); break;
-    case JSON_ARRAY:
-        lua_createtable(L, (int)json_array_size(o), 0);
-        for (size_t i = 0; i < json_array_size(o); i++) {
-            script_push_json(L, json_array_get(o, i));
-            lua_rawseti(L, -2, (lua_Integer)i + 1);
-        }
-        break;
-    case JSON_OBJECT: {
-        const char *key;
-        json_t *value;
-        lua_newtable(L);
-        json_object_foreach((json_t *)(uintptr_t)o, key, value) {
-            script_push_json(L, value);
-            lua_setfield(L, -2, key);
-        }
-    }
-    }
 }
 
 /* ---- running ---- */
@@ -372,17 +429,20 @@ int script_run(const char *path, const struct script_options *options, json_t **
     if (access(path, R_OK) < 0)
         err_set(&s.err, ERR_INPUT, "%s: cannot be read", path);
     else if (read_overrides(&s) == 0 && record_open(&s.record, options->out ? options->out : out, &s.err) == 0) {
+        watch_leftovers(s.record.part);
         L = new_state(&s, options->unsafe);
         if (!L)
             err_set(&s.err, ERR_MEMORY, "out of memory for Lua");
-        else if (load_text(L, path, &s.err) == 0) {
-            script_clock_start(L, options->timeout_s);
+        else if (open_modules(L, options->unsafe), load_text(L, path, &s.err) == 0) {
+            clock_start(L, options->timeout_s);
             int status = lua_pcall(L, 0, 0, 0);
-            script_clock_stop();
+            clock_stop(L);
             if (status != LUA_OK)
                 fail_from_lua(&s, L);
-            else
+            else {
+                memset(&s.err, 0, sizeof s.err); /* of natives, caught by the script */
                 record_commit(&s.record, path, s.overrides, &s.err);
+            }
         }
     }
     record_abandon(&s.record);
@@ -390,6 +450,7 @@ int script_run(const char *path, const struct script_options *options, json_t **
     if (L)
         lua_close(L);
     remove_synthetic(&s);
+    watch_leftovers(NULL);
     json_decref(s.overrides);
     if (claims)
         *claims = json_incref(s.claims);
@@ -428,17 +489,21 @@ int script_machine(const char *name, json_t **description, char *file, size_t ro
     static const struct script_options none = { .timeout_s = 5 };
     s.options = &none;
     if (load_text(L, file, e) == 0) {
-        bool nested = clocked != NULL; /* called from a scenario, whose clock goes on */
-        if (!nested)
-            script_clock_start(L, none.timeout_s);
+        lua_State *caller = clocked; /* a scenario, whose clock goes on */
+        if (caller)
+            clocked = L;
+        else
+            clock_start(L, none.timeout_s);
         lua_pushcfunction(L, l_table_of);
         lua_insert(L, -2);
         lua_pushlightuserdata(L, description);
         if (lua_pcall(L, 2, 0, 0) != LUA_OK)
             err_set(e, ERR_INPUT, "%s%s%s", strstr(lua_tostring(L, -1), file) ? "" : file,
                     strstr(lua_tostring(L, -1), file) ? "" : ": ", lua_tostring(L, -1));
-        if (!nested)
-            script_clock_stop();
+        if (caller)
+            clocked = caller;
+        else
+            clock_stop(L);
     }
     lua_close(L);
     return e->code;

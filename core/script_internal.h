@@ -28,8 +28,8 @@ struct script *script_of(lua_State *);
 /* Raises err->text as a Lua error; err->code becomes the scenario's. Does not return. */
 int script_raise(lua_State *, struct err *);
 
-/* Lua value at `index` <-> JSON. A table with t[1] is a list, any other an object. Functions and userdata are errors
- * that name the key. */
+/* Lua value at `index` <-> JSON. A table with t[1] is a list, any other an object. What JSON cannot hold (functions,
+ * NaN, circles, lists with holes) is an error that names the key. */
 json_t *script_to_json(lua_State *, int index);
 void script_push_json(lua_State *, const json_t *);
 
@@ -39,8 +39,15 @@ void script_push_natives(lua_State *);
 int script_policy_add(lua_State *);
 void script_policy_forget(void);
 
-/* The clock on a script's own loops: stopped while runs go on. */
-void script_clock_start(lua_State *, double seconds);
-void script_clock_stop(void);
+/* Raises an error that begins with the scenario's file and line. Does not return. */
+int script_error(lua_State *, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
+/* File and line of the innermost function from `level` on that is not the prelude's. */
+void script_where(lua_State *, int level, const char **file, int *line);
+
+/* The clock on a script's own time: paused while runs go on. */
+void script_clock_pause(void);
+void script_clock_resume(void);
+/* This directory goes with the scenario, even if a signal ends it. */
+void script_watch_synth(const char *dir);
 
 #endif

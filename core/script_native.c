@@ -10,28 +10,51 @@
 #include "sweep.h"
 #include "trace.h"
 
+#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
-/* where(level): file and line of the caller's caller..., as in messages. */
-static int n_where(lua_State *L)
+void script_where(lua_State *L, int level, const char **file, int *line)
 {
     lua_Debug ar;
-    int level = (int)luaL_checkinteger(L, 1);
-    /* Up from `level` to the first function that is not part of the prelude. */
     for (; lua_getstack(L, level, &ar); level++) {
         lua_getinfo(L, "Sl", &ar);
         if (ar.currentline > 0 && !strstr(ar.short_src, "core/moelab.lua")) {
-            lua_pushstring(L, ar.source[0] == '@' ? ar.source + 1 : ar.source);
-            lua_pushinteger(L, ar.currentline);
-            return 2;
+            *file = ar.source[0] == '@' ? ar.source + 1 : ar.source; /* held by the function on the call stack */
+            *line = ar.currentline;
+            return;
         }
     }
-    lua_pushstring(L, script_of(L)->path);
-    lua_pushinteger(L, 0);
+    *file = script_of(L)->path;
+    *line = 0;
+}
+
+int script_error(lua_State *L, const char *fmt, ...)
+{
+    struct err e = { 0 };
+    char text[800];
+    const char *file;
+    int line;
+    va_list ap;
+    va_start(ap, fmt);
+    vsnprintf(text, sizeof text, fmt, ap);
+    va_end(ap);
+    script_where(L, 0, &file, &line);
+    err_set(&e, ERR_INPUT, "%s:%d: %s", file, line, text);
+    return script_raise(L, &e);
+}
+
+/* where(level): file and line of the caller's caller..., as in messages. */
+static int n_where(lua_State *L)
+{
+    const char *file;
+    int line;
+    script_where(L, (int)luaL_checkinteger(L, 1), &file, &line);
+    lua_pushstring(L, file);
+    lua_pushinteger(L, line);
     return 2;
 }
 
@@ -71,8 +94,8 @@ static int n_nearest(lua_State *L)
     int n = (int)lua_rawlen(L, 2);
     const char **candidate = lua_newuserdatauv(L, sizeof *candidate * (size_t)(n + 1), 0);
     for (int i = 0; i < n; i++) {
-        lua_rawgeti(L, 2, i + 1);
-        candidate[i] = lua_tostring(L, -1);
+        bool text = lua_rawgeti(L, 2, i + 1) == LUA_TSTRING;
+        candidate[i] = text ? lua_tostring(L, -1) : "";
         lua_pop(L, 1); /* the list keeps the string */
     }
     lua_pushstring(L, err_nearest(name, candidate, n));
@@ -196,6 +219,7 @@ static int n_synth(lua_State *L)
             s->synth_dir[0] = '\0';
             return script_raise(L, &e);
         }
+        script_watch_synth(s->synth_dir);
     }
     snprintf(dir, sizeof dir, "%s/%d", s->synth_dir, s->n_synth);
     if (trace_synthesise(&t, dir, &e) < 0)
@@ -228,10 +252,10 @@ static int n_run(lua_State *L)
     const char *name = luaL_checkstring(L, 1);
     json_t *specs = script_to_json(L, 2), *axes = script_to_json(L, 3), *results = NULL;
     struct sweep_options o = { s->options->jobs, s->options->timeout_s, s->options->progress };
-    script_clock_stop(); /* runs have their own */
+    script_clock_pause(); /* runs have their own */
     if (sweep(specs, &o, &results, &e) == 0)
         record_runs(&s->record, name, specs, axes, results, &e);
-    script_clock_start(L, s->options->timeout_s);
+    script_clock_resume();
     json_decref(specs);
     json_decref(axes);
     if (e.code) {

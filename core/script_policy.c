@@ -22,7 +22,7 @@ static lua_State *home;
 
 const struct moe_plugin *script_policy(int id)
 {
-    return &policies[id]->plugin;
+    return id >= 0 && id < n_policies ? &policies[id]->plugin : NULL;
 }
 
 void script_policy_forget(void)
@@ -43,11 +43,19 @@ static int self_init(void *self, const void *conf, const struct moe_env *env)
     return s->L ? 0 : env->host->fail(env, MOE_EFAIL, "belongs to no running scenario");
 }
 
+/* t[key] of the table at the top of the stack, without metamethods: their errors would have nobody to catch them. */
+static int raw_field(lua_State *L, int index, const char *key)
+{
+    index = lua_absindex(L, index);
+    lua_pushstring(L, key);
+    return lua_rawget(L, index);
+}
+
 /* Puts the hook on the stack, to be followed by its arguments. */
 static lua_State *begin(struct lua_self *s, const char *hook)
 {
     lua_rawgeti(s->L, LUA_REGISTRYINDEX, s->ref);
-    lua_getfield(s->L, -1, hook);
+    raw_field(s->L, -1, hook);
     lua_remove(s->L, -2);
     return s->L;
 }
@@ -129,12 +137,12 @@ static int router_route(void *self, const struct moe_batch *b, const struct moe_
         return MOE_EFAIL;
     int code = 0;
     for (int32_t t = 0; t < b->n_tokens && !code; t++) {
-        if (!lua_istable(L, -1) || lua_rawgeti(L, -1, t) != LUA_TTABLE || lua_getfield(L, -1, "experts") != LUA_TTABLE) {
+        if (!lua_istable(L, -1) || lua_rawgeti(L, -1, t) != LUA_TTABLE || raw_field(L, -1, "experts") != LUA_TTABLE) {
             code = s->env->host->fail(s->env, MOE_EINVAL, "route: token %d: expected { experts = {...} }", t);
             break;
         }
         int32_t n = (int32_t)lua_rawlen(L, -1);
-        bool weighted = lua_getfield(L, -2, "weights") == LUA_TTABLE;
+        bool weighted = raw_field(L, -2, "weights") == LUA_TTABLE;
         if (s->env->host->routes_reserve(s->env, out, out->n + n) < 0)
             code = MOE_ENOMEM;
         for (int32_t i = 1; i <= n && !code; i++) {
@@ -321,7 +329,7 @@ static int offload_evict(void *self, int32_t device, const struct moe_access *ca
 
 static bool has(lua_State *L, const char *hook)
 {
-    bool is = lua_getfield(L, -1, hook) == LUA_TFUNCTION;
+    bool is = raw_field(L, -1, hook) == LUA_TFUNCTION;
     lua_pop(L, 1);
     return is;
 }
@@ -331,14 +339,14 @@ int script_policy_add(lua_State *L)
     luaL_checktype(L, -1, LUA_TTABLE);
     if (n_policies == (int)(sizeof policies / sizeof *policies))
         return luaL_error(L, "more than %d policies in one scenario", n_policies);
+    raw_field(L, -1, "kind");
+    raw_field(L, -2, "name");
+    const char *kind = luaL_checkstring(L, -2), *name = luaL_checkstring(L, -1);
+    lua_pop(L, 2); /* the table keeps both strings */
     struct lua_policy *p = calloc(1, sizeof *p);
     if (!p)
         return luaL_error(L, "out of memory");
-    lua_getfield(L, -1, "kind");
-    lua_getfield(L, -2, "name");
-    const char *kind = lua_tostring(L, -2);
-    snprintf(p->name, sizeof p->name, "%s", lua_tostring(L, -1));
-    lua_pop(L, 2); /* the table keeps both strings */
+    snprintf(p->name, sizeof p->name, "%s", name);
     p->plugin = (struct moe_plugin){ .abi = MOE_ABI, .size = sizeof p->plugin, .name = p->name,
                                      .summary = "written in the scenario", .source = "the scenario",
                                      .state_size = sizeof(struct lua_self), .init = self_init };
@@ -357,14 +365,12 @@ int script_policy_add(lua_State *L)
         p->plugin.kind = MOE_OFFLOAD;
         p->plugin.ops.offload = (struct moe_offload_ops){ .hit = has(L, "hit") ? offload_hit : NULL,
                                                           .insert = offload_insert, .evict = offload_evict };
-        if (!has(L, "insert") || !has(L, "evict")) {
-            free(p);
-            return luaL_error(L, "moe.policy: an offload policy needs insert and evict");
-        }
     }
     lua_pushvalue(L, -1);
     p->ref = luaL_ref(L, LUA_REGISTRYINDEX);
-    home = L;
+    lua_rawgeti(L, LUA_REGISTRYINDEX, LUA_RIDX_MAINTHREAD);
+    home = lua_tothread(L, -1); /* L may be a coroutine, and gone when the runs begin */
+    lua_pop(L, 1);
     policies[n_policies] = p;
     return n_policies++;
 }
