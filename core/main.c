@@ -72,7 +72,7 @@ int main(int argc, char **argv)
         if (!strcmp(argv[1], commands[i].name)) {
             int code = commands[i].run(argc - 1, argv + 1);
             if (fflush(stdout) != 0 || ferror(stdout)) {
-                perror("moelab: standard output");
+                fprintf(stderr, "moelab: standard output: cannot be written\n");
                 return code ? code : 2;
             }
             return code;

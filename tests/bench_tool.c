@@ -1,0 +1,91 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * bench_tool inputs DIR - writes what tests/bench.sh measures on: zipf.npy (the standard request stream of
+ *   tests/unit/zipf.h) and eplb.json (58 layers x 256 experts with log-normal loads, 288 replicas, 32 devices).
+ * bench_tool rss COMMAND... - runs the command, prints the most memory it held at a time, in MB. */
+#include "config.h"
+
+#include "moelab.h"
+#include "npy.h"
+#include "unit/zipf.h"
+
+#include <stdio.h>
+#include <string.h>
+#include <sys/resource.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+static int write_zipf(const char *dir, struct err *e)
+{
+    char path[600];
+    int64_t n = ZIPF_REQUESTS;
+    uint32_t *key = malloc(sizeof *key * (size_t)n);
+    uint16_t *id = malloc(sizeof *id * (size_t)n);
+    if (!key || !id || zipf_fill(key, (size_t)n, ZIPF_OBJECTS, ZIPF_ALPHA, ZIPF_SEED, ZIPF_SHUFFLE_SEED) < 0)
+        err_set(e, ERR_MEMORY, "out of memory for %lld requests", (long long)n);
+    for (int64_t i = 0; i < n && !e->code; i++)
+        id[i] = (uint16_t)key[i];
+    snprintf(path, sizeof path, "%s/zipf.npy", dir);
+    if (!e->code)
+        npy_write(path, "u2", 1, &n, id, e);
+    free(key);
+    free(id);
+    return e->code;
+}
+
+/* Sum of uniforms is near enough to a normal for a load that only has to be uneven. */
+static double load_of(uint64_t i)
+{
+    double sum = 0;
+    for (uint64_t j = 0; j < 12; j++)
+        sum += moe_unit(moe_mix(i * 12 + j + 1));
+    return floor(1000 * exp(sum - 6));
+}
+
+static int write_eplb(const char *dir, struct err *e)
+{
+    char path[600];
+    snprintf(path, sizeof path, "%s/eplb.json", dir);
+    FILE *f = fopen(path, "w");
+    if (!f)
+        return err_set(e, ERR_IO, "cannot write %s", path);
+    fprintf(f, "{\"replicas\": 288, \"groups\": 8, \"nodes\": 4, \"devices\": 32, \"load\": [");
+    for (uint64_t l = 0; l < 58; l++)
+        for (uint64_t x = 0; x < 256; x++)
+            fprintf(f, "%s%.0f%s", x ? "," : l ? ",[" : "[", load_of(l * 256 + x), x == 255 ? "]" : "");
+    fprintf(f, "]}\n");
+    return fclose(f) == 0 ? 0 : err_set(e, ERR_IO, "cannot write %s", path);
+}
+
+static int print_rss(char **command)
+{
+    pid_t pid = fork();
+    if (pid == 0) {
+        if (freopen("/dev/null", "w", stdout))
+            execvp(command[0], command);
+        _exit(127);
+    }
+    int status = 1;
+    struct rusage used = { 0 };
+    if (pid < 0 || wait4(pid, &status, 0, &used) < 0 || status != 0) {
+        fprintf(stderr, "bench_tool: %s failed\n", command[0]);
+        return 2;
+    }
+    printf("%.1f\n", (double)used.ru_maxrss * 1024 / 1e6); /* Linux counts KiB */
+    return 0;
+}
+
+int main(int argc, char **argv)
+{
+    struct err e = { 0 };
+    if (argc > 2 && !strcmp(argv[1], "rss"))
+        return print_rss(argv + 2);
+    if (argc != 3 || strcmp(argv[1], "inputs")) {
+        fprintf(stderr, "usage: bench_tool inputs DIR | rss COMMAND...\n");
+        return 2;
+    }
+    if (write_zipf(argv[2], &e) < 0 || write_eplb(argv[2], &e) < 0) {
+        fprintf(stderr, "bench_tool: %s\n", e.text);
+        return 2;
+    }
+    return 0;
+}

@@ -1,0 +1,49 @@
+#!/bin/bash
+# SPDX-License-Identifier: Apache-2.0
+# moelab papers lists only what works; moelab reproduce computes its verdicts, and a wrong figure fails.
+. "$(dirname "$0")/lib.sh"
+cd "$work" || exit 99
+
+run_expect 0 '"plugin": "eplb"' "$moelab" papers --json
+cp out papers.json
+run_expect 0 'DeepSeek EPLB' "$moelab" papers
+run_expect 2 'not understood' "$moelab" papers --what
+
+# Every row names a policy that loads and takes the row's parameters, and a scenario that is there.
+while IFS=$'\t' read -r kind plugin scenario; do
+    run_expect 0 "^$kind $plugin" "$moelab" plugins show "$plugin"
+    ok "... shown by $scenario" test -f "$top_srcdir/$scenario"
+done < <(sed -n 's/.*"kind": "\([^"]*\)", "plugin": "\([^"]*\)".*"scenario": "\([^"]*\)".*/\1\t\2\t\3/p' \
+    "$top_srcdir/scenarios/papers/papers.json" | sort -u)
+
+run_expect 0 '"verdict": *"holds"' "$moelab" reproduce --all --json
+cp out rows
+ok "no row of class E or A fails" bash -c '! grep -q "\"verdict\": *\"fails\"" rows'
+n_rows=$(grep -c '"verdict":' rows)
+for key in paper metric published ours error class tolerance; do
+    ok "every row has \"$key\"" test "$(grep -c "\"$key\":" rows)" = "$n_rows"
+done
+run_expect 0 'layer 0: replicas' "$moelab" reproduce eplb
+run_expect 2 'no scenario "eplbb"' "$moelab" reproduce eplbb
+run_expect 2 'found both' "$moelab" reproduce eplb --all
+
+# A figure that does not come out is said to fail; class X is never claimed; shapes do not decide the exit code.
+mkdir -p data/scenarios/papers data/scenarios/lib
+cp "$top_srcdir/scenarios/lib/paper.lua" data/scenarios/lib
+claims() # class ours
+{
+    cat >data/scenarios/papers/fake.lua <<LUA
+require("lib.paper").claim { paper = "fake", metric = "m", published = 2.0, ours = $2, class = "$1", tolerance = 0.1 }
+LUA
+}
+claims E 2.5
+run_expect 1 '\+25 %.*fails' env MOELAB_DATA_PATH="$work/data" "$moelab" reproduce fake
+claims A 1.9
+run_expect 0 '-5 %.*holds' env MOELAB_DATA_PATH="$work/data" "$moelab" reproduce fake
+claims S 2.5
+run_expect 0 'fails' env MOELAB_DATA_PATH="$work/data" "$moelab" reproduce fake
+claims X 2.5
+run_expect 0 'not claimed' env MOELAB_DATA_PATH="$work/data" "$moelab" reproduce fake
+claims Z 2.5
+run_expect 2 'fake.lua:1: paper.claim: class: expected E, A, S or X' env MOELAB_DATA_PATH="$work/data" "$moelab" reproduce fake
+plan
