@@ -33,7 +33,7 @@ seconds() { # command...: best wall time of three
 line "quickstart, everything built" "<10" s "$(seconds "$moelab" run scenarios/quickstart.lua --out "$dir/quickstart")"
 line "moelab plugins" "<0.05" s "$(seconds "$moelab" plugins)"
 line "EPLB, 58 x 256 experts, 288 replicas, 32 devices" "<5" ms \
-  "$("$moelab" eval placement eplb --input "$dir/eplb.json" --set replicas=288 --set groups=8 --repeat 5 | json seconds | awk '{ print 1e3 * $1 }')"
+  "$("$moelab" eval placement eplb --input "$dir/eplb.json" --repeat 5 | json seconds | awk '{ print 1e3 * $1 }')"
 for policy in lru:100 belady:20; do
   line "${policy%:*}, standard Zipf stream, 1536 of 15360 objects" ">${policy#*:}" "M req/s" \
     "$("$moelab" eval offload "${policy%:*}" --keys "$dir/zipf.npy" --capacity 1536 --repeat 5 | json requests_per_s | awk '{ print $1 / 1e6 }')"
