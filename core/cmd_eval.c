@@ -235,7 +235,9 @@ int cmd_eval(int argc, char **argv)
             err_set(&e, ERR_INPUT, "eval: expected a kind and a name (see: moelab eval --help)");
         else if (line.out && strcmp(line.kind, eval_kind_name[MOE_ROUTER]) != 0)
             err_set(&e, ERR_INPUT, "--out: only routers write arrays");
-        else if ((result = eval(line.kind, line.name, options, &e)) && (!line.out || write_arrays(result, line.out, &e) == 0))
+        else
+            result = eval(line.kind, line.name, options, &e);
+        if (result && (!line.out || write_arrays(result, line.out, &e) == 0))
             print(result, &e);
     }
     json_decref(options);

@@ -22,7 +22,7 @@ enum {
 };
 
 static const struct eval_option options[] = {
-    { "input", EVAL_INPUT, ROUTER | BALANCER | PLACEMENT | DISPATCH, 0, 0, "FILE.json", "the input; - is standard input" },
+    { "input", EVAL_INPUT, POLICIES & ~OFFLOAD, 0, 0, "FILE.json", "the input; - is standard input" },
     { "logits", EVAL_ARRAY, ROUTER | BALANCER, 0, 0, "FILE.npy", "router logits [tokens, experts], f4 or f2" },
     { "top_k", EVAL_WHOLE, ROUTER | BALANCER, 1, 1024, "K", "experts per token" },
     { "keys", EVAL_ARRAY, OFFLOAD, 0, 0, "FILE.npy", "object ids in the order of their use, u2 or u4 [requests]" },
@@ -82,7 +82,7 @@ static int check_option(const struct eval_job *j, const struct eval_option *o, c
         return err_set(j->err, ERR_INPUT, "eval %s: %s: expected %s", eval_kind_name[j->kind], o->name,
                        expected[o->type]);
     if ((o->type == EVAL_WHOLE || o->type == EVAL_REAL) && !(x >= o->min && x <= o->max))
-        return err_set(j->err, ERR_INPUT, "eval %s: %s: found %.17g, expected %.17g to %.17g", eval_kind_name[j->kind],
+        return err_set(j->err, ERR_INPUT, "eval %s: %s: found %.17g, expected %.16g to %.16g", eval_kind_name[j->kind],
                        o->name, x, o->min, o->max);
     return 0;
 }
@@ -168,9 +168,8 @@ json_t *eval(const char *kind, const char *name, const json_t *given, struct err
         k++;
     if (k == N_EVAL_KINDS) {
         const char *near = err_nearest(kind, eval_kind_name, N_EVAL_KINDS);
-        err_set(e, ERR_INPUT, "eval: unknown kind \"%s\"%s%s", kind,
-                near ? "; did you mean " : ", expected router, balancer, placement, dispatch, offload, machine or metric",
-                near ? near : "");
+        err_set(e, ERR_INPUT, "eval: unknown kind \"%s\", %s%s", kind, near ? "did you mean " : "expected ",
+                near ? near : "router, balancer, placement, dispatch, offload, machine or metric");
         return NULL;
     }
     j.kind = k;

@@ -1,12 +1,13 @@
 /* SPDX-License-Identifier: Apache-2.0
  * eval_balancer.c - moelab eval balancer: one layer through the hooks that a balancer has, in the pipeline's order:
  *
- *   observe every step of `load`  ->  adjust  ->  routes (given, or from logits by softmax-top-k)  ->  rewrite  ->  plan */
+ *   observe every step of `load` -> adjust -> routes (given, or from logits by softmax-top-k) -> rewrite -> plan */
 #include "config.h"
 
 #include "eval_job.h"
 #include "registry.h"
 
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -88,8 +89,10 @@ static int pass_capacity(struct eval_job *j)
     if (!v)
         return 0;
     const char *param = job_takes(j, "factor") ? "factor" : job_takes(j, "capacity_factor") ? "capacity_factor" : NULL;
-    if (!param)
-        return job_fail(j, "capacity_factor", "%s has no capacity", j->who);
+    if (!param) { /* one input serves all balancers, so this is no error */
+        fprintf(stderr, "moelab: warning: %s: capacity_factor: %s has no capacity\n", j->file, j->who);
+        return 0;
+    }
     return job_param(j, param, "capacity_factor", json_deep_copy(v));
 }
 

@@ -20,8 +20,8 @@ static const char *const known_keys[N_EVAL_KINDS][24] = {
                      "previous", "previous_logits", "recorded", "tensors", "n_experts", "devices", "device", "nodes",
                      "machine" },
     [MOE_BALANCER] = { "load", "logits", "top_k", "routes", "devices", "device", "nodes", "machine", "phy2dev",
-                       "capacity_factor", "bias", "token_ids", "positions", "requests", "importance", "hidden", "labels",
-                       "previous", "previous_logits", "tensors", "n_experts" },
+                       "capacity_factor", "bias", "token_ids", "positions", "requests", "importance", "hidden",
+                       "labels", "previous", "previous_logits", "tensors", "n_experts" },
     [MOE_PLACEMENT] = { "load", "replicas", "groups", "nodes", "devices", "transitions", "current", "machine",
                         "expert_bytes" },
     [MOE_DISPATCH] = { "tokens_by", "bytes", "routes", "device", "devices", "nodes", "machine", "tier", "expert",
@@ -115,7 +115,7 @@ int job_real(struct eval_job *j, const char *key, double def, double min, double
     if (isnan(*out))
         return job_fail(j, key, "is missing");
     if (!(*out >= min && *out <= max))
-        return job_fail(j, key, "found %.17g, expected %.17g to %.17g", *out, min, max);
+        return job_fail(j, key, "found %.17g, expected %.16g to %.16g", *out, min, max);
     return 0;
 }
 
@@ -168,7 +168,7 @@ static int put(struct reader *r, double x)
     char text[160];
     bool whole = r->type == WHOLE || r->type == ID;
     if (!(x >= r->min && x <= r->max) || (whole && x != floor(x)))
-        return job_fail(r->job, element_name(r, r->n_dims, text), "found %.17g, expected %s from %.17g to %.17g", x,
+        return job_fail(r->job, element_name(r, r->n_dims, text), "found %.17g, expected %s from %.16g to %.16g", x,
                         whole ? "a whole number" : "a number", r->min, r->max);
     switch (r->type) {
     case FLOAT: ((float *)r->data)[r->n++] = (float)x; break;
@@ -238,7 +238,7 @@ static int read_npy(struct reader *r, const char *name)
         double x = npy_real(&a, i);
         bool whole = r->type == WHOLE || r->type == ID;
         if (!(x >= r->min && x <= r->max) || (whole && x != floor(x))) {
-            err_set(e, ERR_INPUT, "%s%s: found %.17g, expected %s from %.17g to %.17g", path, npy_element(&a, i, text),
+            err_set(e, ERR_INPUT, "%s%s: found %.17g, expected %s from %.16g to %.16g", path, npy_element(&a, i, text),
                     x, whole ? "a whole number" : "a number", r->min, r->max);
             goto out;
         }

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0
- * eval_job.h - what the files eval_*.c share: the job at hand, its input as arrays, and a lone policy's surroundings. */
+ * eval_job.h - what the files eval_*.c share: the job, its input as arrays, and a lone policy's surroundings. */
 #ifndef EVAL_JOB_H
 #define EVAL_JOB_H
 

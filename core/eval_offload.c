@@ -156,7 +156,8 @@ int eval_offload(struct eval_job *j, json_t *out)
     json_object_set_new(out, "prefetched", json_integer(0));
     json_object_set_new(out, "wasted_prefetches", json_integer(0));
     json_object_set_new(out, "bytes_loaded", json_real((double)c->misses * w.expert_bytes));
-    json_object_set_new(out, "requests_per_s", w.seconds > 0 ? json_real((double)c->requests / w.seconds) : json_null());
+    json_object_set_new(out, "requests_per_s",
+                        w.seconds > 0 ? json_real((double)c->requests / w.seconds) : json_null());
     json_object_set_new(out, "seconds", json_real(w.seconds));
     return 0;
 }

@@ -230,8 +230,8 @@ static json_t *replica_counts(const struct eval_job *j, const struct placement *
     json_t *layers = json_array();
     for (int32_t l = 0; l < j->model.n_layers; l++) {
         json_t *list = json_array();
-        for (int32_t e = 0; e < j->model.n_experts; e++)
-            json_array_append_new(list, json_integer(n_replicas(p, (size_t)l * (size_t)j->model.n_experts + (size_t)e)));
+        for (size_t e = 0, n = (size_t)j->model.n_experts; e < n; e++)
+            json_array_append_new(list, json_integer(n_replicas(p, (size_t)l * n + e)));
         json_array_append_new(layers, list);
     }
     return layers;

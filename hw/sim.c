@@ -35,6 +35,7 @@ struct walk { /* one run of one graph */
     struct arrival *arrival;    /* sorted by (exchange, device) */
     int32_t n_arrivals, n_left;
     int32_t *receivers;         /* [tasks] devices that an exchange still has to deliver to */
+    int32_t *root, n_roots;     /* tasks that wait for nothing */
     double now;
     struct err *e;
 };
@@ -233,9 +234,12 @@ static void deliver(struct walk *w, const struct net_done *d)
 static int walk_loop(struct walk *w)
 {
     struct sim *s = w->s;
-    for (int32_t t = 0; t < w->g->n_tasks && !w->e->code; t++)
+    /* Listed before any is started: a join ends at once, and what it lets start is no root. */
+    for (int32_t t = 0; t < w->g->n_tasks; t++)
         if (w->order.n_before[t] == 0 && w->g->task[t].kind != TASK_ARRIVAL)
-            ready(w, t);
+            w->root[w->n_roots++] = t;
+    for (int32_t i = 0; i < w->n_roots && !w->e->code; i++)
+        ready(w, w->root[i]);
     while (w->n_left > 0 && !w->e->code) {
         double until = event_next(&s->events);
         size_t n = 0;
@@ -266,7 +270,8 @@ static int sim_run(struct machine *m, struct moe_graph *g, struct err *e)
         return e->code;
     w.receivers = calloc((size_t)g->n_tasks + 1, sizeof *w.receivers);
     w.arrival = malloc(sizeof *w.arrival * ((size_t)g->n_tasks + 1));
-    if (!w.receivers || !w.arrival) {
+    w.root = malloc(sizeof *w.root * ((size_t)g->n_tasks + 1));
+    if (!w.receivers || !w.arrival || !w.root) {
         err_set(e, ERR_MEMORY, "out of memory for the task graph");
         goto out;
     }
@@ -280,6 +285,7 @@ out:
     graph_order_free(&w.order);
     free(w.receivers);
     free(w.arrival);
+    free(w.root);
     return e->code;
 }
 
