@@ -3,6 +3,9 @@
 -- moelab.lua - the scenario API: describes experiments, unfolds their axes, hands runs to the core, shows results.
 -- Everything a scenario can call is documented at its definition and in doc/scenarios.md.
 
+-- What a scenario passes in may be any value with any metatable, and what it got from here it may change: text that
+-- ends up in a gnuplot script goes through quote(), and options of results through options_of().
+
 local native = ...
 local moe = {}
 
@@ -57,6 +60,35 @@ local function check_type(where, what, key, value, wanted)
   end
 end
 
+-- A plain copy of the options of a function that shows results. types: key -> type, or types separated by "|".
+local function options_of(where, what, given, types, required)
+  if type(given) ~= "table" then fail(text_of(where), "%s: expected a table, found %s", what, type(given)) end
+  local o = {}
+  for k, v in next, given do
+    if type(v) == "table" then
+      o[k] = {}
+      for i, x in next, v do
+        if type(x) ~= "string" then
+          fail(at_key(where, tostring(k)), "%s.%s: expected strings, found a %s", what, tostring(k), type(x))
+        end
+        o[k][i] = x
+      end
+    else
+      o[k] = v
+    end
+  end
+  check_keys(where, what, o, types)
+  for _, k in ipairs(keys_of(o)) do
+    if not ("|" .. types[k] .. "|"):find("|" .. type(o[k]) .. "|", 1, true) then
+      fail(at_key(where, k), "%s.%s: expected a %s, found %s", what, k, types[k]:gsub("|", " or "), type(o[k]))
+    end
+  end
+  for _, k in ipairs(required) do
+    if o[k] == nil then fail(text_of(where), "%s: %s is missing", what, k) end
+  end
+  return o
+end
+
 -- ---- values with a meaning ----------------------------------------------------------------------------------------
 
 local Each, Plugin, Machine, Model, Workload, Synth, Label =
@@ -76,6 +108,7 @@ end
 
 --- A value under another name in tables and plots: moe.label("2 nodes", moe.machine "dgx-h100" { nodes = 2 }).
 function moe.label(text, value)
+  if type(text) ~= "string" then fail(text_of(here()), "moe.label: expected a string, found %s", type(text)) end
   return setmetatable({ text = text, value = value }, Label)
 end
 
@@ -98,7 +131,8 @@ local policy_hooks = {
 --- Hooks and their arguments: doc/scenarios.md.
 function moe.policy(t)
   local where = here()
-  local known = { kind = true, name = true, needs = true }
+  local known = { kind = true, name = true }
+  if type(t) ~= "table" then fail(text_of(where), "moe.policy: expected a table, found %s", type(t)) end
   for _, k in ipairs { "kind", "name" } do check_type(where, "moe.policy", k, t[k], "string") end
   local hooks = policy_hooks[t.kind]
   if not hooks then
@@ -115,6 +149,9 @@ function moe.policy(t)
     end
   end
   if n == 0 then fail(text_of(where), "moe.policy %s: no hook; expected %s", t.name, table.concat(keys_of(hooks), ", ")) end
+  if t.kind == "offload" and not (t.insert and t.evict) then
+    fail(text_of(where), "moe.policy %s: %s is missing", t.name, t.insert and "evict" or "insert")
+  end
   return setmetatable({ name = t.name, kind = t.kind, params = {}, lua = native.add_policy(t), where = where }, Plugin)
 end
 
@@ -143,13 +180,14 @@ function moe.model(name_or_sizes)
   return named_model(name_or_sizes)
 end
 
+local synth_keys = { layers = 1, experts = 1, top_k = 1, requests = 1, tokens_per_request = 1, skew = 1, stickiness = 1,
+                     affinity = 1, drift = 1, logits = 1, seed = 1, like = 1 }
+
 --- Routing made up from physical parameters (doc/traces.md): skew, stickiness, affinity, drift; or like = a trace,
 --- to resemble it at any size.
 function moe.synth(t)
   local where = here()
-  check_keys(where, "moe.synth", t, { layers = 1, experts = 1, top_k = 1, requests = 1, tokens_per_request = 1,
-                                      skew = 1, stickiness = 1, affinity = 1, drift = 1, logits = 1, seed = 1,
-                                      like = 1 })
+  check_keys(where, "moe.synth", t, synth_keys)
   for _, k in ipairs(t.like and {} or { "layers", "experts", "top_k" }) do
     if t[k] == nil then fail(text_of(where), "moe.synth: %s is missing (or like = a trace to resemble)", k) end
   end
@@ -177,8 +215,11 @@ local function synth_dir(synth, label)
   return synthesised[label]
 end
 
+local workload_keys = {}
+
 local function workload(kind, batch_key)
   local known = { trace = 1, steps = 1, profile = 1, context = 1, [batch_key] = 1 }
+  workload_keys[kind] = known
   return function(t)
     local where = here()
     check_keys(where, "moe." .. kind, t, known)
@@ -194,27 +235,32 @@ moe.prefill = workload("prefill", "tokens_per_device")
 
 -- ---- unfolding axes ------------------------------------------------------------------------------------------------
 
-local function label_of(v)
+local label_of
+
+-- { "a=1", "b=2" }; what varies is an axis of its own, and tables would not fit.
+local function settings(t)
+  local list = {}
+  for _, k in ipairs(keys_of(t)) do
+    if type(t[k]) ~= "table" or is(t[k], Label) then list[#list + 1] = k .. "=" .. label_of(t[k]) end
+  end
+  return list
+end
+
+function label_of(v)
   if is(v, Label) then return v.text end
   if is(v, Plugin) then
-    local list = {}
-    for _, k in ipairs(keys_of(v.params)) do list[#list + 1] = k .. "=" .. tostring(v.params[k]) end
+    local list = settings(v.params)
     return #list == 0 and v.name or v.name .. "(" .. table.concat(list, ",") .. ")"
   end
   if is(v, Machine) or is(v, Model) then
-    local list = { v.name }
-    for _, k in ipairs(keys_of(v.options)) do
-      if type(v.options[k]) ~= "table" then list[#list + 1] = k .. "=" .. tostring(v.options[k]) end
-    end
+    local list = settings(v.options)
+    if v.name then table.insert(list, 1, v.name) end
     return table.concat(list, " ")
   end
   if is(v, Workload) then return v.kind end
-  if is(v, Synth) then
-    local list = {}
-    for _, k in ipairs(keys_of(v.options)) do list[#list + 1] = k .. "=" .. tostring(v.options[k]) end
-    return "synth(" .. table.concat(list, ",") .. ")"
-  end
+  if is(v, Synth) then return "synth(" .. table.concat(settings(v.options), ",") .. ")" end
   if type(v) == "table" then
+    if type(v.name) == "string" then return v.name end
     local list = {}
     for i, x in ipairs(v) do list[i] = label_of(x) end
     return #list > 0 and table.concat(list, "+") or "table"
@@ -224,12 +270,19 @@ local function label_of(v)
 end
 
 -- All combinations of `value`: a list of { value = plain, axes = { {name, label}, ... } }.
-local function unfold(value, path)
+local function unfold(value, path, where, depth)
+  depth = depth or 1
+  if depth > 32 then fail(text_of(where), "%s: tables nested more than 32 deep", path:sub(1, 60)) end
   if is(value, Each) then
-    local all = {}
+    local all, seen = {}, {}
     for _, v in ipairs(value.values) do
       local label = label_of(v)
-      for _, one in ipairs(unfold(is(v, Label) and v.value or v, path)) do
+      if seen[label] then
+        fail(text_of(value.where), "%s: two values of moe.each are called \"%s\"; tell them apart with moe.label", path,
+             label)
+      end
+      seen[label] = true
+      for _, one in ipairs(unfold(is(v, Label) and v.value or v, path, value.where, depth + 1)) do
         local axes = { { path, label } }
         table.move(one.axes, 1, #one.axes, 2, axes)
         all[#all + 1] = { value = one.value, axes = axes }
@@ -237,8 +290,16 @@ local function unfold(value, path)
     end
     return all
   end
-  if type(value) ~= "table" then return { { value = value, axes = {} } } end
-  if is(value, Label) then return unfold(value.value, path) end
+  if is(value, Label) then return unfold(value.value, path, where, depth + 1) end
+  if type(value) ~= "table" then
+    if type(value) == "number" and (value ~= value or value == math.huge or value == -math.huge) then
+      fail(at_key(where, path:match("[%w_]+$") or path), "%s: %s is not a finite number", path, tostring(value))
+    elseif type(value) == "function" or type(value) == "userdata" or type(value) == "thread" then
+      fail(at_key(where, path:match("[%w_]+$") or path), "%s: expected a value, found a %s", path, type(value))
+    end
+    return { { value = value, axes = {} } }
+  end
+  if rawget(value, "where") and getmetatable(value) then where = value.where end
   local all = { { value = setmetatable({}, getmetatable(value)), axes = {} } }
   local keys = {}
   for k in pairs(value) do keys[#keys + 1] = k end
@@ -246,7 +307,7 @@ local function unfold(value, path)
   for _, k in ipairs(keys) do
     -- `options` and `params` are how objects keep what was given; they are not part of an axis's name.
     local sub = (k == "options" or k == "params" or type(k) == "number") and path or path .. "." .. k
-    local parts = k == "where" and { { value = value[k], axes = {} } } or unfold(value[k], sub)
+    local parts = k == "where" and { { value = value[k], axes = {} } } or unfold(value[k], sub, where, depth + 1)
     local grown = {}
     for _, a in ipairs(all) do
       for _, p in ipairs(parts) do
@@ -281,20 +342,38 @@ local function put(t, key, value)
   t[key] = is(t[key], Each) and setmetatable({ values = { value }, where = t[key].where }, Each) or value
 end
 
+local model_keys = { name = 1, layers = 1, experts = 1, top_k = 1, shared = 1, d_model = 1, d_expert = 1, n_heads = 1,
+                     n_kv_heads = 1, d_head = 1, precision = 1, weight_bytes = 1, act_bytes = 1, combine_bytes = 1,
+                     source = 1 }
+
+-- Keys that can be set in a value, if they are known here; parameters and machines are checked in the core.
+local function keys_in(v)
+  if is(v, Workload) then return workload_keys[v.kind] end
+  if is(v, Synth) then return synth_keys end
+  if is(v, Model) then return model_keys end
+end
+
 -- "machine.nodes=8" on the command line: constants and axes alike give way.
 local function override(t, where)
   local set = native.overrides()
   for _, path in ipairs(keys_of(set)) do
     local at, parts = t, {}
     for part in path:gmatch("[^.]+") do parts[#parts + 1] = part end
-    if experiment_keys[parts[1]] == nil then
-      local near = native.nearest(parts[1], keys_of(experiment_keys))
-      fail("--set " .. path, "unknown key \"%s\"%s", parts[1], near and "; did you mean \"" .. near .. "\"?" or "")
-    end
-    for i = 1, #parts - 1 do
+    local known = experiment_keys
+    for i = 1, #parts do
+      if known and known[parts[i]] == nil then
+        local near = native.nearest(parts[i], keys_of(known))
+        fail("--set " .. path, "unknown key \"%s\"%s", parts[i], near and "; did you mean \"" .. near .. "\"?" or
+             "; known: " .. table.concat(keys_of(known), ", "))
+      end
+      if i == #parts then break end
       local v = at[parts[i]]
-      if type(v) == "string" and parts[i] == "machine" then v = moe.machine(v) end
-      if type(v) == "string" and parts[i] == "model" then v = moe.model(v) end
+      if type(v) == "string" and i == 1 then
+        if parts[i] == "machine" then v = moe.machine(v)
+        elseif parts[i] == "model" then v = moe.model(v)
+        elseif policy_hooks[parts[i]] or parts[i] == "dispatch" then v = moe.plugin(v) end
+      end
+      if v == nil and parts[1] == "machine" and i > 1 then v = {} end -- keys of the machine's file
       if type(v) ~= "table" or is(v, Each) then
         fail("--set " .. path, "\"%s\" has no keys to set here (it is %s)", parts[i],
              is(v, Each) and "an axis" or "a " .. type(v))
@@ -303,12 +382,14 @@ local function override(t, where)
       for k, x in pairs(v) do copy[k] = x end
       at[parts[i]] = copy
       at = copy
-      if copy.options then
-        local options = {}
-        for k, x in pairs(copy.options) do options[k] = x end
-        copy.options = options
-        at = options
+      for _, inner in ipairs { "options", "params" } do -- where objects keep what was given
+        if getmetatable(copy) and copy[inner] then
+          at = {}
+          for k, x in pairs(copy[inner]) do at[k] = x end
+          copy[inner] = at
+        end
       end
+      known = keys_in(copy)
     end
     put(at, parts[#parts], set[path])
   end
@@ -331,10 +412,6 @@ local function machine_spec(v, run, where)
   if not description then fail(text_of(v.where), "%s", file) end
   return { executor = run.executor, tier = run.tier, file = file, description = merge(description, v.options) }
 end
-
-local model_keys = { name = 1, layers = 1, experts = 1, top_k = 1, shared = 1, d_model = 1, d_expert = 1, n_heads = 1,
-                     n_kv_heads = 1, d_head = 1, precision = 1, weight_bytes = 1, act_bytes = 1, combine_bytes = 1,
-                     source = 1 }
 
 local function model_spec(v, where)
   if type(v) == "string" then v = setmetatable({ name = v, options = {}, where = where }, Model) end
@@ -424,7 +501,7 @@ function moe.experiment(t)
   local all = { { value = {}, axes = {} } }
   for _, key in ipairs(axis_order) do
     if given[key] ~= nil then
-      local grown, parts = {}, unfold(given[key], key)
+      local grown, parts = {}, unfold(given[key], key, where)
       for _, a in ipairs(all) do
         for _, p in ipairs(parts) do
           local copy = {}
@@ -479,11 +556,12 @@ local metric_unit = native.metrics() -- name -> unit
 --- The runs whose axes have these labels: runs:filter { placement = "eplb" }.
 function Runs:filter(wanted)
   local where = here()
+  if type(wanted) ~= "table" then fail(text_of(where), "runs:filter: expected a table, found %s", type(wanted)) end
   self:check_axes(where, "runs:filter", keys_of(wanted))
   local list = {}
   for _, r in ipairs(self.list) do
     local ok = true
-    for k, v in pairs(wanted) do ok = ok and r.axes[k] == tostring(v) end
+    for k, v in pairs(wanted) do ok = ok and r.axes[k] == label_of(v) end
     if ok then list[#list + 1] = r end
   end
   return setmetatable({ name = self.name, list = list, axis_names = self.axis_names, axis = self.axis }, Runs)
@@ -491,6 +569,7 @@ end
 
 function Runs:check_axes(where, what, names)
   for _, name in ipairs(names) do
+    name = tostring(name)
     if not self.axis[name] then
       local near = native.nearest(name, self.axis_names)
       fail(text_of(where), "%s: no axis \"%s\"%s", what, name, near and "; did you mean \"" .. near .. "\"?" or
@@ -645,9 +724,9 @@ end
 ---   title  printed above; percent = true for shares
 function Runs:table(o)
   local where = here()
-  check_keys(where, "runs:table", o, { rows = 1, cols = 1, value = 1, best = 1, bound = 1, ceiling = 1, title = 1,
-                                       file = 1, percent = 1 })
-  if o.rows == nil or o.value == nil then fail(text_of(where), "runs:table: rows and value are required") end
+  o = options_of(where, "runs:table", o, {
+    rows = "string|table", cols = "string", value = "string|table", best = "string", bound = "boolean",
+    ceiling = "string", title = "string", file = "string", percent = "boolean" }, { "rows", "value" })
   if o.best ~= nil and o.best ~= "min" and o.best ~= "max" then
     fail(at_key(where, "best"), "runs:table.best: expected \"min\" or \"max\", found \"%s\"", tostring(o.best))
   end
@@ -734,7 +813,8 @@ end
 --- Returns the difference (relative to the first label) and prints a line.
 function Runs:difference(o)
   local where = here()
-  check_keys(where, "runs:difference", o, { over = 1, value = 1, title = 1 })
+  o = options_of(where, "runs:difference", o, { over = "string", value = "string", title = "string" },
+                 { "over", "value" })
   self:check_axes(where, "runs:difference", { o.over })
   check_metric(where, "runs:difference", o.value)
   local others = {}
@@ -767,7 +847,13 @@ end
 
 -- ---- plots ---------------------------------------------------------------------------------------------------------
 
-local function quote(s) return "\"" .. s:gsub("[\\\"]", "\\%0"):gsub("_", "\\\\_"):gsub("[\n\r]", " ") .. "\"" end
+local function one_line(s) return (tostring(s):gsub("%c", " ")) end
+
+-- A string of gnuplot's. In double quotes it runs what is between backquotes: they must not get there.
+local function quote(s)
+  s = one_line(s):gsub("`", "'"):gsub("[\\\"]", "\\%0"):gsub("_", "\\\\_")
+  return "\"" .. s .. "\""
+end
 
 local palette = { "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#666666" }
 
@@ -807,10 +893,11 @@ end
 ---   bound  true: adds the bound; ceiling: label of the group that none can beat, drawn dashed; logx, logy
 function Runs:plot(o)
   local where = here()
-  check_keys(where, "runs:plot", o, { x = 1, y = 1, group = 1, file = 1, title = 1, xlabel = 1, ylabel = 1, kind = 1,
-                                      bound = 1, ceiling = 1, logx = 1, logy = 1, percent = 1 })
-  for _, k in ipairs { "x", "y", "file" } do check_type(where, "runs:plot", k, o[k], "string") end
-  local stem = o.file:match("^([%w_.-]+)%.png$")
+  o = options_of(where, "runs:plot", o, {
+    x = "string", y = "string", group = "string", file = "string", title = "string", xlabel = "string",
+    ylabel = "string", kind = "string", bound = "boolean", ceiling = "string", logx = "boolean", logy = "boolean",
+    percent = "boolean" }, { "x", "y", "file" })
+  local stem = o.file:match("^([%w_][%w_.-]*)%.png$")
   if not stem then fail(at_key(where, "file"), "runs:plot.file: expected \"NAME.png\", found \"%s\"", o.file) end
   self:check_axes(where, "runs:plot", { o.x, o.group })
   local metric = check_metric(where, "runs:plot", o.y)
@@ -821,16 +908,19 @@ function Runs:plot(o)
   local x_labels, series = plot_series(self, o, where)
   local largest = 0
   for _, s in ipairs(series) do
-    for _, p in ipairs(s.points) do largest = math.max(largest, p.mean or 0) end
+    for _, p in ipairs(s.points) do
+      largest = math.max(largest, p.mean or 0)
+      s.drawn = s.drawn or p.mean ~= nil -- gnuplot refuses a series without a point: all its runs failed
+    end
   end
   local scale, unit = scale_of(metric_unit[metric], largest)
   if o.percent then scale, unit = 0.01, "%" end
   local function cell(v) return v and string.format("%.9g", v / scale) or "NaN" end
 
-  local dat = { "# " .. (o.title or self.name), "# " .. o.x .. "\t" }
+  local dat = { "# " .. one_line(o.title or self.name), "# " .. one_line(o.x) .. "\t" }
   for _, s in ipairs(series) do dat[2] = dat[2] .. quote(s.name) .. "\tspread\t" end
   for i, x in ipairs(x_labels) do
-    local row = { lines and x or quote(x) }
+    local row = { lines and x or quote((one_line(x):gsub("\"", "'"))) } -- in data, gnuplot knows no escaped quotes
     for _, s in ipairs(series) do
       row[#row + 1] = cell(s.points[i].mean)
       row[#row + 1] = cell(s.points[i].spread)
@@ -864,7 +954,8 @@ function Runs:plot(o)
     for i, s in ipairs(series) do
       local style = s.bound and "lw 2 dt 2 pt 0 lc rgb \"#000000\"" or
                     string.format("lw 2.5 pt %d ps 1.4 lc rgb \"%s\"", 4 + i, palette[(i - 1) % #palette + 1])
-      parts[i] = string.format("\"%s.dat\" using 1:%d with linespoints %s title %s", stem, 2 * i, style, quote(s.name))
+      parts[#parts + 1] = s.drawn and string.format("\"%s.dat\" using 1:%d with linespoints %s title %s", stem, 2 * i,
+                                                    style, quote(s.name)) or nil
     end
   else
     gp[#gp + 1] = "set style data histograms"
@@ -873,13 +964,14 @@ function Runs:plot(o)
     gp[#gp + 1] = "set xtics scale 0"
     for i, s in ipairs(series) do
       local colour = s.bound and "#bbbbbb" or palette[(i - 1) % #palette + 1]
-      parts[i] = string.format("\"%s.dat\" using %d:%d%s lc rgb \"%s\" title %s", stem, 2 * i, 2 * i + 1,
-                               i == 1 and ":xtic(1)" or "", colour, quote(s.name))
+      parts[#parts + 1] = s.drawn and string.format("\"%s.dat\" using %d:%d%s lc rgb \"%s\" title %s", stem, 2 * i,
+                                                    2 * i + 1, #parts == 0 and ":xtic(1)" or "", colour,
+                                                    quote(s.name)) or nil
     end
   end
-  gp[#gp + 1] = "plot " .. table.concat(parts, ", \\\n     ")
+  gp[#gp + 1] = #parts > 0 and "plot " .. table.concat(parts, ", \\\n     ") or "# nothing to plot: every run failed"
   native.write(stem .. ".gp", table.concat(gp, "\n") .. "\n")
-  native.draw(stem .. ".gp")
+  if #parts > 0 then native.draw(stem .. ".gp") end
 end
 
 --- A file in the results directory.
@@ -891,9 +983,18 @@ end
 --- What `moelab eval KIND NAME` prints, as a table: options as on its command line (doc/eval.md), input as a table.
 function moe.eval(kind, name, options)
   local o = {}
+  if type(options) ~= "table" then
+    fail(text_of(here()), "moe.eval: options: expected a table, found %s", type(options))
+  end
   for k, v in pairs(options) do o[k] = is(v, Synth) and synth_dir(v, label_of(v)) or v end
   if type(o.trace) == "string" and not is(options.trace, Synth) then o.trace = find_trace(o.trace, text_of(here())) end
   return native.eval(kind, name, o)
+end
+
+--- Whether this build can run on an executor: "flow" (always), "simgrid", "host".
+function moe.has(executor)
+  if type(executor) ~= "string" then fail(text_of(here()), "moe.has: expected a name, found %s", type(executor)) end
+  return native.has(executor)
 end
 
 --- One row of published against ours, for `moelab reproduce`; use scenarios/lib/paper.lua rather than this.

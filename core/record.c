@@ -13,6 +13,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -113,9 +114,18 @@ int record_open(struct record *r, const char *out, struct err *e)
                        "choose another --out", r->part);
     if (make_parents(r->part, e) < 0)
         return e->code;
+    int old = open(r->part, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    bool busy = old >= 0 && flock(old, LOCK_EX | LOCK_NB) < 0 && errno == EWOULDBLOCK;
+    if (old >= 0)
+        close(old);
+    if (busy)
+        return err_set(e, ERR_INPUT, "%s: another moelab is writing there; choose another --out", r->part);
     record_discard(r->part);
     if (mkdir(r->part, 0777) < 0)
         return err_set(e, ERR_IO, "cannot make %s: %s", r->part, strerror(errno));
+    r->lock = open(r->part, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (r->lock >= 0)
+        flock(r->lock, LOCK_EX | LOCK_NB); /* where a file system has no locks, nobody is kept out */
     r->open = true;
     r->experiments = json_array();
     r->machines = json_object();
@@ -259,6 +269,8 @@ void record_abandon(struct record *r)
     json_decref(r->machines);
     json_decref(r->traces);
     json_decref(r->trace_names);
+    if (r->lock >= 0)
+        close(r->lock);
     r->open = false;
 }
 

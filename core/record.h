@@ -10,6 +10,7 @@
 struct record {
     char out[400], part[420];
     bool open;
+    int lock;            /* on part, as long as this process builds there */
     json_t *experiments; /* for the manifest */
     json_t *machines, *traces;
     json_t *trace_names; /* directory -> its key in traces */

@@ -28,7 +28,7 @@ enum { MAX_SCRIPT_BYTES = 1 << 30, MAX_TEXT_BYTES = 1 << 26 };
 /* ---- leaving from within a signal handler ---- */
 
 /* What a scenario that is cut short would leave behind. Handlers read it; the process that set it is its owner. */
-static struct { volatile pid_t owner; char part[440], synth[64]; } leftovers;
+static struct { volatile pid_t owner; char part[440], synth[300]; } leftovers;
 
 /* Only what is safe in a handler: _Fork, exec, waitpid. */
 static void remove_leftovers(void)
@@ -46,22 +46,30 @@ static void remove_leftovers(void)
 
 static void on_end(int signal_number)
 {
+    static const char text[] = "moelab: a policy, or moelab itself, crashed outside of a run\n";
+    bool crashed = signal_number != SIGINT && signal_number != SIGTERM && signal_number != SIGHUP;
+    if (crashed && leftovers.owner == getpid() && write(STDERR_FILENO, text, sizeof text - 1) < 0) {
+        /* nobody to tell */
+    }
     remove_leftovers();
     signal(signal_number, SIG_DFL);
     raise(signal_number);
 }
 
-/* From here to watch_leftovers(NULL) an interrupt leaves nothing half-written. */
+/* From here to watch_leftovers(NULL) an interrupt or a crash leaves nothing half-written. Whoever has a handler of
+ * his own (nohup, a sanitizer) keeps it. */
 static void watch_leftovers(const char *part)
 {
-    static const int ends[] = { SIGINT, SIGTERM, SIGHUP };
+    static const int ends[] = { SIGINT, SIGTERM, SIGHUP, SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT };
     leftovers.owner = 0;
     snprintf(leftovers.part, sizeof leftovers.part, "%s", part ? part : "");
     leftovers.synth[0] = '\0';
     leftovers.owner = part ? getpid() : 0;
-    for (size_t i = 0; i < sizeof ends / sizeof *ends; i++)
-        if (signal(ends[i], part ? on_end : SIG_DFL) == SIG_IGN)
-            signal(ends[i], SIG_IGN); /* as nohup wants it */
+    for (size_t i = 0; i < sizeof ends / sizeof *ends; i++) {
+        void (*before)(int) = signal(ends[i], part ? on_end : SIG_DFL);
+        if (before != SIG_DFL && before != on_end)
+            signal(ends[i], before);
+    }
 }
 
 void script_watch_synth(const char *dir)
@@ -79,10 +87,8 @@ static struct itimerval clock_left; /* while paused */
 /* The hook stays, so that a script that catches the error meets it again at once. */
 static void on_clock(lua_State *L, lua_Debug *ar)
 {
-    char text[80];
     (void)ar;
-    snprintf(text, sizeof text, "the script did not end within %g s (--run-timeout)", clock_seconds);
-    luaL_error(L, "%s", text);
+    script_error(L, "the script did not end within %g s (--run-timeout)", clock_seconds);
 }
 
 /* First ring: stop at the next Lua instruction. Second: the script is inside one long call of a library. */
@@ -114,7 +120,7 @@ static void clock_start(lua_State *L, double seconds)
     clock_seconds = seconds;
     sigaction(SIGALRM, &action, NULL);
     struct itimerval t = { .it_value = { (time_t)seconds, (suseconds_t)(fmod(seconds, 1) * 999999) + 1 },
-                           .it_interval = { 1, 0 } };
+                           .it_interval = { 0, 500000 } };
     setitimer(ITIMER_REAL, &t, NULL);
 }
 
@@ -243,14 +249,19 @@ static int find_module(const char *scenario, const char *name, char *path, size_
 
 static int l_require(lua_State *L)
 {
-    const char *name = luaL_checkstring(L, 1);
+    const char *name = script_text(L, 1);
     struct script *s = script_of(L);
     struct err e = { 0 };
     char path[800];
     luaL_getsubtable(L, LUA_REGISTRYINDEX, "moelab.loaded");
-    if (lua_getfield(L, -1, name) != LUA_TNIL)
+    int known = lua_getfield(L, -1, name);
+    if (known == LUA_TLIGHTUSERDATA)
+        return luaL_error(L, "module \"%s\" requires itself, or could not be loaded before", name);
+    if (known != LUA_TNIL)
         return 1;
     lua_pop(L, 1);
+    lua_pushlightuserdata(L, s); /* until it is there */
+    lua_setfield(L, -2, name);
     bool prelude = !strcmp(name, "moelab");
     if (prelude ? registry_data("core/moelab.lua", path, sizeof path) < 0
                 : find_module(s->path, name, path, sizeof path) < 0)
@@ -396,7 +407,7 @@ static int read_overrides(struct script *s)
 static void remove_synthetic(const struct script *s)
 {
     static const char *const files[] = { "experts.npy", "offsets.npy", "weights.npy", "logits.npy", "trace.json" };
-    char path[200];
+    char path[400];
     for (int i = 0; i < s->n_synth; i++) {
         for (size_t f = 0; f < sizeof files / sizeof *files; f++) {
             snprintf(path, sizeof path, "%s/%d/%s", s->synth_dir, i, files[f]);
@@ -405,7 +416,7 @@ static void remove_synthetic(const struct script *s)
         snprintf(path, sizeof path, "%s/%d", s->synth_dir, i);
         rmdir(path);
     }
-    if (s->n_synth)
+    if (s->synth_dir[0])
         rmdir(s->synth_dir);
 }
 
@@ -437,7 +448,9 @@ int script_run(const char *path, const struct script_options *options, json_t **
             clock_start(L, options->timeout_s);
             int status = lua_pcall(L, 0, 0, 0);
             clock_stop(L);
-            if (status != LUA_OK)
+            if (status == LUA_ERRMEM)
+                err_set(&s.err, ERR_MEMORY, "%s: the script holds more than %d MiB", path, MAX_SCRIPT_BYTES >> 20);
+            else if (status != LUA_OK)
                 fail_from_lua(&s, L);
             else {
                 memset(&s.err, 0, sizeof s.err); /* of natives, caught by the script */

@@ -18,7 +18,7 @@ struct script {
     json_t *claims;
     bool some_failed;     /* a run failed: exit 1 */
     struct err err;       /* of a native function, on its way through Lua */
-    char synth_dir[64];   /* synthetic traces of this scenario, removed at the end */
+    char synth_dir[300];   /* synthetic traces of this scenario, removed at the end */
     int n_synth;
     bool no_gnuplot_told;
     size_t bytes;         /* memory the script holds */
@@ -41,6 +41,8 @@ void script_policy_forget(void);
 
 /* Raises an error that begins with the scenario's file and line. Does not return. */
 int script_error(lua_State *, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
+/* The string argument at `index`; one with a NUL in it, which would end a path early, is an error. */
+const char *script_text(lua_State *, int index);
 /* File and line of the innermost function from `level` on that is not the prelude's. */
 void script_where(lua_State *, int level, const char **file, int *line);
 

@@ -3,6 +3,7 @@
 #include "config.h"
 
 #include "eval.h"
+#include "machine.h"
 #include "metrics.h"
 #include "param.h"
 #include "registry.h"
@@ -10,6 +11,7 @@
 #include "sweep.h"
 #include "trace.h"
 
+#include <errno.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -45,6 +47,14 @@ int script_error(lua_State *L, const char *fmt, ...)
     script_where(L, 0, &file, &line);
     err_set(&e, ERR_INPUT, "%s:%d: %s", file, line, text);
     return script_raise(L, &e);
+}
+
+const char *script_text(lua_State *L, int index)
+{
+    size_t length;
+    const char *text = luaL_checklstring(L, index, &length);
+    luaL_argcheck(L, strlen(text) == length, index, "a string with a NUL in it");
+    return text;
 }
 
 /* where(level): file and line of the caller's caller..., as in messages. */
@@ -187,7 +197,7 @@ static int n_synth(lua_State *L)
 {
     struct script *s = script_of(L);
     struct err e = { 0 };
-    char dir[200];
+    char dir[400];
     luaL_checktype(L, 1, LUA_TTABLE);
     struct trace like = { 0 };
     lua_getfield(L, 1, "like");
@@ -213,9 +223,10 @@ static int n_synth(lua_State *L)
             return script_raise(L, &e);
     }
     if (!s->synth_dir[0]) {
-        snprintf(s->synth_dir, sizeof s->synth_dir, "/tmp/moelab-synth-XXXXXX");
+        const char *tmp = getenv("TMPDIR");
+        snprintf(s->synth_dir, sizeof s->synth_dir, "%s/moelab-synth-XXXXXX", tmp && *tmp ? tmp : "/tmp");
         if (!mkdtemp(s->synth_dir)) {
-            err_set(&e, ERR_IO, "cannot make a directory for synthetic traces under /tmp");
+            err_set(&e, ERR_IO, "cannot make %s for synthetic traces: %s", s->synth_dir, strerror(errno));
             s->synth_dir[0] = '\0';
             return script_raise(L, &e);
         }
@@ -279,7 +290,7 @@ static int n_write(lua_State *L)
 {
     size_t n;
     struct err e = { 0 };
-    const char *name = luaL_checkstring(L, 1), *text = luaL_checklstring(L, 2, &n);
+    const char *name = script_text(L, 1), *text = luaL_checklstring(L, 2, &n);
     return record_file(&script_of(L)->record, name, text, n, &e) < 0 ? script_raise(L, &e) : 0;
 }
 
@@ -338,6 +349,15 @@ static int n_option(lua_State *L)
     return 1;
 }
 
+/* has(executor) */
+static int n_has(lua_State *L)
+{
+    const char *name = luaL_checkstring(L, 1);
+    lua_pushboolean(L, !strcmp(name, "flow") || (!strcmp(name, "simgrid") && net_simgrid_available()) ||
+                           (!strcmp(name, "host") && machine_host_available()));
+    return 1;
+}
+
 static int n_add_policy(lua_State *L)
 {
     lua_pushinteger(L, script_policy_add(L));
@@ -350,7 +370,7 @@ void script_push_natives(lua_State *L)
         { "where", n_where }, { "key_line", n_key_line }, { "nearest", n_nearest }, { "fail", n_fail },
         { "machine", n_machine }, { "policy", n_policy }, { "trace", n_trace }, { "synth", n_synth },
         { "run", n_run }, { "eval", n_eval }, { "write", n_write }, { "draw", n_draw }, { "claim", n_claim },
-        { "overrides", n_overrides }, { "option", n_option }, { "metrics", n_metrics }, { "add_policy", n_add_policy }, { NULL, NULL },
+        { "overrides", n_overrides }, { "option", n_option }, { "metrics", n_metrics }, { "has", n_has }, { "add_policy", n_add_policy }, { NULL, NULL },
     };
     luaL_newlib(L, all);
 }

@@ -70,6 +70,14 @@ static int call(struct lua_self *s, int n_args, int n_results)
     return code;
 }
 
+/* The id at the top of the stack, popped; what an int32_t cannot hold becomes one that no id is. */
+static int32_t pop_id(lua_State *L, int *whole)
+{
+    lua_Integer x = lua_tointegerx(L, -1, whole);
+    lua_pop(L, 1);
+    return x < 0 ? -1 : x > INT32_MAX ? INT32_MAX : (int32_t)x;
+}
+
 static void set_int(lua_State *L, const char *key, int64_t v)
 {
     lua_pushinteger(L, v);
@@ -146,20 +154,19 @@ static int router_route(void *self, const struct moe_batch *b, const struct moe_
         if (s->env->host->routes_reserve(s->env, out, out->n + n) < 0)
             code = MOE_ENOMEM;
         for (int32_t i = 1; i <= n && !code; i++) {
+            int whole, number = 1;
             lua_rawgeti(L, -2, i);
-            int whole;
-            out->expert[out->n] = (int32_t)lua_tointegerx(L, -1, &whole);
-            lua_pop(L, 1);
+            out->expert[out->n] = pop_id(L, &whole);
             double w = 1.0 / n;
             if (weighted) {
                 lua_rawgeti(L, -1, i);
-                w = lua_tonumber(L, -1);
+                w = lua_tonumberx(L, -1, &number);
                 lua_pop(L, 1);
             }
             out->weight[out->n++] = (float)w;
-            if (!whole)
-                code = s->env->host->fail(s->env, MOE_EINVAL, "route: token %d: expert %d of its list is not a whole "
-                                          "number", t, i);
+            if (!whole || !number)
+                code = s->env->host->fail(s->env, MOE_EINVAL, "route: token %d: %s %d of its list is not a %snumber",
+                                          t, whole ? "weight" : "expert", i, whole ? "" : "whole ");
         }
         out->offset[t + 1] = out->n;
         lua_pop(L, 3);
@@ -179,8 +186,12 @@ static int balancer_adjust(void *self, const struct moe_batch *b, const float *s
         return MOE_EFAIL;
     int code = lua_istable(L, -1) ? 0 : s->env->host->fail(s->env, MOE_EINVAL, "adjust: expected a table of numbers");
     for (int32_t e = 0; e < b->n_experts && !code; e++) {
-        lua_rawgeti(L, -1, e);
-        bias->add[e] += (float)lua_tonumber(L, -1); /* nil: nothing added */
+        int type = lua_rawgeti(L, -1, e);
+        if (type == LUA_TNUMBER)
+            bias->add[e] += (float)lua_tonumber(L, -1);
+        else if (type != LUA_TNIL) /* nil: nothing added */
+            code = s->env->host->fail(s->env, MOE_EINVAL, "adjust: expert %d: expected a number, found %s", e,
+                                      lua_typename(L, type));
         lua_pop(L, 1);
     }
     lua_settop(L, 0);
@@ -202,16 +213,17 @@ static int place_entry(struct lua_self *s, struct moe_placement *out, int32_t la
 {
     lua_State *L = s->L;
     int code = 0;
-    if (lua_isinteger(L, -1))
-        return s->env->host->place(s->env, out, layer, expert, (int32_t)lua_tointeger(L, -1), 1);
+    int whole;
+    if (lua_isinteger(L, -1)) {
+        lua_pushvalue(L, -1);
+        return s->env->host->place(s->env, out, layer, expert, pop_id(L, &whole), 1);
+    }
     if (!lua_istable(L, -1))
         return s->env->host->fail(s->env, MOE_EINVAL, "place: layer %d, expert %d: expected a device or a list of "
                                   "devices, found %s", layer, expert, luaL_typename(L, -1));
     for (lua_Integer i = 1; i <= (lua_Integer)lua_rawlen(L, -1) && !code; i++) {
-        int whole;
         lua_rawgeti(L, -1, i);
-        int32_t device = (int32_t)lua_tointegerx(L, -1, &whole);
-        lua_pop(L, 1);
+        int32_t device = pop_id(L, &whole);
         code = whole ? s->env->host->place(s->env, out, layer, expert, device, 1)
                      : s->env->host->fail(s->env, MOE_EINVAL, "place: layer %d, expert %d: a device is not a whole "
                                           "number", layer, expert);

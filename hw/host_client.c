@@ -24,6 +24,13 @@ static int find_module(char *path, size_t room, struct err *e)
                    "--without-openblas", here, path);
 }
 
+bool machine_host_available(void)
+{
+    char path[1024];
+    struct err why = { 0 };
+    return find_module(path, sizeof path, &why) == 0;
+}
+
 static int check(const struct host_module *h, const char *path, struct err *e)
 {
     if (!h)

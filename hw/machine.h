@@ -89,6 +89,8 @@ struct net; /* state: virtual clock, exchanges under way */
  * Latency of a flow's route is added to its arrival, not to its sharing. Flows with src == dst or 0 bytes arrive
  * at once. Concurrent exchanges share links in every tier. */
 int net_open(struct net **, const struct topology *, enum net_tier, struct err *);
+/* Whether there is a SimGrid server to start. */
+bool net_simgrid_available(void);
 /* `id` must not be under way. Starts at `now`: not before any time returned, or `until` passed, so far. Every dst
  * named in a flow is reported once, those that get nothing (src == dst, 0 bytes) at `now`. */
 int net_start(struct net *, double now, int64_t id, const struct net_flow *, size_t n, struct err *);
@@ -127,6 +129,7 @@ int machine_open_sim(struct machine *, const struct topology *, const struct moe
                      enum net_tier, struct err *);
 /* Real execution over MPI, in a process that is a rank: loads the module hw/host.so. */
 int machine_open_host(struct machine *, const struct topology *, const struct moe_model *, bool verify, struct err *);
+bool machine_host_available(void);
 static inline int machine_run(struct machine *m, struct moe_graph *g, struct err *e) { return m->ops->run(m, g, e); }
 static inline void machine_close(struct machine *m) { if (m->ops) m->ops->close(m); m->ops = NULL; }
 

@@ -91,6 +91,13 @@ static int find_server(char *path, size_t size, struct err *err)
                    tried);
 }
 
+bool net_simgrid_available(void)
+{
+    char path[1024];
+    struct err why = { 0 };
+    return find_server(path, sizeof path, &why) == 0;
+}
+
 static int spawn_server(struct client *c, struct err *err)
 {
     char path[4200];

@@ -8,6 +8,9 @@
 -- The routing is the trace's: 8 layers, 32 experts, top-4. The sizes are gpt-oss-20b's, which routes the same way.
 local moe = require "moelab"
 
+local executors = moe.has "simgrid" and { "flow", "simgrid" } or { "flow" }
+if #executors == 1 then print("SimGrid is not built in: the flow solver alone.\n") end
+
 local trace = "traces/tiny-moe"
 local model = moe.model "gpt-oss-20b" { layers = 8 }
 
@@ -16,7 +19,7 @@ local placement = moe.experiment {
   name      = "placement",
   model     = model,
   machine   = moe.machine "dgx-h100" { nodes = moe.each { 1, 2 } },
-  executor  = moe.each { "flow", "simgrid" },
+  executor  = moe.each(executors),
   tier      = "exact",
   workload  = moe.decode { trace = trace, batch_per_device = 128, steps = 4, profile = 0.5 },
   placement = moe.each { "contiguous", "round-robin", moe.plugin("eplb", { replicas = 48 }) },
@@ -27,7 +30,7 @@ local offload = moe.experiment {
   name     = "offload",
   model    = model,
   machine  = "rtx4090-pcie4",
-  executor = moe.each { "flow", "simgrid" },
+  executor = moe.each(executors),
   workload = moe.decode { trace = trace, batch_per_device = 1, steps = 512, profile = 0 },
   offload  = moe.each { "lru", "lfu", "layer-distance", "belady" },
   cache    = moe.each { 0.05, 0.1, 0.2, 0.3, 0.5, 0.75 },

@@ -61,7 +61,7 @@ run_expect()
 {
     local code=$1 regex=$2 name got
     shift 2
-    name="$* [exit $code]"
+    name="$* [exit $code: $regex]"
     name=${name//"$moelab"/moelab}
     name=${name//"$work"\//}
     name=${name//"$top_srcdir"\//}
