@@ -53,30 +53,37 @@ static void help(FILE *to)
     fprintf(to, "\nmoelab COMMAND --help says more. Example:\n  moelab run scenarios/quickstart.lua --out results/quickstart\n");
 }
 
+/* What was printed has to have arrived: a full disk is an error. */
+static int flushed(int code)
+{
+    if (fflush(stdout) == 0 && !ferror(stdout))
+        return code;
+    fprintf(stderr, "moelab: standard output: cannot be written\n");
+    return code ? code : 2;
+}
+
 int main(int argc, char **argv)
 {
     setlocale(LC_ALL, "C");
     signal(SIGPIPE, SIG_IGN); /* a helper process that dies, a file-size limit: errors to report, not ends */
     signal(SIGXFSZ, SIG_IGN);
-    if (argc < 2 || !strcmp(argv[1], "--help") || !strcmp(argv[1], "-h") || !strcmp(argv[1], "help")) {
-        help(argc < 2 ? stderr : stdout);
-        return argc < 2 ? 2 : 0;
+    if (argc < 2) {
+        help(stderr);
+        return 2;
+    }
+    if (!strcmp(argv[1], "--help") || !strcmp(argv[1], "-h") || !strcmp(argv[1], "help")) {
+        help(stdout);
+        return flushed(0);
     }
     if (!strcmp(argv[1], "--version")) {
         printf("moelab %s (%s)\n", PACKAGE_VERSION, MOELAB_REVISION);
-        return 0;
+        return flushed(0);
     }
     const char *names[N_COMMANDS];
     for (int i = 0; i < N_COMMANDS; i++) {
         names[i] = commands[i].name;
-        if (!strcmp(argv[1], commands[i].name)) {
-            int code = commands[i].run(argc - 1, argv + 1);
-            if (fflush(stdout) != 0 || ferror(stdout)) {
-                fprintf(stderr, "moelab: standard output: cannot be written\n");
-                return code ? code : 2;
-            }
-            return code;
-        }
+        if (!strcmp(argv[1], commands[i].name))
+            return flushed(commands[i].run(argc - 1, argv + 1));
     }
     const char *near = err_nearest(argv[1], names, N_COMMANDS - 1);
     fprintf(stderr, "moelab: unknown command \"%s\"%s%s%s\n", argv[1], near ? "; did you mean \"" : "",

@@ -247,6 +247,32 @@ static int find_module(const char *scenario, const char *name, char *path, size_
     return registry_data(sub, path, room);
 }
 
+/* Loads a file of the prelude as a function on the stack: its globals are the private copies. */
+static int load_own(lua_State *L, const char *sub, struct err *e)
+{
+    char path[800];
+    if (registry_data(sub, path, sizeof path) < 0)
+        return err_set(e, ERR_IO, "%s: not found beside moelab's data", sub);
+    if (load_text(L, path, e) < 0)
+        return e->code;
+    lua_getfield(L, LUA_REGISTRYINDEX, "moelab.own");
+    lua_setupvalue(L, -2, 1);
+    return 0;
+}
+
+/* part(name, ...): what core/moelab_NAME.lua returns when it is called with the rest. For the prelude alone. */
+int script_part(lua_State *L)
+{
+    struct err e = { 0 };
+    char sub[100];
+    snprintf(sub, sizeof sub, "core/moelab_%s.lua", luaL_checkstring(L, 1));
+    if (load_own(L, sub, &e) < 0)
+        return script_raise(L, &e);
+    lua_replace(L, 1);
+    lua_call(L, lua_gettop(L) - 1, 1);
+    return 1;
+}
+
 static int l_require(lua_State *L)
 {
     const char *name = script_text(L, 1);
@@ -263,16 +289,12 @@ static int l_require(lua_State *L)
     lua_pushlightuserdata(L, s); /* until it is there */
     lua_setfield(L, -2, name);
     bool prelude = !strcmp(name, "moelab");
-    if (prelude ? registry_data("core/moelab.lua", path, sizeof path) < 0
-                : find_module(s->path, name, path, sizeof path) < 0)
+    if (!prelude && find_module(s->path, name, path, sizeof path) < 0)
         return luaL_error(L, "module \"%s\" not found beside the scenario or under scenarios/", name);
-    if (load_text(L, path, &e) < 0)
+    if ((prelude ? load_own(L, "core/moelab.lua", &e) : load_text(L, path, &e)) < 0)
         return script_raise(L, &e);
-    if (prelude) {
-        lua_getfield(L, LUA_REGISTRYINDEX, "moelab.own");
-        lua_setupvalue(L, -2, 1); /* its globals */
+    if (prelude)
         script_push_natives(L);
-    }
     lua_call(L, prelude ? 1 : 0, 1);
     if (lua_isnil(L, -1)) {
         lua_pop(L, 1);

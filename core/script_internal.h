@@ -35,6 +35,7 @@ void script_push_json(lua_State *, const json_t *);
 
 /* The table of functions that core/moelab.lua is built on: script_native.c. Leaves it on the stack. */
 void script_push_natives(lua_State *);
+int script_part(lua_State *);
 /* moe.policy: registers the table at the top of the stack, returns its id. script_policy.c */
 int script_policy_add(lua_State *);
 void script_policy_forget(void);

@@ -24,7 +24,7 @@ void script_where(lua_State *L, int level, const char **file, int *line)
     lua_Debug ar;
     for (; lua_getstack(L, level, &ar); level++) {
         lua_getinfo(L, "Sl", &ar);
-        if (ar.currentline > 0 && !strstr(ar.short_src, "core/moelab.lua")) {
+        if (ar.currentline > 0 && !strstr(ar.short_src, "core/moelab")) {
             *file = ar.source[0] == '@' ? ar.source + 1 : ar.source; /* held by the function on the call stack */
             *line = ar.currentline;
             return;
@@ -367,7 +367,7 @@ static int n_add_policy(lua_State *L)
 void script_push_natives(lua_State *L)
 {
     static const luaL_Reg all[] = {
-        { "where", n_where }, { "key_line", n_key_line }, { "nearest", n_nearest }, { "fail", n_fail },
+        { "part", script_part }, { "where", n_where }, { "key_line", n_key_line }, { "nearest", n_nearest }, { "fail", n_fail },
         { "machine", n_machine }, { "policy", n_policy }, { "trace", n_trace }, { "synth", n_synth },
         { "run", n_run }, { "eval", n_eval }, { "write", n_write }, { "draw", n_draw }, { "claim", n_claim },
         { "overrides", n_overrides }, { "option", n_option }, { "metrics", n_metrics }, { "has", n_has }, { "add_policy", n_add_policy }, { NULL, NULL },

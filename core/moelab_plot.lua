@@ -1,0 +1,132 @@
+-- SPDX-License-Identifier: Apache-2.0
+--
+-- moelab_plot.lua - runs:plot: the data, a gnuplot script that anyone can run again, and the picture. Part of moelab.lua.
+local native, check, figures, Runs = ...
+local fail, here, at_key, options_of = check.fail, check.here, check.at_key, check.options_of
+
+local function one_line(s) return (tostring(s):gsub("%c", " ")) end
+
+-- A string of gnuplot's. In double quotes it runs what is between backquotes: they must not get there.
+local function quote(s)
+  s = one_line(s):gsub("`", "'"):gsub("[\\\"]", "\\%0"):gsub("_", "\\\\_")
+  return "\"" .. s .. "\""
+end
+
+local palette = { "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#666666" }
+
+local function plot_series(self, o, where)
+  local x_labels = self.axis[o.x].labels
+  local series = {}
+  local names = o.group and self.axis[o.group].labels or { o.y }
+  for _, name in ipairs(names) do
+    local runs = o.group and self:filter { [o.group] = name } or self
+    local points = {}
+    for i, x in ipairs(x_labels) do
+      local mean, spread = figures.aggregate(runs:filter { [o.x] = x }.list, o.y)
+      points[i] = { mean = mean, spread = spread }
+    end
+    local top = o.group and name == o.ceiling
+    series[#series + 1] = { name = top and name .. " (ceiling)" or name, points = points, bound = top }
+  end
+  if o.bound then
+    local points = {}
+    for i, x in ipairs(x_labels) do
+      local least
+      for _, r in ipairs(self:filter { [o.x] = x }.list) do
+        local b = figures.value(r, "bound_s")
+        if b and (not least or b < least) then least = b end
+      end
+      points[i] = { mean = least, spread = 0 }
+    end
+    series[#series + 1] = { name = "bound: perfect balance", points = points, bound = true }
+  end
+  return x_labels, series
+end
+
+--- Draws a figure: writes NAME.dat and NAME.gp, and NAME.png if gnuplot is there.
+---   x      axis along the bottom                 y      figure (mean over steps and over other axes)
+---   group  axis: one colour per label            kind   "bars" (default) or "lines" (x must be numbers)
+---   file   "NAME.png"                            title, xlabel, ylabel; percent = true for shares
+---   bound  true: adds the bound; ceiling: label of the group that none can beat, drawn dashed; logx, logy
+function Runs:plot(o)
+  local where = here()
+  o = options_of(where, "runs:plot", o, {
+    x = "string", y = "string", group = "string", file = "string", title = "string", xlabel = "string",
+    ylabel = "string", kind = "string", bound = "boolean", ceiling = "string", logx = "boolean", logy = "boolean",
+    percent = "boolean" }, { "x", "y", "file" })
+  local stem = o.file:match("^([%w_][%w_.-]*)%.png$")
+  if not stem then fail(at_key(where, "file"), "runs:plot.file: expected \"NAME.png\", found \"%s\"", o.file) end
+  self:check_axes(where, "runs:plot", { o.x, o.group })
+  local metric = figures.check_metric(where, "runs:plot", o.y)
+  local lines = o.kind == "lines"
+  if o.kind and not lines and o.kind ~= "bars" then
+    fail(at_key(where, "kind"), "runs:plot.kind: expected \"bars\" or \"lines\", found \"%s\"", tostring(o.kind))
+  end
+  local x_labels, series = plot_series(self, o, where)
+  local largest = 0
+  for _, s in ipairs(series) do
+    for _, p in ipairs(s.points) do
+      largest = math.max(largest, p.mean or 0)
+      s.drawn = s.drawn or p.mean ~= nil -- gnuplot refuses a series without a point: all its runs failed
+    end
+  end
+  local scale, unit = figures.scale_of(figures.unit[metric], largest)
+  if o.percent then scale, unit = 0.01, "%" end
+  local function cell(v) return v and string.format("%.9g", v / scale) or "NaN" end
+
+  local dat = { "# " .. one_line(o.title or self.name), "# " .. one_line(o.x) .. "\t" }
+  for _, s in ipairs(series) do dat[2] = dat[2] .. quote(s.name) .. "\tspread\t" end
+  for i, x in ipairs(x_labels) do
+    local row = { lines and x or quote((one_line(x):gsub("\"", "'"))) } -- in data, gnuplot knows no escaped quotes
+    for _, s in ipairs(series) do
+      row[#row + 1] = cell(s.points[i].mean)
+      row[#row + 1] = cell(s.points[i].spread)
+    end
+    dat[#dat + 1] = table.concat(row, "\t")
+  end
+  native.write(stem .. ".dat", table.concat(dat, "\n") .. "\n")
+
+  local gp = {
+    "# gnuplot " .. stem .. ".gp  redraws " .. o.file,
+    "set terminal pngcairo size 1000,620 font \"DejaVu Sans,13\" background \"white\"",
+    "set output " .. "\"" .. o.file .. "\"",
+    "set title " .. quote(o.title or self.name) .. " font \",15\"",
+    "set xlabel " .. quote(o.xlabel or o.x),
+    "set ylabel " .. quote((o.ylabel or figures.short(metric)) .. (unit ~= "" and " (" .. unit .. ")" or "")),
+    "set key below center horizontal Left reverse samplen 2 spacing 1.3 width 2 height 0.7",
+    "set grid ytics lt 1 lw 1 lc rgb \"#dddddd\"", "set border 3", "set tics nomirror out",
+  }
+  gp[#gp + 1] = o.logy and "set logscale y" or o.percent and "set yrange [0:100]" or "set yrange [0:*]"
+  local parts = {}
+  if lines then
+    if o.logx then gp[#gp + 1] = "set logscale x" end
+    local ticks = {}
+    for i, x in ipairs(x_labels) do
+      if not tonumber(x) then fail(at_key(where, "x"), "runs:plot: kind \"lines\" needs numbers on %s, found \"%s\"", o.x, x) end
+      ticks[i] = string.format("\"%s\" %s", o.percent and figures.unit[metric] == "" and o.x == "cache" and
+                               string.format("%g %%%%", 100 * tonumber(x)) or x, x)
+    end
+    gp[#gp + 1] = "set xtics (" .. table.concat(ticks, ", ") .. ")"
+    gp[#gp + 1] = "set offsets graph 0.02, graph 0.02, 0, 0"
+    for i, s in ipairs(series) do
+      local style = s.bound and "lw 2 dt 2 pt 0 lc rgb \"#000000\"" or
+                    string.format("lw 2.5 pt %d ps 1.4 lc rgb \"%s\"", 4 + i, palette[(i - 1) % #palette + 1])
+      parts[#parts + 1] = s.drawn and string.format("\"%s.dat\" using 1:%d with linespoints %s title %s", stem, 2 * i,
+                                                    style, quote(s.name)) or nil
+    end
+  else
+    gp[#gp + 1] = "set style data histograms"
+    gp[#gp + 1] = "set style histogram errorbars gap 1.5 lw 1"
+    gp[#gp + 1] = "set style fill solid 0.9 border lc rgb \"#333333\""
+    gp[#gp + 1] = "set xtics scale 0"
+    for i, s in ipairs(series) do
+      local colour = s.bound and "#bbbbbb" or palette[(i - 1) % #palette + 1]
+      parts[#parts + 1] = s.drawn and string.format("\"%s.dat\" using %d:%d%s lc rgb \"%s\" title %s", stem, 2 * i,
+                                                    2 * i + 1, #parts == 0 and ":xtic(1)" or "", colour,
+                                                    quote(s.name)) or nil
+    end
+  end
+  gp[#gp + 1] = #parts > 0 and "plot " .. table.concat(parts, ", \\\n     ") or "# nothing to plot: every run failed"
+  native.write(stem .. ".gp", table.concat(gp, "\n") .. "\n")
+  if #parts > 0 then native.draw(stem .. ".gp") end
+end
