@@ -239,9 +239,22 @@ static int running(const struct state *s)
     return n;
 }
 
+/* Ranks of a run on machine host want the processors for themselves: one such run at a time. */
+static int jobs_for(json_t *specs, int wanted)
+{
+    size_t i;
+    json_t *spec;
+    json_array_foreach(specs, i, spec) {
+        const char *executor = json_string_value(json_object_get(json_object_get(spec, "machine"), "executor"));
+        if (executor && !strcmp(executor, "host"))
+            return 1;
+    }
+    return wanted > 0 ? wanted : 1;
+}
+
 int sweep(json_t *specs, const struct sweep_options *options, json_t **results, struct err *e)
 {
-    struct state s = { .specs = specs, .results = json_array(), .n_jobs = options->jobs > 0 ? options->jobs : 1,
+    struct state s = { .specs = specs, .results = json_array(), .n_jobs = jobs_for(specs, options->jobs),
                        .n_total = json_array_size(specs), .began = now_s(), .options = options, .err = e };
     size_t shared = sizeof(struct policy_note) * (size_t)s.n_jobs;
     s.job = calloc((size_t)s.n_jobs, sizeof *s.job);
