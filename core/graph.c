@@ -66,12 +66,13 @@ static int32_t add(struct moe_graph *g, const struct task *t, struct err *e)
     return g->n_tasks++;
 }
 
+/* Where policies put work: streams from STREAM_COPY on are the core's. */
 static int check_place(const struct moe_graph *g, int32_t device, int32_t stream, struct err *e)
 {
     if (device < 0 || device >= g->n_devices)
         return err_set(e, ERR_RUN, "task on device %d, expected 0 to %d", device, g->n_devices - 1);
-    if (stream < 0 || stream >= N_STREAMS)
-        return err_set(e, ERR_RUN, "task on stream %d, expected 0 to %d", stream, N_STREAMS - 1);
+    if (stream < 0 || stream >= STREAM_COPY)
+        return err_set(e, ERR_RUN, "task on stream %d, expected 0 to %d", stream, STREAM_COPY - 1);
     return 0;
 }
 
@@ -91,6 +92,8 @@ int32_t graph_experts(struct moe_graph *g, const struct moe_expert_work *w, stru
         return ERR_RUN;
     struct task t = { .kind = TASK_EXPERTS, .op = MOE_OP_EXPERTS, .device = w->device, .stream = w->stream,
                       .first = g->n_experts, .n = w->n, .first_item = g->n_items, .fraction = w->fraction };
+    if (w->n < 0)
+        return err_set(e, ERR_RUN, "experts task with %d experts", w->n);
     if (!(w->fraction > 0 && w->fraction <= 1))
         return err_set(e, ERR_RUN, "experts task with fraction %g, expected within (0, 1]", (double)w->fraction);
     int64_t rows = 0;
@@ -122,6 +125,8 @@ int32_t graph_experts(struct moe_graph *g, const struct moe_expert_work *w, stru
 int32_t graph_exchange(struct moe_graph *g, const struct moe_exchange *x, struct err *e)
 {
     struct task t = { .kind = TASK_EXCHANGE, .payload = x->payload, .first = g->n_parts, .n = x->n_parts };
+    if (x->n_parts < 0)
+        return err_set(e, ERR_RUN, "exchange with %d parts", x->n_parts);
     RESERVE(g->part_item, g->room_part_item, (int64_t)g->n_parts + x->n_parts, e);
     RESERVE(g->part, g->room_parts, (int64_t)g->n_parts + x->n_parts, e);
     for (int32_t i = 0; i < x->n_parts; i++) {
@@ -226,12 +231,19 @@ static int check_acyclic(const struct moe_graph *g, const struct graph_order *o,
             if (--left[o->next[i]] == 0)
                 ready[n_ready++] = o->next[i];
     }
-    for (int32_t t = 0; t < n && n_done < n; t++)
-        if (left[t] > 0) {
-            err_set(e, ERR_RUN, "the task graph has a cycle through task %d (%s, layer %d)", t,
-                    task_phase(&g->task[t]), g->task[t].layer);
-            break;
-        }
+    if (n_done < n) {
+        /* Every task that is left has one before it that is left: going back n times ends on the cycle. */
+        int32_t *from = ready, at = 0;
+        for (int32_t t = 0; t < n; t++)
+            for (int64_t i = o->first[t]; left[t] > 0 && i < o->first[t + 1]; i++) {
+                from[o->next[i]] = t;
+                at = o->next[i];
+            }
+        for (int32_t t = 0; t < n; t++)
+            at = from[at];
+        err_set(e, ERR_RUN, "the task graph has a cycle: task %d (%s, layer %d) waits for itself", at,
+                task_phase(&g->task[at]), g->task[at].layer);
+    }
 out:
     free(left);
     free(ready);

@@ -19,7 +19,7 @@ enum task_kind {
     TASK_JOIN      /* ends when everything before it has ended */
 };
 
-/* Streams of a device. Dispatch uses those below STREAM_CORE freely. */
+/* Streams of a device. Dispatch uses those below STREAM_COPY freely. */
 enum { STREAM_COPY = 14, STREAM_HOST = 15, N_STREAMS = 16 };
 
 struct task {

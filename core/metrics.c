@@ -223,9 +223,11 @@ int metrics_step(struct metrics *m, const struct moe_graph *g, const struct topo
     v[METRIC_migration_s][at] = migration;
     v[METRIC_imbalance][at] = m->n_layers > 0 ? m->imbalance_sum / m->n_layers : NAN;
     v[METRIC_max_vio][at] = m->n_layers > 0 ? m->max_vio_sum / m->n_layers : NAN;
+    v[METRIC_routes][at] = m->routed > 0 ? (double)m->routed : NAN;
     v[METRIC_dropped][at] = m->routed > 0 ? 1 - (double)m->kept / (double)m->routed : NAN;
     v[METRIC_intra_node_bytes][at] = intra;
     v[METRIC_inter_node_bytes][at] = inter;
+    v[METRIC_accesses][at] = m->accesses > 0 ? (double)m->accesses : NAN;
     v[METRIC_hit_rate][at] = m->accesses > 0 ? (double)m->hits / (double)m->accesses : NAN;
     v[METRIC_loaded_bytes][at] = m->accesses > 0 ? m->loaded_bytes : NAN;
     m->imbalance_sum = m->max_vio_sum = m->loaded_bytes = 0;
@@ -250,21 +252,31 @@ static double quantile(const double *sorted, int n, double q)
     return low + 1 < n ? sorted[low] + (at - low) * (sorted[low + 1] - sorted[low]) : sorted[low];
 }
 
-/* Means of ratios over steps mislead: these are ratios of sums. NaN: the plain mean is right. */
-static double ratio_of_sums(const struct metrics *m, int metric)
+/* What a ratio divides by; N_METRICS for figures that are no ratio of two others. */
+static int denominator(int metric)
 {
-    double top = 0, bottom = 0;
-    for (int32_t s = 0; s < m->n_steps; s++) {
-        double step = m->value[METRIC_step_s][s];
-        if (metric == METRIC_tokens_per_s) {
-            top += m->value[METRIC_tokens_per_s][s] * step;
-            bottom += step;
-        } else if (metric == METRIC_over_bound) {
-            top += step;
-            bottom += m->value[METRIC_bound_s][s];
-        }
+    switch (metric) {
+    case METRIC_over_bound: return METRIC_bound_s;
+    case METRIC_tokens_per_s: return METRIC_step_s;
+    case METRIC_dropped: return METRIC_routes;
+    case METRIC_hit_rate: return METRIC_accesses;
+    default: return N_METRICS;
     }
-    return bottom > 0 ? top / bottom : NAN;
+}
+
+/* Over the steps to which the figure applies. The mean of a ratio is the ratio of the sums: steps weigh what they
+ * divide by. */
+static double mean_of(const struct metrics *m, int metric)
+{
+    const int by = denominator(metric);
+    double top = 0, bottom = 0;
+    for (int32_t s = 0; s < m->n_steps; s++)
+        if (isfinite(m->value[metric][s])) {
+            double weight = by < N_METRICS ? m->value[by][s] : 1;
+            top += m->value[metric][s] * weight;
+            bottom += weight;
+        }
+    return top / bottom;
 }
 
 json_t *metrics_json(const struct metrics *m)
@@ -273,21 +285,15 @@ json_t *metrics_json(const struct metrics *m)
     double *sorted = malloc(sizeof *sorted * (size_t)(m->n_steps + 1));
     for (int i = 0; sorted && i < N_METRICS; i++) {
         int n = 0;
-        double sum = 0;
         for (int32_t s = 0; s < m->n_steps; s++)
-            if (isfinite(m->value[i][s])) {
-                sum += m->value[i][s];
+            if (isfinite(m->value[i][s]))
                 sorted[n++] = m->value[i][s];
-            }
         if (n == 0)
             continue;
         qsort(sorted, (size_t)n, sizeof *sorted, by_value);
-        double mean = ratio_of_sums(m, i);
-        if (!isfinite(mean))
-            mean = sum / n;
         json_object_set_new(all, metric_info[i].name,
-                            json_pack("{s:f, s:f, s:f, s:f, s:f}", "mean", mean, "p50", quantile(sorted, n, 0.5),
-                                      "p99", quantile(sorted, n, 0.99), "min", sorted[0], "max", sorted[n - 1]));
+                            json_pack("{s:f, s:f, s:f, s:f, s:f}", "mean", mean_of(m, i), "p50",
+                                      quantile(sorted, n, 0.5), "p99", quantile(sorted, n, 0.99), "min", sorted[0], "max", sorted[n - 1]));
     }
     free(sorted);
     return all;

@@ -19,9 +19,11 @@
     M(migration_s, "s", "time in which weights moved to their new devices")                                           \
     M(imbalance, "", "largest / mean rows computed per device, mean over layers")                                     \
     M(max_vio, "", "largest / mean tokens per expert - 1, mean over layers")                                          \
+    M(routes, "", "(token, expert) pairs that the router chose, summed over layers")                                  \
     M(dropped, "", "share of routes that a balancer dropped")                                                         \
     M(intra_node_bytes, "B", "bytes exchanged between devices of one node")                                           \
     M(inter_node_bytes, "B", "bytes exchanged between nodes")                                                         \
+    M(accesses, "", "expert accesses: one per device, layer and expert with rows")                                    \
     M(hit_rate, "", "share of expert accesses that found the weights resident")                                       \
     M(loaded_bytes, "B", "expert weights loaded")
 

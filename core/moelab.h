@@ -28,7 +28,7 @@
 extern "C" {
 #endif
 
-#define MOE_ABI 1u /* bumped when a layout or a meaning changes: tests/unit/abi_sum guards it */
+#define MOE_ABI 1u /* bumped when a layout or a meaning changes: tests/unit/test_abi.c guards it */
 
 #if defined(__GNUC__)
 #define MOE_EXPORT __attribute__((visibility("default")))

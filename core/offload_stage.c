@@ -3,8 +3,8 @@
  *
  * Dispatch lays out one experts task per device as if everything were there. Here each is split: experts that are
  * resident compute at once, the others when their weights have arrived. A load starts as soon as the layer's experts
- * are known and the slot it goes to is free: after the last task of this step that used the expert it replaces.
- * Loads of one device queue behind each other on its copy stream. */
+ * are known (every device's gate has spoken) and the slot it goes to is free: after the last task of this step that
+ * used the expert it replaces. Loads of one device queue behind each other on its copy stream. */
 #include "config.h"
 
 #include "run.h"
@@ -24,6 +24,11 @@ int offload_open(struct run *r)
     if (undriven)
         return err_set(r->err, ERR_INPUT, "%s: offload %s has a %s hook, which this version's pipeline does not call",
                        r->where, r->offload.plugin->name, undriven);
+    int32_t link[TOPOLOGY_MAX_HOPS];
+    if (!r->graph.keep_items && /* machines that really compute say themselves what they cannot do */
+        topology_route(r->topology, topology_host(r->topology, 0), 0, link, NULL) < 0)
+        return err_set(r->err, ERR_INPUT, "%s: offload %s: machine %s has no way from host memory to its devices "
+                       "(pcie and host in its file)", r->where, r->offload.plugin->name, r->topology->name);
     r->cache = calloc(n_devices, sizeof *r->cache);
     r->sequence = calloc(n_devices, sizeof *r->sequence);
     r->last_use = malloc(sizeof *r->last_use * n_devices * n_objects);
@@ -82,39 +87,59 @@ static int record(struct run *r, struct sequence *s, uint32_t object)
     return 0;
 }
 
-/* What splitting one experts task needs: the tasks that come before it, fixed once dispatch has returned. */
+/* What splitting a layer's experts tasks needs: what comes before each, fixed once dispatch has returned. */
 struct split {
+    int32_t first_task;
+    int32_t *first;  /* [tasks + 1] into before */
     int32_t *before;
-    int32_t n_before, room_before;
+    int32_t known;   /* task after which the layer's routes are known everywhere; -1: not made yet */
 };
 
-static int predecessors(struct run *r, struct split *s, int32_t task, int64_t first_edge)
+/* Predecessors of the tasks from first_task on, in the order of their edges, by counting. */
+static int list_predecessors(struct run *r, struct split *s, int64_t first_edge)
 {
     const struct moe_graph *g = &r->graph;
-    s->n_before = 0;
-    for (int64_t i = first_edge; i < g->n_edges; i++) {
-        if (g->edge[i].task != task)
-            continue;
-        if (s->n_before == s->room_before) {
-            int32_t room = s->room_before ? 2 * s->room_before : 16;
-            int32_t *grown = realloc(s->before, sizeof *grown * (size_t)room);
-            if (!grown)
-                return err_set(r->err, ERR_MEMORY, "out of memory for the task graph");
-            s->before = grown;
-            s->room_before = room;
-        }
-        s->before[s->n_before++] = g->edge[i].before;
-    }
+    const size_t n = (size_t)(g->n_tasks - s->first_task);
+    s->first = calloc(n + 2, sizeof *s->first);
+    s->before = malloc(sizeof *s->before * (size_t)(g->n_edges - first_edge + 1));
+    if (!s->first || !s->before)
+        return err_set(r->err, ERR_MEMORY, "out of memory for the task graph");
+    for (int64_t i = first_edge; i < g->n_edges; i++)
+        if (g->edge[i].task >= s->first_task)
+            s->first[g->edge[i].task - s->first_task + 2]++;
+    for (size_t t = 2; t < n + 2; t++)
+        s->first[t] += s->first[t - 1];
+    for (int64_t i = first_edge; i < g->n_edges; i++)
+        if (g->edge[i].task >= s->first_task)
+            s->before[s->first[g->edge[i].task - s->first_task + 1]++] = g->edge[i].before;
     return 0;
 }
 
-/* One access in the device's sequence; *load becomes the task that brings the weights, or -1 if they are there. */
-static int fetch(struct run *r, const struct moe_batch *b, int32_t device, int32_t expert, int64_t rows, int32_t after,
-                 int32_t *load)
+/* Which experts a device needs is known when the gates of all devices have spoken. */
+static int32_t routes_known(struct run *r, struct split *s)
+{
+    if (r->topology->n_devices == 1)
+        return r->entry[0];
+    if (s->known >= 0)
+        return s->known;
+    s->known = graph_join(&r->graph, r->err);
+    for (int32_t d = 0; s->known >= 0 && d < r->topology->n_devices; d++)
+        if (graph_after(&r->graph, s->known, r->entry[d], r->err) < 0)
+            return r->err->code;
+    return s->known;
+}
+
+/* One access in the device's sequence; *load becomes the task after which the weights are there, -1 if they are. */
+static int fetch(struct run *r, struct split *split, const struct moe_batch *b, int32_t device, int32_t expert,
+                 int64_t rows, int32_t *load)
 {
     struct sequence *s = &r->sequence[device];
     struct cache *c = &r->cache[device];
     uint32_t object = (uint32_t)(b->layer * r->model.n_experts + expert), victim;
+    if (s->next && (s->at >= s->n || s->key[s->at] != object))
+        return err_set(r->err, ERR_RUN, "offload %s: step %d, layer %d: device %d uses other experts than in the first "
+                       "pass, which next uses come from; a policy decides by what was timed",
+                       r->offload.plugin->name, b->step, b->layer, device);
     struct moe_access a = { .index = s->at, .next_use = s->next ? s->next[s->at] : -1, .step = b->step,
                             .layer = b->layer, .expert = expert, .n_tokens = (int32_t)rows };
     s->at++;
@@ -123,27 +148,29 @@ static int fetch(struct run *r, const struct moe_batch *b, int32_t device, int32
         return r->err->code;
     r->metrics.accesses++;
     r->metrics.hits += hit == CACHE_HIT;
+    int32_t *last = r->last_use + (size_t)device * r->context.n_objects;
     *load = -1;
-    if (hit == CACHE_HIT)
+    if (hit == CACHE_HIT) {
+        *load = last[object]; /* used in this step before: those weights may have been on their way then */
         return 0;
+    }
     double bytes = run_expert_bytes(r);
     r->metrics.loaded_bytes += bytes;
     int32_t host = topology_host(r->topology, r->context.view.node[device]);
-    *load = graph_load(&r->graph, device, host, object, bytes, r->err);
-    if (*load < 0 || (after >= 0 && graph_after(&r->graph, *load, after, r->err) < 0))
+    int32_t known = routes_known(r, split);
+    *load = known < 0 ? known : graph_load(&r->graph, device, host, object, bytes, r->err);
+    if (*load < 0 || graph_after(&r->graph, *load, known, r->err) < 0)
         return r->err->code;
-    int32_t *last = r->last_use + (size_t)device * r->context.n_objects;
     if (victim != UINT32_MAX && last[victim] >= 0)
         graph_after(&r->graph, *load, last[victim], r->err);
     return r->err->code;
 }
 
-/* A task for the experts of `whole` listed in `which` (ascending), after whatever comes before it. */
-static int32_t add_part(struct run *r, const struct split *s, const struct task *whole, const int32_t *which,
+/* A task for those experts of task `whole`, which was `t`, that `which` lists (ascending); after what `t` was after. */
+static int32_t add_part(struct run *r, const struct split *s, int32_t whole, struct task t, const int32_t *which,
                         int32_t n)
 {
     struct moe_graph *g = &r->graph;
-    const struct task t = *whole;
     int32_t expert[n];
     int64_t rows[n], n_items = 0;
     for (int32_t i = 0; i < n; i++) {
@@ -169,7 +196,8 @@ static int32_t add_part(struct run *r, const struct split *s, const struct task 
     int32_t id = graph_experts(g, &(struct moe_expert_work){ t.device, t.stream, t.layer, n, expert, rows, items,
                                                              t.fraction }, r->err);
     free(items);
-    for (int32_t i = 0; id >= 0 && i < s->n_before; i++)
+    const int32_t *first = s->first + (whole - s->first_task);
+    for (int32_t i = first[0]; id >= 0 && i < first[1]; i++)
         if (graph_after(g, id, s->before[i], r->err) < 0)
             return r->err->code;
     int32_t *last = r->last_use + (size_t)t.device * r->context.n_objects;
@@ -178,13 +206,11 @@ static int32_t add_part(struct run *r, const struct split *s, const struct task 
     return id;
 }
 
-static int expand(struct run *r, const struct moe_batch *b, struct split *s, int32_t task, int64_t first_edge)
+static int expand(struct run *r, const struct moe_batch *b, struct split *s, int32_t task)
 {
     const struct task t = r->graph.task[task];
     struct cache *c = &r->cache[t.device];
     int32_t resident[t.n + 1], late[t.n + 1], load[t.n + 1], n_resident = 0, n_late = 0;
-    if (predecessors(r, s, task, first_edge) < 0)
-        return r->err->code;
     cache_unpin(c);
     for (int32_t i = 0; i < t.n; i++)
         if (r->graph.rows[t.first + i] > 0)
@@ -194,7 +220,7 @@ static int expand(struct run *r, const struct moe_batch *b, struct split *s, int
         if (rows == 0)
             continue;
         int32_t loaded = -1;
-        if (fetch(r, b, t.device, r->graph.expert[t.first + i], rows, r->entry[t.device], &loaded) < 0)
+        if (fetch(r, s, b, t.device, r->graph.expert[t.first + i], rows, &loaded) < 0)
             return r->err->code;
         if (loaded < 0) {
             resident[n_resident++] = i;
@@ -206,11 +232,11 @@ static int expand(struct run *r, const struct moe_batch *b, struct split *s, int
     /* The task that dispatch knows becomes the end of its parts, so edges after it hold as they are. */
     r->graph.task[task] = (struct task){ .kind = TASK_JOIN, .layer = t.layer, .micro = t.micro };
     int32_t part;
-    if (n_resident > 0 && ((part = add_part(r, s, &t, resident, n_resident)) < 0 ||
+    if (n_resident > 0 && ((part = add_part(r, s, task, t, resident, n_resident)) < 0 ||
                            graph_after(&r->graph, task, part, r->err) < 0))
         return r->err->code;
     for (int32_t i = 0; i < n_late; i++)
-        if ((part = add_part(r, s, &t, &late[i], 1)) < 0 || graph_after(&r->graph, part, load[i], r->err) < 0 ||
+        if ((part = add_part(r, s, task, t, &late[i], 1)) < 0 || graph_after(&r->graph, part, load[i], r->err) < 0 ||
             graph_after(&r->graph, task, part, r->err) < 0)
             return r->err->code;
     return 0;
@@ -228,22 +254,25 @@ static int record_task(struct run *r, const struct task *t)
 
 int offload_expand(struct run *r, const struct moe_batch *b, int32_t first_task, int64_t first_edge)
 {
-    struct split s = { 0 };
+    struct split s = { .first_task = first_task, .known = -1 };
     int32_t n_tasks = r->graph.n_tasks;
     if (b->layer == 0) /* tasks of the step before are over: any slot is free */
         memset(r->last_use, 0xff,
                sizeof *r->last_use * (size_t)r->topology->n_devices * (size_t)r->context.n_objects);
     if (!r->recording && r->offload.plugin->ops.offload.observe &&
-        HOOK(&r->offload, offload, observe, b, r->scores, &r->routes) < 0)
+        HOOK(&r->offload, offload, observe, b, r->gate_scores, &r->routes) < 0)
         return r->err->code;
+    if (!r->recording && list_predecessors(r, &s, first_edge) < 0)
+        n_tasks = first_task;
     for (int32_t t = first_task; t < n_tasks && !r->err->code; t++) {
         if (r->graph.task[t].kind != TASK_EXPERTS)
             continue;
         if (r->recording)
             record_task(r, &r->graph.task[t]);
         else
-            expand(r, b, &s, t, first_edge);
+            expand(r, b, &s, t);
     }
+    free(s.first);
     free(s.before);
     return r->err->code;
 }

@@ -17,6 +17,8 @@ const char *param_type_name(enum moe_type t)
     return type_name[t];
 }
 
+static const double MAX_WHOLE = 0x1p53; /* beyond it a double skips integers */
+
 static int n_params(const struct moe_plugin *p)
 {
     int n = 0;
@@ -68,7 +70,10 @@ int param_check_table(const struct moe_plugin *p, const char *path, struct err *
         if ((q->type == MOE_ENUM || q->type == MOE_TENSOR) && !q->def_text)
             return err_set(e, ERR_INPUT, "%s: parameter %s of type %s needs def_text", path, q->name,
                            type_name[q->type]);
-        if (q->type == MOE_ENUM && !choice_at(q->def_text, (int)q->def, text, sizeof text))
+        if (q->type == MOE_INT && (q->def != nearbyint(q->def) || fabs(q->def) > MAX_WHOLE))
+            return err_set(e, ERR_INPUT, "%s: parameter %s: default %g is not a whole number", path, q->name, q->def);
+        if (q->type == MOE_ENUM && !(q->def >= 0 && q->def < 1000 &&
+                                     choice_at(q->def_text, (int)q->def, text, sizeof text)))
             return err_set(e, ERR_INPUT, "%s: parameter %s: default %g is not one of %s", path, q->name, q->def,
                            q->def_text);
         for (int j = 0; j < i; j++)
@@ -76,6 +81,12 @@ int param_check_table(const struct moe_plugin *p, const char *path, struct err *
                 return err_set(e, ERR_INPUT, "%s: parameter %s appears twice", path, q->name);
     }
     return 0;
+}
+
+/* A bound may be beyond what an integer holds: "no limit". */
+static json_int_t as_whole(double x)
+{
+    return (json_int_t)fmin(fmax(x, -MAX_WHOLE), MAX_WHOLE);
 }
 
 json_t *param_describe(const struct moe_plugin *p)
@@ -88,8 +99,8 @@ json_t *param_describe(const struct moe_plugin *p)
         switch (q->type) {
         case MOE_INT:
             json_object_set_new(o, "default", json_integer((json_int_t)q->def));
-            json_object_set_new(o, "min", json_integer((json_int_t)q->min));
-            json_object_set_new(o, "max", json_integer((json_int_t)q->max));
+            json_object_set_new(o, "min", json_integer(as_whole(q->min)));
+            json_object_set_new(o, "max", json_integer(as_whole(q->max)));
             break;
         case MOE_REAL:
             json_object_set_new(o, "default", json_real(q->def));
@@ -146,6 +157,7 @@ static int fill_tensor(struct param_set *s, const struct moe_param *q, const cha
     struct npy a;
     if (npy_open(&a, path, e) < 0)
         return err_prefix(e, "%s: %s", who, q->name);
+    static const int64_t any_shape[NPY_MAX_DIMS] = { -1, -1, -1, -1 };
     int code = 0;
     int n_declared = 1;
     for (const char *c = q->def_text; *c; c++)
@@ -153,8 +165,8 @@ static int fill_tensor(struct param_set *s, const struct moe_param *q, const cha
     if (a.n_dims != n_declared)
         code = err_set(e, ERR_INPUT, "%s: %s: %s has %d dimensions, expected [%s]", who, q->name, path, a.n_dims,
                        q->def_text);
-    else
-        code = npy_expect(&a, "f2|f4|f8", -1, NULL, e);
+    else if ((code = npy_expect(&a, "f2|f4|f8", a.n_dims, any_shape, e)) < 0)
+        err_prefix(e, "%s: %s", who, q->name);
     float *data = code ? NULL : malloc(sizeof *data * (size_t)(a.count ? a.count : 1));
     if (!code)
         code = own(s, data, e);
@@ -177,12 +189,13 @@ static int fill_tensor(struct param_set *s, const struct moe_param *q, const cha
 static int fill_one(struct param_set *s, const struct moe_param *q, const json_t *v, const char *who, struct err *e)
 {
     char *at = (char *)s->conf + q->offset;
+    const char *unit = q->unit ? q->unit : "";
     char text[64];
     json_t *kept = NULL;
     switch (q->type) {
     case MOE_INT: {
         if (v && json_is_real(v) && json_real_value(v) == nearbyint(json_real_value(v)) &&
-            fabs(json_real_value(v)) < 9e15)
+            fabs(json_real_value(v)) <= MAX_WHOLE)
             ; /* 8.0 is a whole number that took a detour */
         else if (v && !json_is_integer(v))
             return err_set(e, ERR_INPUT, "%s: %s: expected a whole number, found %s", who, q->name, json_kind(v));
@@ -191,7 +204,7 @@ static int fill_one(struct param_set *s, const struct moe_param *q, const json_t
             x = json_integer_value(v);
         if ((double)x < q->min || (double)x > q->max)
             return err_set(e, ERR_INPUT, "%s: %s: %lld is out of range, expected %.0f to %.0f%s%s", who, q->name,
-                           (long long)x, q->min, q->max, *q->unit ? " " : "", q->unit);
+                           (long long)x, q->min, q->max, *unit ? " " : "", unit);
         memcpy(at, &x, sizeof x);
         kept = json_integer(x);
         break;
@@ -202,7 +215,7 @@ static int fill_one(struct param_set *s, const struct moe_param *q, const json_t
         double x = v ? json_number_value(v) : q->def;
         if (!(x >= q->min && x <= q->max))
             return err_set(e, ERR_INPUT, "%s: %s: %g is out of range, expected %g to %g%s%s", who, q->name, x,
-                           q->min, q->max, *q->unit ? " " : "", q->unit);
+                           q->min, q->max, *unit ? " " : "", unit);
         memcpy(at, &x, sizeof x);
         kept = isfinite(x) ? json_real(x) : json_string(x > 0 ? "inf" : "-inf");
         break;

@@ -7,17 +7,39 @@
  * the layout's choice; then the machine runs the graph. Nothing below calls up. */
 #include "config.h"
 
+#include "registry.h"
 #include "run.h"
 
+#include <math.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
-/* FNV-1a over what was decided: equal on every rank, with any number of jobs, on any machine. */
+/* A hash of what was decided: equal on every rank, with any number of jobs, on any machine. A word at a time: it
+ * sees every route of every layer. */
 static void hash_add(uint64_t *h, const void *data, size_t bytes)
 {
     const unsigned char *p = data;
-    for (size_t i = 0; i < bytes; i++)
-        *h = (*h ^ p[i]) * UINT64_C(0x100000001b3);
+    for (uint64_t word; bytes > 0;) {
+        size_t n = bytes < sizeof word ? bytes : sizeof word;
+        word = 0;
+        memcpy(&word, p, n);
+        *h = (*h ^ word) * UINT64_C(0x9E3779B97F4A7C15);
+        *h ^= *h >> 32;
+        p += n;
+        bytes -= n;
+    }
+}
+
+/* What a router or a balancer made of the routes: still of this batch, and valid. */
+static int check_routes(struct run *r, const struct moe_batch *b, const struct policy *p)
+{
+    char who[128];
+    snprintf(who, sizeof who, "%s %s, step %d, layer %d", kind_name[p->plugin->kind], p->plugin->name, b->step,
+             b->layer);
+    if (r->routes.n_tokens != b->n_tokens)
+        return err_set(r->err, ERR_RUN, "%s: routes of %d tokens, expected %d", who, r->routes.n_tokens, b->n_tokens);
+    return routes_check(&r->routes, moe_experts_of(&r->model, b->layer), who, r->err);
 }
 
 static int route_layer(struct run *r, const struct moe_batch *b, struct moe_cost *own)
@@ -31,7 +53,7 @@ static int route_layer(struct run *r, const struct moe_batch *b, struct moe_cost
     bool scored = router->score && router->select;
     if (scored && HOOK(&r->router, router, score, b, r->scores, own) < 0)
         return r->err->code;
-    const float *scores = scored ? r->scores : b->router_logits;
+    const float *scores = r->gate_scores = scored ? r->scores : b->router_logits;
     for (int i = 0; i < r->n_balancers; i++)
         if (r->balancer[i].plugin->ops.balancer.adjust &&
             HOOK(&r->balancer[i], balancer, adjust, b, scores, &r->bias) < 0)
@@ -42,18 +64,14 @@ static int route_layer(struct run *r, const struct moe_batch *b, struct moe_cost
         HOOK(&r->router, router, select, b, r->scores, &r->bias, &r->routes);
     else
         HOOK(&r->router, router, route, b, &r->bias, &r->routes, own);
-    char who[128];
-    snprintf(who, sizeof who, "router %s, step %d, layer %d", r->router.plugin->name, b->step, b->layer);
-    if (r->err->code || routes_check(&r->routes, moe_experts_of(&r->model, b->layer), who, r->err) < 0)
+    if (r->err->code || check_routes(r, b, &r->router) < 0)
         return r->err->code;
     r->metrics.routed += r->routes.n;
     for (int i = 0; i < r->n_balancers; i++) {
         if (!r->balancer[i].plugin->ops.balancer.rewrite)
             continue;
-        if (HOOK(&r->balancer[i], balancer, rewrite, b, scores, &r->placed.view, &r->routes) < 0)
-            return r->err->code;
-        snprintf(who, sizeof who, "balancer %s, step %d, layer %d", r->balancer[i].plugin->name, b->step, b->layer);
-        if (routes_check(&r->routes, moe_experts_of(&r->model, b->layer), who, r->err) < 0)
+        if (HOOK(&r->balancer[i], balancer, rewrite, b, scores, &r->placed.view, &r->routes) < 0 ||
+            check_routes(r, b, &r->balancer[i]) < 0)
             return r->err->code;
     }
     r->metrics.kept += r->routes.n;
@@ -61,13 +79,13 @@ static int route_layer(struct run *r, const struct moe_batch *b, struct moe_cost
 }
 
 /* Tokens per expert, before anything is placed. */
-static void count_experts(struct run *r)
+static void count_experts(struct run *r, int32_t layer)
 {
-    const int32_t n_experts = r->model.n_experts;
+    const int32_t n_experts = moe_experts_of(&r->model, layer);
     int64_t most = 0, sum = 0;
-    memset(r->load, 0, sizeof *r->load * (size_t)n_experts);
+    memset(r->load, 0, sizeof *r->load * (size_t)r->model.n_experts);
     for (int64_t i = 0; i < r->routes.n; i++)
-        if (r->routes.expert[i] < n_experts)
+        if (r->routes.expert[i] < n_experts) /* the others are null, zero, copy, constant */
             r->load[r->routes.expert[i]]++;
     for (int32_t e = 0; e < n_experts; e++) {
         most = r->load[e] > most ? r->load[e] : most;
@@ -100,11 +118,11 @@ static int lay_out_plain(struct run *r, const struct moe_batch *b, const struct 
     const double d = m->d_model, q = (double)r->attention.n_heads * r->attention.d_head,
                  kv = (double)r->attention.n_kv_heads * r->attention.d_head, w = m->weight_bytes;
     const int32_t n_devices = r->topology->n_devices;
-    memset(r->device_load, 0, sizeof *r->device_load * (size_t)n_devices);
+    memset(r->device_tokens, 0, sizeof *r->device_tokens * (size_t)n_devices);
     for (int32_t t = 0; t < b->n_tokens; t++)
-        r->device_load[b->device[t]]++;
+        r->device_tokens[b->device[t]]++;
     for (int32_t dev = 0; dev < n_devices; dev++) {
-        double rows = (double)r->device_load[dev], context = r->workload.context;
+        double rows = (double)r->device_tokens[dev], context = r->workload.context;
         double cached = b->phase == MOE_DECODE ? rows * context : context; /* keys and values read */
         struct moe_work attention = { dev, 0, MOE_OP_ATTENTION,
                                       .flops = rows * (4 * d * q + 4 * d * kv + 4 * context * q),
@@ -134,21 +152,51 @@ static int lay_out_plain(struct run *r, const struct moe_batch *b, const struct 
     return 0;
 }
 
-/* A plan's weights leave once every gate has spoken; the experts they belong to wait for them. */
+/* Every row is computed where placement and plans put it, once: a layout that computes less would only look faster. */
+static int check_layout(struct run *r, int32_t layer, int32_t first_task)
+{
+    const struct moe_graph *g = &r->graph;
+    const char *name = r->dispatch.plugin->name;
+    double *rows = calloc((size_t)r->topology->n_devices, sizeof *rows);
+    if (!rows)
+        return err_set(r->err, ERR_MEMORY, "out of memory for %d devices", r->topology->n_devices);
+    for (int32_t t = first_task; t < g->n_tasks && !r->err->code; t++) {
+        const struct task *x = &g->task[t];
+        for (int32_t i = x->first; x->kind == TASK_EXPERTS && i < x->first + x->n; i++) {
+            rows[x->device] += (double)g->rows[i] * (double)x->fraction;
+            if (g->expert[i] >= moe_experts_of(&r->model, layer)) {
+                err_set(r->err, ERR_RUN, "dispatch %s, layer %d: device %d computes expert %d, expected 0 to %d", name,
+                        layer, x->device, g->expert[i], moe_experts_of(&r->model, layer) - 1);
+                break;
+            }
+        }
+    }
+    for (int32_t d = 0; d < r->topology->n_devices && !r->err->code; d++)
+        if (fabs(rows[d] - (double)r->device_load[d]) > 1e-3 * (1 + rows[d]))
+            err_set(r->err, ERR_RUN, "dispatch %s, layer %d: device %d computes %g rows, expected %lld", name, layer, d,
+                    rows[d], (long long)r->device_load[d]);
+    free(rows);
+    return r->err->code;
+}
+
+/* A plan's weights leave once every gate has spoken; experts on a device that gets some wait for them. */
 static int lay_out_moves(struct run *r, int32_t first_task)
 {
     if (r->n_moves == 0)
         return 0;
-    int32_t n_tasks = r->graph.n_tasks;
+    const int32_t n_tasks = r->graph.n_tasks, n_devices = r->topology->n_devices;
+    int32_t arrival[n_devices];
     int32_t x = graph_exchange(&r->graph, &(struct moe_exchange){ MOE_PAY_BYTES, r->n_moves, r->moves }, r->err);
-    for (int32_t d = 0; d < r->topology->n_devices && !r->err->code; d++)
+    for (int32_t d = 0; d < n_devices && !r->err->code; d++) {
+        arrival[d] = -1;
         graph_after(&r->graph, x, r->entry[d], r->err);
+    }
+    for (int32_t m = 0; m < r->n_moves && !r->err->code; m++)
+        if (arrival[r->moves[m].dst] < 0)
+            arrival[r->moves[m].dst] = graph_arrival(&r->graph, x, r->moves[m].dst, r->err);
     for (int32_t t = first_task; t < n_tasks && !r->err->code; t++)
-        for (int32_t m = 0; r->graph.task[t].kind == TASK_EXPERTS && m < r->n_moves; m++)
-            if (r->moves[m].dst == r->graph.task[t].device) {
-                graph_after(&r->graph, t, x, r->err);
-                break;
-            }
+        if (r->graph.task[t].kind == TASK_EXPERTS && arrival[r->graph.task[t].device] >= 0)
+            graph_after(&r->graph, t, arrival[r->graph.task[t].device], r->err);
     return r->err->code;
 }
 
@@ -178,7 +226,7 @@ static int lay_out_layer(struct run *r, const struct moe_batch *b, const struct 
         if (r->exit[d] < 0 || r->exit[d] >= r->graph.n_tasks)
             return err_set(r->err, ERR_RUN, "dispatch %s, layer %d: exit[%d] is task %d, expected 0 to %d",
                            r->dispatch.plugin->name, b->layer, d, r->exit[d], r->graph.n_tasks - 1);
-    if (lay_out_moves(r, first_task) < 0)
+    if (check_layout(r, b->layer, first_task) < 0 || lay_out_moves(r, first_task) < 0)
         return r->err->code;
     if (r->offloading && offload_expand(r, b, first_task, first_edge) < 0)
         return r->err->code;
@@ -236,10 +284,11 @@ static int observe_step(struct run *r, int32_t step)
 {
     if (!r->dispatch.plugin->ops.dispatch.observe)
         return 0;
+    const int32_t at = r->metrics.n_steps - 1; /* not `step`: warm-up steps are forgotten */
     const char *phase[] = { metric_info[METRIC_a2a_s].name, metric_info[METRIC_experts_s].name,
                             metric_info[METRIC_step_s].name };
-    double seconds[] = { r->metrics.value[METRIC_a2a_s][step], r->metrics.value[METRIC_experts_s][step],
-                         r->metrics.value[METRIC_step_s][step] };
+    double seconds[] = { r->metrics.value[METRIC_a2a_s][at], r->metrics.value[METRIC_experts_s][at],
+                         r->metrics.value[METRIC_step_s][at] };
     struct moe_timings timings = { step, 3, phase, seconds };
     return HOOK(&r->dispatch, dispatch, observe, &timings);
 }
@@ -258,7 +307,7 @@ int pipeline_step(struct run *r, int32_t step)
         b.previous = layer > 0 ? &r->before : NULL;
         if (route_layer(r, &b, &own) < 0)
             return r->err->code;
-        count_experts(r);
+        count_experts(r, layer);
         if (placement_assign(r, &b) < 0)
             return r->err->code;
         count_devices(r);
@@ -270,7 +319,7 @@ int pipeline_step(struct run *r, int32_t step)
         keep_as_previous(r);
     }
     if (r->recording)
-        return 0;
+        return placement_observe(r, step);
     double began = r->machine.now;
     if (machine_run(&r->machine, &r->graph, r->err) < 0)
         return err_prefix(r->err, "machine %s, step %d", r->machine.ops->name, step);

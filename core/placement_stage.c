@@ -5,8 +5,12 @@
 
 #include "run.h"
 
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+
+/* Layer-to-layer counts are kept up to this many: 1 GiB of them. */
+static const double MAX_TRANSITIONS = 1 << 27;
 
 static size_t object_of(const struct run *r, int32_t layer, int32_t expert)
 {
@@ -33,8 +37,10 @@ int placement_start(struct run *r)
 {
     size_t n_experts = (size_t)r->model.n_experts, n_layers = (size_t)r->model.n_layers;
     double *load = calloc(n_layers * n_experts, sizeof *load);
-    double *transitions = n_layers > 1 ? calloc((n_layers - 1) * n_experts * n_experts, sizeof *transitions) : NULL;
-    if (!load || (n_layers > 1 && !transitions)) {
+    double cells = (double)(n_layers - 1) * (double)n_experts * (double)n_experts;
+    bool kept = n_layers > 1 && cells <= MAX_TRANSITIONS;
+    double *transitions = kept ? calloc((size_t)cells, sizeof *transitions) : NULL;
+    if (!load || (kept && !transitions)) {
         err_set(r->err, ERR_MEMORY, "out of memory for %zu layers of %zu experts", n_layers, n_experts);
     } else {
         workload_profile(&r->workload, load, transitions);
@@ -65,36 +71,82 @@ static int32_t nearest_replica(struct run *r, size_t object, int32_t device)
             return id[i];
 }
 
-static int apply_plan(struct run *r, const struct moe_batch *b, const struct moe_plan *plan, const char *name)
+/* Whether the plan can be carried out: rows that exist, on devices that hold the expert or are sent it. */
+static int check_plan(struct run *r, int32_t layer, const struct moe_plan *plan, const char *who)
 {
-    int64_t *row = calloc((size_t)r->model.n_experts, sizeof *row); /* rows of each expert seen so far */
-    if (!row)
+    const int32_t n_experts = r->model.n_experts, n_devices = r->topology->n_devices;
+    const struct placement *p = &r->placed;
+    if (plan->n_splits < 0 || plan->n_splits > plan->max_splits || plan->n_moves < 0 ||
+        plan->n_moves > plan->max_moves)
+        return err_set(r->err, ERR_RUN, "%s: plans %d splits and %d moves, there is room for %d and %d", who,
+                       plan->n_splits, plan->n_moves, plan->max_splits, plan->max_moves);
+    uint8_t *holds = calloc((size_t)n_experts * (size_t)n_devices, 1);
+    if (!holds)
         return err_set(r->err, ERR_MEMORY, "out of memory for a plan");
-    for (int32_t s = 0; s < plan->n_splits; s++) {
-        const struct moe_split *x = &plan->split[s];
-        if (x->expert < 0 || x->expert >= r->model.n_experts || x->device < 0 ||
-            x->device >= r->topology->n_devices || x->from < 0 || x->to > r->load[x->expert] || x->from > x->to) {
-            free(row);
-            return err_set(r->err, ERR_RUN, "balancer %s, layer %d: split %d sends rows %lld to %lld of expert %d to "
-                           "device %d", name, b->layer, s, (long long)x->from, (long long)x->to, x->expert,
-                           x->device);
-        }
+    for (int32_t i = p->layer_first[layer]; i < p->layer_first[layer + 1]; i++)
+        holds[(size_t)p->replica[i].expert * (size_t)n_devices + (size_t)p->replica[i].device] = 1;
+    for (int32_t m = 0; m < plan->n_moves && !r->err->code; m++) {
+        const struct moe_weight_move *x = &plan->move[m];
+        if (x->expert < 0 || x->expert >= n_experts || x->src < 0 || x->src >= n_devices || x->dst < 0 ||
+            x->dst >= n_devices || !(holds[(size_t)x->expert * (size_t)n_devices + (size_t)x->src] & 1))
+            err_set(r->err, ERR_RUN, "%s: move %d sends expert %d from device %d, which does not hold it, to %d", who,
+                    m, x->expert, x->src, x->dst);
+        else
+            holds[(size_t)x->expert * (size_t)n_devices + (size_t)x->dst] |= 2;
     }
+    for (int32_t s = 0; s < plan->n_splits && !r->err->code; s++) {
+        const struct moe_split *x = &plan->split[s];
+        if (x->expert < 0 || x->expert >= n_experts || x->device < 0 || x->device >= n_devices || x->from < 0 ||
+            x->to > r->load[x->expert] || x->from > x->to)
+            err_set(r->err, ERR_RUN, "%s: split %d sends rows %lld to %lld of expert %d to device %d", who, s,
+                    (long long)x->from, (long long)x->to, x->expert, x->device);
+        else if (!holds[(size_t)x->expert * (size_t)n_devices + (size_t)x->device])
+            err_set(r->err, ERR_RUN, "%s: split %d sends expert %d to device %d, which neither holds it nor is sent it",
+                    who, s, x->expert, x->device);
+    }
+    free(holds);
+    return r->err->code;
+}
+
+/* Sends rows where the plan wants them; where splits overlap the last one counts. */
+static int apply_plan(struct run *r, const struct moe_plan *plan)
+{
+    const int32_t n_experts = r->model.n_experts;
+    int64_t *row = calloc((size_t)n_experts, sizeof *row); /* rows of each expert seen so far */
+    int32_t *first = calloc((size_t)n_experts + 2, sizeof *first); /* into by_expert; counting sort */
+    int32_t *by_expert = malloc(sizeof *by_expert * ((size_t)plan->n_splits + 1));
+    if (!row || !first || !by_expert) {
+        err_set(r->err, ERR_MEMORY, "out of memory for a plan");
+        goto out;
+    }
+    for (int32_t s = 0; s < plan->n_splits; s++)
+        first[plan->split[s].expert + 2]++;
+    for (int32_t x = 2; x < n_experts + 2; x++)
+        first[x] += first[x - 1];
+    for (int32_t s = 0; s < plan->n_splits; s++)
+        by_expert[first[plan->split[s].expert + 1]++] = s;
     for (int64_t i = 0; i < r->routes.n; i++) {
         int32_t expert = r->routes.expert[i];
-        if (expert >= r->model.n_experts)
+        if (r->to[i] < 0)
             continue;
         int64_t at = row[expert]++;
-        for (int32_t s = 0; s < plan->n_splits; s++)
-            if (plan->split[s].expert == expert && at >= plan->split[s].from && at < plan->split[s].to)
-                r->to[i] = plan->split[s].device;
+        for (int32_t j = first[expert]; j < first[expert + 1]; j++) {
+            const struct moe_split *x = &plan->split[by_expert[j]];
+            if (at >= x->from && at < x->to)
+                r->to[i] = x->device;
+        }
     }
+out:
     free(row);
-    return 0;
+    free(first);
+    free(by_expert);
+    return r->err->code;
 }
 
 static int keep_moves(struct run *r, const struct moe_plan *plan)
 {
+    if (plan->n_moves == 0)
+        return 0;
     double bytes = run_expert_bytes(r);
     struct moe_part *part = realloc(r->moves, sizeof *part * (size_t)(r->n_moves + plan->n_moves));
     if (!part)
@@ -112,14 +164,16 @@ static int run_plans(struct run *r, const struct moe_batch *b)
         struct policy *p = &r->balancer[i];
         if (!p->plugin->ops.balancer.plan)
             continue;
-        int32_t room = r->model.n_experts * r->topology->n_devices;
-        struct moe_plan plan = { .max_splits = room, .max_moves = room,
+        char who[128];
+        snprintf(who, sizeof who, "balancer %s, layer %d", p->plugin->name, b->layer);
+        int64_t room = (int64_t)r->model.n_experts * r->topology->n_devices;
+        struct moe_plan plan = { .max_splits = (int32_t)room, .max_moves = (int32_t)room,
                                  .split = malloc(sizeof *plan.split * (size_t)room),
                                  .move = malloc(sizeof *plan.move * (size_t)room) };
-        if (!plan.split || !plan.move)
+        if (room > INT32_MAX || !plan.split || !plan.move)
             err_set(r->err, ERR_MEMORY, "out of memory for a plan");
         else if (HOOK(p, balancer, plan, b->layer, r->load, &r->placed.view, &plan) == 0 &&
-                 apply_plan(r, b, &plan, p->plugin->name) == 0 && plan.n_moves > 0)
+                 check_plan(r, b->layer, &plan, who) == 0 && apply_plan(r, &plan) == 0)
             keep_moves(r, &plan);
         free(plan.split);
         free(plan.move);
@@ -147,7 +201,7 @@ int placement_assign(struct run *r, const struct moe_batch *b)
     for (int32_t t = 0; t < b->n_tokens; t++)
         for (int64_t i = r->routes.offset[t]; i < r->routes.offset[t + 1]; i++) {
             int32_t expert = r->routes.expert[i];
-            if (expert >= r->model.n_experts) { /* null, zero, copy, constant */
+            if (expert >= moe_experts_of(&r->model, b->layer)) { /* null, zero, copy, constant */
                 r->to[i] = -1;
                 continue;
             }
@@ -161,6 +215,15 @@ int placement_assign(struct run *r, const struct moe_batch *b)
             r->to[i] = r->placed.replica[id].device;
         }
     return run_plans(r, b);
+}
+
+/* Whether replica i is the first of its expert on its device: a second one there costs no transfer. */
+static bool comes_first(const struct placement *p, size_t object, int32_t i)
+{
+    for (int32_t j = p->expert_first[object]; j < p->expert_first[object + 1]; j++)
+        if (p->by_expert[j] < i && p->replica[p->by_expert[j]].device == p->replica[i].device)
+            return false;
+    return true;
 }
 
 /* Which weights a device holds afterwards and did not before; each comes from the nearest old holder. */
@@ -183,7 +246,7 @@ static int plan_migration(struct run *r, const struct placement *old)
                  r->context.view.node[src] != r->context.view.node[x->device]))
                 src = d;
         }
-        if (src != x->device)
+        if (src != x->device && comes_first(&r->placed, o, i))
             part[r->n_migration++] = (struct moe_part){ src, x->device, bytes, 0, NULL };
     }
     return 0;

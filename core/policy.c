@@ -16,6 +16,8 @@ struct arena_block { struct arena_block *next; size_t used, room; _Alignas(16) u
 
 void *arena_take(struct arena *a, size_t bytes)
 {
+    if (bytes > SIZE_MAX / 4)
+        return NULL;
     bytes = (bytes + 15) & ~(size_t)15;
     while (a->current && a->current->room - a->current->used < bytes) {
         if (!a->current->next)
@@ -126,6 +128,12 @@ static int host_routes_transpose(const struct moe_env *env, int32_t n_tokens, in
                                  struct moe_routes *out)
 {
     int64_t n = first[n_experts];
+    if (n_tokens != out->n_tokens)
+        return host_fail(env, MOE_EINVAL, "picks of %d tokens, expected %d", n_tokens, out->n_tokens);
+    for (int32_t e = 0; e < n_experts; e++)
+        if (first[0] != 0 || first[e] > first[e + 1])
+            return host_fail(env, MOE_EINVAL, "picks of expert %d run from %lld to %lld", e, (long long)first[e],
+                             (long long)first[e + 1]);
     if (routes_reserve(out, n, err_of(env)) < 0)
         return MOE_ENOMEM;
     memset(out->offset, 0, sizeof *out->offset * ((size_t)n_tokens + 1));
@@ -147,7 +155,6 @@ static int host_routes_transpose(const struct moe_env *env, int32_t n_tokens, in
     memmove(out->offset + 1, out->offset, sizeof *out->offset * (size_t)n_tokens);
     out->offset[0] = 0;
     out->n = n;
-    out->n_tokens = n_tokens;
     return 0;
 }
 
@@ -314,13 +321,34 @@ static uint64_t seed_for(uint64_t seed, const struct moe_plugin *p)
     return moe_mix(seed ^ moe_mix(h));
 }
 
+/* Sizes that a tensor declares and the model or a number fixes; H is the gate's own width, which the model of a run
+ * need not share with the network whose routing it replays. */
+static int check_tensors(const struct policy *p, const char *who, struct err *e)
+{
+    const struct moe_model *m = p->context->model;
+    for (const struct moe_param *q = p->plugin->params; q && q->name; q++) {
+        if (q->type != MOE_TENSOR)
+            continue;
+        const struct moe_tensor *x = (const void *)((const char *)p->params.conf + q->offset);
+        const char *letter = q->def_text;
+        for (int32_t i = 0; x->data && i < x->n_dims; i++, letter += strcspn(letter, ",") + 1) {
+            int64_t size = *letter == 'L' ? m->n_layers : *letter == 'E' ? m->n_experts : *letter == 'K' ? m->top_k
+                         : strtoll(letter, NULL, 10);
+            if (size > 0 && x->shape[i] != size)
+                return err_set(e, ERR_INPUT, "%s: %s: dimension %d is %lld, expected %lld ([%s])", who, q->name, i,
+                               (long long)x->shape[i], (long long)size, q->def_text);
+        }
+    }
+    return 0;
+}
+
 int policy_open(struct policy *p, struct policy_context *c, const struct moe_plugin *plugin, const json_t *params,
                 const char *who, struct err *e)
 {
     memset(p, 0, sizeof *p);
     p->plugin = plugin;
     p->context = c;
-    if (param_fill(&p->params, plugin, params, who, e) < 0)
+    if (param_fill(&p->params, plugin, params, who, e) < 0 || check_tensors(p, who, e) < 0)
         return e->code;
     p->env = (struct moe_env){ &host, c->model, &c->view, seed_for(c->seed, plugin), c->n_objects,
                                c->cache_objects, p };

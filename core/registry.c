@@ -88,7 +88,8 @@ static int check(const struct moe_plugin *p, enum moe_kind kind, const char *nam
                        sizeof *p);
     if (p->kind != kind)
         return err_set(e, OTHER_KIND, "%s: is a %s, expected a %s", path,
-                       (unsigned)p->kind < MOE_N_KINDS ? kind_name[p->kind] : "policy of unknown kind", kind_name[kind]);
+                       (unsigned)p->kind < MOE_N_KINDS ? kind_name[p->kind] : "policy of unknown kind",
+                       kind_name[kind]);
     if (!p->name || strcmp(p->name, name))
         return err_set(e, ERR_INPUT, "%s: calls itself \"%s\", expected \"%s\" (the file's stem)", path,
                        p->name ? p->name : "", name);

@@ -56,20 +56,21 @@ void routes_free(struct moe_routes *r)
 
 int routes_check(const struct moe_routes *r, int32_t n_experts, const char *who, struct err *e)
 {
-    if (r->n > r->capacity || r->offset[0] != 0 || r->offset[r->n_tokens] != r->n)
+    if (r->n_free < 0)
+        return err_set(e, ERR_RUN, "%s: routes with %d free experts", who, r->n_free);
+    if (r->n < 0 || r->n > r->capacity || r->offset[0] != 0 || r->offset[r->n_tokens] != r->n)
         return err_set(e, ERR_RUN, "%s: routes say %lld entries, offsets run from %lld to %lld", who, (long long)r->n,
                        (long long)r->offset[0], (long long)r->offset[r->n_tokens]);
+    for (int32_t t = 0; t < r->n_tokens; t++) /* first: an offset that goes up and down again may lie outside */
+        if (r->offset[t + 1] < r->offset[t])
+            return err_set(e, ERR_RUN, "%s: token %d: offsets decrease from %lld to %lld", who, t,
+                           (long long)r->offset[t], (long long)r->offset[t + 1]);
     int32_t n_ids = n_experts + r->n_free;
     int32_t *seen = malloc(sizeof *seen * (size_t)(n_ids > 0 ? n_ids : 1));
     if (!seen)
         return err_set(e, ERR_MEMORY, "out of memory");
     memset(seen, 0xff, sizeof *seen * (size_t)(n_ids > 0 ? n_ids : 1)); /* -1: no token */
     for (int32_t t = 0; t < r->n_tokens && !e->code; t++) {
-        if (r->offset[t + 1] < r->offset[t]) {
-            err_set(e, ERR_RUN, "%s: token %d: offsets decrease from %lld to %lld", who, t, (long long)r->offset[t],
-                    (long long)r->offset[t + 1]);
-            break;
-        }
         for (int64_t i = r->offset[t]; i < r->offset[t + 1]; i++) {
             int32_t x = r->expert[i];
             if (x < 0 || x >= n_ids)

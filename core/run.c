@@ -154,7 +154,8 @@ static int open_policy(struct run *r, struct policy *p, enum moe_kind kind, cons
 static int64_t fitting_experts(const struct run *r)
 {
     const struct moe_model *m = &r->model;
-    double q = (double)r->attention.n_heads * r->attention.d_head, kv = (double)r->attention.n_kv_heads * r->attention.d_head;
+    double q = (double)r->attention.n_heads * r->attention.d_head;
+    double kv = (double)r->attention.n_kv_heads * r->attention.d_head;
     double fixed = m->n_layers * ((2.0 * m->d_model * q + 2.0 * m->d_model * kv + (double)m->d_model * m->n_experts) *
                                   m->weight_bytes + m->n_shared * run_expert_bytes(r));
     double left = 0.9 * r->topology->device[0].memory - fixed;
@@ -201,12 +202,13 @@ static int allocate(struct run *r)
     r->bias.scale = calloc(n_experts, sizeof *r->bias.scale);
     r->load = calloc(n_experts, sizeof *r->load);
     r->device_load = calloc(n_devices, sizeof *r->device_load);
+    r->device_tokens = calloc(n_devices, sizeof *r->device_tokens);
     r->entry = calloc(n_devices, sizeof *r->entry);
     r->exit = calloc(n_devices, sizeof *r->exit);
     r->turn = calloc(r->context.n_objects, sizeof *r->turn);
     r->window_load = calloc(r->context.n_objects, sizeof *r->window_load);
-    if (!r->scores || !r->bias.add || !r->bias.scale || !r->load || !r->device_load || !r->entry || !r->exit ||
-        !r->turn || !r->window_load)
+    if (!r->scores || !r->bias.add || !r->bias.scale || !r->load || !r->device_load || !r->device_tokens ||
+        !r->entry || !r->exit || !r->turn || !r->window_load)
         return err_set(r->err, ERR_MEMORY, "out of memory for %d tokens x %d experts", r->workload.n_tokens,
                        r->model.n_experts);
     return 0;
@@ -260,6 +262,7 @@ static int record_accesses(struct run *r)
     r->decisions = UINT64_C(0xcbf29ce484222325);
     memset(r->turn, 0, sizeof *r->turn * r->context.n_objects);
     memset(r->window_load, 0, sizeof *r->window_load * r->context.n_objects);
+    r->window_steps = r->n_migration = 0;
     workload_rewind(&r->workload, r->seed);
     close_policies(r);
     if (open_policies(r, r->spec) < 0)
@@ -333,6 +336,7 @@ void run_close(struct run *r)
     free(r->replica);
     free(r->load);
     free(r->device_load);
+    free(r->device_tokens);
     free(r->entry);
     free(r->exit);
     free(r->turn);

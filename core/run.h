@@ -40,12 +40,14 @@ struct run {
     /* of the current layer */
     struct moe_routes routes, before; /* before: the same tokens one layer earlier */
     int32_t room_routes, room_before;
-    float *scores;             /* [T][E] */
+    float *scores;             /* [T][E] room for a router's */
+    const float *gate_scores;  /* [T][E] what selection looked at: those, the trace's logits, or NULL */
     struct moe_bias bias;      /* [E] */
     int32_t *to, *replica;     /* [n routes] */
     int64_t room_to;
     int64_t *load;             /* [E] tokens routed to each expert */
     int64_t *device_load;      /* [D] routes computed on each device */
+    int64_t *device_tokens;    /* [D] tokens that live there */
     int32_t *entry, *exit;     /* [D] tasks */
     uint32_t *turn;            /* [L*E] which replica is next */
 

@@ -68,6 +68,8 @@ int workload_open(struct workload *w, const json_t *spec, const struct moe_model
                        "%s: the model has %d layers, %d experts, top_k %d; the trace %s has %d layers, %d experts, "
                        "top_k %d", who, m->n_layers, m->n_experts, m->top_k, dir, w->trace.n_layers,
                        w->trace.n_experts, w->trace.top_k);
+    if (kind && strcmp(kind, "decode") && strcmp(kind, "prefill"))
+        return err_set(e, ERR_INPUT, "%s: workload.kind: \"%s\", expected decode or prefill", who, kind);
     bool prefill = kind && !strcmp(kind, "prefill");
     w->phase = prefill ? MOE_PREFILL : MOE_DECODE;
     const char *key = prefill ? "tokens_per_device" : "batch_per_device";
@@ -257,16 +259,23 @@ int64_t workload_profile(const struct workload *w, double *load, double *transit
     memset(load, 0, sizeof *load * (size_t)t->n_layers * n_experts);
     if (transitions)
         memset(transitions, 0, sizeof *transitions * (size_t)(t->n_layers - 1) * n_experts * n_experts);
-    for (int32_t i = 0; i < w->n_profiled; i++)
-        for (int64_t row = offset[w->profiled[i]]; row < offset[w->profiled[i] + 1]; row++, n_tokens++)
-            for (int32_t l = 0; l < t->n_layers; l++) {
+    /* Layer by layer, because the counts of all of them do not fit in a cache. */
+    for (int32_t l = 0; l < t->n_layers; l++)
+        for (int32_t i = 0; i < w->n_profiled; i++)
+            for (int64_t row = offset[w->profiled[i]]; row < offset[w->profiled[i] + 1]; row++) {
                 trace_experts(t, row, l, now);
-                for (int32_t k = 0; k < t->top_k; k++) {
+                for (int32_t k = 0; k < t->top_k; k++)
                     load[(size_t)l * n_experts + (size_t)now[k]]++;
-                    for (int32_t j = 0; transitions && l > 0 && j < t->top_k; j++)
-                        transitions[((size_t)(l - 1) * n_experts + (size_t)before[j]) * n_experts + (size_t)now[k]]++;
+                if (!transitions || l == 0)
+                    continue;
+                trace_experts(t, row, l - 1, before);
+                for (int32_t j = 0; j < t->top_k; j++) {
+                    double *from = transitions + ((size_t)(l - 1) * n_experts + (size_t)before[j]) * n_experts;
+                    for (int32_t k = 0; k < t->top_k; k++)
+                        from[now[k]]++;
                 }
-                memcpy(before, now, sizeof now);
             }
+    for (int32_t i = 0; i < w->n_profiled; i++)
+        n_tokens += offset[w->profiled[i] + 1] - offset[w->profiled[i]];
     return n_tokens;
 }

@@ -156,13 +156,11 @@ static void ready(struct walk *w, int32_t id)
         start_stream_task(w, id);
         return;
     }
-    if (q->n > 0 && q->head + q->n == q->room) {
+    if (q->head > 0 && q->head + q->n == q->room && q->head >= q->n) { /* else grow: n moves need n pops before */
         memmove(q->task, q->task + q->head, sizeof *q->task * (size_t)q->n);
         q->head = 0;
     }
-    if (q->n == 0)
-        q->head = 0;
-    if (q->n == q->room) {
+    if (q->head + q->n == q->room) {
         int32_t room = q->room ? 2 * q->room : 16;
         int32_t *grown = realloc(q->task, sizeof *grown * (size_t)room);
         if (!grown) {

@@ -1,0 +1,400 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * test_pipeline.c - whole runs from their specification: step times worked out by hand, decisions that no machine
+ * changes, weights that move, and what a run says when something is wrong with it. */
+#include "core_test.h"
+
+static double nic(double bytes) /* star-50GBps */
+{
+    return bytes / 50e9 + 0.5 * US;
+}
+
+static json_t *star(int n)
+{
+    return test_description("star-50GBps", n);
+}
+
+/* ---- step times ---- */
+
+/* Two devices, one token each, both for expert 0, which is on device 0. */
+static void one_layer_two_devices(void **state)
+{
+    static const uint8_t all_zero[8] = { 0 };
+    static const char *const tiers[] = { "bound", "flow", "exact" };
+    for (int i = 0; i < 3; i++) {
+        struct err e = { 0 };
+        json_t *spec = test_spec(star(2), test_trace(*state, "zero", 2, 4, 1, 2, 1, all_zero), 1, 2, 1, 1, 3);
+        test_set(spec, "machine", "tier", json_string(tiers[i]));
+        struct run *r = test_open_run(spec, &e);
+        test_ok(run_go(r), &e);
+        double step = attention(&h100, 1) + gate(&h100, 1, 2) + permute(&h100, 1) + nic(1000) + experts(&h100, 1, 2) +
+                      nic(1000) + combine(&h100, 1, 1);
+        for (int s = 0; s < 3; s++) {
+            assert_near(test_metric(r, METRIC_step_s, s), step, 1e-9);
+            assert_near(test_metric(r, METRIC_tokens_per_s, s), 2 / step, 1e-9);
+            assert_near(test_metric(r, METRIC_a2a_s, s), 2 * nic(1000), 1e-9);
+            assert_near(test_metric(r, METRIC_experts_s, s), experts(&h100, 1, 2), 1e-9);
+            assert_near(test_metric(r, METRIC_inter_node_bytes, s), 2000, 1e-9);
+            assert_near(test_metric(r, METRIC_imbalance, s), 2, 1e-12);
+            assert_near(test_metric(r, METRIC_max_vio, s), 1, 1e-12);
+            assert_near(test_metric(r, METRIC_routes, s), 2, 1e-12);
+            /* Spread evenly: one row's bytes on both NICs, the experts' time halved, no latency. */
+            assert_near(test_metric(r, METRIC_bound_s, s), step - 2 * nic(500) - experts(&h100, 1, 2) / 2, 1e-9);
+        }
+        test_close_run(r);
+        json_decref(spec);
+    }
+}
+
+/* The second layer starts where the first ends; a shared expert runs beside the routed ones and is shorter. */
+static void layers_and_shared_experts(void **state)
+{
+    static const uint8_t all_zero[16] = { 0 };
+    struct err e = { 0 };
+    json_t *spec = test_spec(star(2), test_trace(*state, "zero", 2, 4, 2, 2, 1, all_zero), 2, 2, 1, 1, 1);
+    test_set(spec, "model", "shared", json_integer(1));
+    struct run *r = test_open_run(spec, &e);
+    test_ok(run_go(r), &e);
+    double layer = attention(&h100, 1) + gate(&h100, 1, 2) + permute(&h100, 1) + nic(1000) + experts(&h100, 1, 2) +
+                   nic(1000) + combine(&h100, 1, 1);
+    assert_near(test_metric(r, METRIC_step_s, 0), 2 * layer, 1e-9);
+    test_close_run(r);
+    json_decref(spec);
+}
+
+static void warmup_is_left_out(void **state)
+{
+    struct scratch *s = *state;
+    struct trace_synth p = { .n_layers = 2, .n_experts = 8, .top_k = 2, .n_requests = 6, .tokens_per_request = 20,
+                             .skew = 1, .stickiness = 0.3, .affinity = 0.4, .seed = 5 };
+    struct err e = { 0 };
+    test_ok(trace_synthesise(&p, scratch_path(s, "synth"), &e), &e);
+    json_t *spec = test_spec(star(4), scratch_path(s, "synth"), 2, 8, 2, 3, 6);
+    struct run *whole = test_open_run(spec, &e);
+    test_ok(run_go(whole), &e);
+    test_set(spec, NULL, "warmup", json_integer(2));
+    struct run *late = test_open_run(spec, &e);
+    test_ok(run_go(late), &e);
+    assert_int_equal(late->metrics.n_steps, 4);
+    for (int i = 0; i < 4; i++)
+        assert_true(test_metric(late, METRIC_step_s, i) == test_metric(whole, METRIC_step_s, i + 2));
+    assert_true(late->decisions == whole->decisions); /* made all the same */
+    test_close_run(whole);
+    test_close_run(late);
+    json_decref(spec);
+}
+
+/* ---- decisions ---- */
+
+static void machines_change_no_decision(void **state)
+{
+    struct scratch *s = *state;
+    struct trace_synth p = { .n_layers = 3, .n_experts = 16, .top_k = 4, .n_requests = 10, .tokens_per_request = 30,
+                             .skew = 1, .stickiness = 0.3, .affinity = 0.4, .seed = 5 };
+    struct err e = { 0 };
+    static const char *const tiers[] = { "bound", "flow", "exact" };
+    test_ok(trace_synthesise(&p, scratch_path(s, "synth"), &e), &e);
+    uint64_t first = 0;
+    for (int i = 0; i < 3; i++) {
+        json_t *spec = test_spec(test_description("dgx-h100", 1), scratch_path(s, "synth"), 3, 16, 4, 4, 4);
+        test_set(spec, "machine", "tier", json_string(tiers[i]));
+        uint64_t h = test_decisions(spec, NULL);
+        first = i ? first : h;
+        assert_true(h == first);
+        test_policy(spec, "offload", "lru"); /* where weights lie changes no route */
+        test_set(spec, NULL, "cache", json_real(0.2));
+        assert_true(test_decisions(spec, NULL) == first);
+        test_set(spec, NULL, "seed", json_integer(2));
+        assert_true(test_decisions(spec, NULL) != first);
+        json_decref(spec);
+    }
+}
+
+/* ---- a placement that changes ---- */
+
+struct swapper { struct test_env env; int32_t n_placed, n_due, n_steps; double load; };
+
+/* Expert e on device e at first, on the other one from the second placement on. */
+static int swap_place(void *self, const struct moe_stats *stats, struct moe_placement *out)
+{
+    struct swapper *s = self;
+    (void)stats;
+    for (int32_t x = 0; x < 2; x++)
+        if (s->env.env->host->place(s->env.env, out, 0, x, s->n_placed ? 1 - x : x, 1) < 0)
+            return MOE_EFAIL;
+    s->n_placed++;
+    return 0;
+}
+
+static int swap_due(void *self, const struct moe_stats *stats, bool *rebalance)
+{
+    struct swapper *s = self;
+    s->n_due++;
+    *rebalance = stats->step == 1;
+    if (*rebalance) {
+        s->load = stats->load[0];
+        s->n_steps = stats->n_steps;
+    }
+    return stats->current ? 0 : MOE_EINVAL;
+}
+
+static const struct moe_plugin swap_plugin =
+    TEST_POLICY(MOE_PLACEMENT, "swap", .state_size = sizeof(struct swapper), .init = test_keep_env,
+                .ops.placement = { .place = swap_place, .due = swap_due });
+
+/* Every token goes to both experts, so both placements cost the same; after step 1 both experts change places: 3e6 B
+ * each way, before step 2 begins. */
+static void migration_is_counted_and_timed(void **state)
+{
+    static const uint8_t both[16] = { 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1 };
+    struct err e = { 0 };
+    json_t *spec = test_spec(star(2), test_trace(*state, "both", 2, 4, 1, 2, 2, both), 1, 2, 2, 1, 4);
+    struct run *r = test_open_run(spec, &e);
+    test_swap_policy(r, &r->placement, &swap_plugin);
+    test_ok(run_go(r), &e);
+    double step = attention(&h100, 1) + gate(&h100, 1, 2) + permute(&h100, 2) + nic(1000) + experts(&h100, 1, 2) +
+                  nic(1000) + combine(&h100, 2, 1);
+    const struct swapper *s = r->placement.self;
+    for (int i = 0; i < 4; i++) {
+        assert_near(test_metric(r, METRIC_migration_s, i), i == 2 ? nic(3e6) : 0, 1e-9);
+        assert_near(test_metric(r, METRIC_step_s, i), step + (i == 2 ? nic(3e6) : 0), 1e-9);
+        assert_near(test_metric(r, METRIC_inter_node_bytes, i), 4000 + (i == 2 ? 6e6 : 0), 1e-12);
+    }
+    assert_int_equal(s->n_placed, 2);
+    assert_int_equal(s->n_due, 4);
+    assert_int_equal(s->n_steps, 2); /* steps 0 and 1, two tokens each */
+    assert_near(s->load, 4, 0);
+    test_close_run(r);
+    json_decref(spec);
+}
+
+/* ---- a balancer that plans ---- */
+
+struct planner { struct moe_plan plan; struct moe_split split[4]; struct moe_weight_move move[4]; int64_t load; };
+
+static int plan(void *self, int32_t layer, const int64_t *load, const struct moe_placement *p, struct moe_plan *out)
+{
+    struct planner *s = self;
+    (void)layer, (void)p;
+    s->load = load[0];
+    memcpy(out->split, s->split, sizeof s->split);
+    memcpy(out->move, s->move, sizeof s->move);
+    out->n_splits = s->plan.n_splits;
+    out->n_moves = s->plan.n_moves;
+    return 0;
+}
+
+static const struct moe_plugin plan_plugin = TEST_POLICY(MOE_BALANCER, "planner", .state_size = sizeof(struct planner),
+                                                         .ops.balancer = { .plan = plan });
+
+/* Two devices of two tokens; all four want expert 0 of device 0. */
+static struct run *open_planned(struct scratch *s, const struct planner *p, struct err *e)
+{
+    static const uint8_t all_zero[16] = { 0 };
+    json_t *spec = test_spec(star(2), test_trace(s, "zero", 4, 4, 1, 2, 1, all_zero), 1, 2, 1, 2, 1);
+    struct run *r = test_open_run(spec, e);
+    json_decref(spec);
+    test_ok(policy_open(&r->balancer[r->n_balancers++], &r->context, &plan_plugin, NULL, "test", e), e);
+    memcpy(r->balancer[0].self, p, sizeof *p);
+    return r;
+}
+
+/* Rows 2 and 3 stay where their tokens are, on device 1, which is sent the weights once both gates have spoken. Nothing
+ * else travels; device 1's experts wait for them. */
+static void plans_move_rows_and_weights(void **state)
+{
+    struct err e = { 0 };
+    struct planner p = { .plan = { .n_splits = 1, .n_moves = 1 }, .split = { { 0, 1, 2, 4 } },
+                         .move = { { 0, 0, 1 } } };
+    struct run *r = open_planned(*state, &p, &e);
+    test_ok(run_go(r), &e);
+    assert_int_equal(((struct planner *)r->balancer[0].self)->load, 4);
+    assert_near(test_metric(r, METRIC_imbalance, 0), 1, 1e-12);
+    assert_near(test_metric(r, METRIC_inter_node_bytes, 0), 3e6, 1e-12);
+    assert_near(test_metric(r, METRIC_migration_s, 0), nic(3e6), 1e-9);
+    assert_near(test_metric(r, METRIC_step_s, 0), attention(&h100, 2) + gate(&h100, 2, 2) + nic(3e6) +
+                experts(&h100, 1, 2) + combine(&h100, 2, 2), 1e-9);
+    for (int32_t t = 0; t < r->graph.n_tasks; t++) { /* device 0 got nothing and waits for nothing */
+        const struct task *x = &r->graph.task[t];
+        if (x->kind == TASK_EXPERTS && x->device == 0)
+            assert_near(x->start, attention(&h100, 2) + gate(&h100, 2, 2) + permute(&h100, 2), 1e-9);
+    }
+    test_close_run(r);
+}
+
+static void plans_that_cannot_be(void **state)
+{
+    static const struct { struct planner p; const char *says; } bad[] = {
+        { { .plan.n_splits = 1, .split = { { 0, 1, 2, 4 } } }, "split 0 sends expert 0 to device 1, which neither" },
+        { { .plan.n_splits = 1, .split = { { 0, 0, 2, 5 } } }, "split 0 sends rows 2 to 5 of expert 0" },
+        { { .plan.n_splits = 1, .split = { { 2, 0, 0, 0 } } }, "of expert 2" },
+        { { .plan.n_splits = 1, .split = { { 0, 2, 0, 1 } } }, "to device 2" },
+        { { .plan.n_moves = 1, .move = { { 0, 1, 0 } } }, "expert 0 from device 1, which does not hold it" },
+        { { .plan.n_moves = 1, .move = { { 0, 0, 2 } } }, "to 2" },
+        { { .plan.n_splits = 5 }, "plans 5 splits and 0 moves, there is room for 4 and 4" },
+        { { .plan.n_moves = -1 }, "plans 0 splits and -1 moves" },
+    };
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
+        struct err e = { 0 };
+        struct run *r = open_planned(*state, &bad[i].p, &e);
+        assert_says(&e, run_go(r), "balancer planner, layer 0", bad[i].says, NULL);
+        assert_int_equal(e.code, ERR_RUN);
+        test_close_run(r);
+    }
+}
+
+/* ---- what policies may not do ---- */
+
+struct rogue { struct test_env env; int what; };
+
+static int rogue_lay_out(void *self, const struct moe_traffic *in, struct moe_graph *g)
+{
+    const struct rogue *s = self;
+    const struct moe_env *env = s->env.env;
+    if (s->what == 0)
+        return 0; /* exit[] untouched */
+    for (int32_t d = 0; d < env->topology->n_devices; d++)
+        in->exit[d] = in->entry[d];
+    if (s->what == 1)
+        return 0; /* computes nothing */
+    int32_t expert = s->what == 2 ? 2 : 0;
+    int64_t rows = 2;
+    int32_t id = env->host->task_experts(env, g, &(struct moe_expert_work){ .device = s->what == 3, .n = 1,
+                                                                           .expert = &expert, .rows = &rows,
+                                                                           .fraction = 1 });
+    return id < 0 ? id : 0;
+}
+
+static const struct moe_plugin rogue_dispatch = TEST_POLICY(MOE_DISPATCH, "rogue", .state_size = sizeof(struct rogue),
+                                                            .init = test_keep_env,
+                                                            .ops.dispatch = { .lay_out = rogue_lay_out });
+
+static int rogue_route(void *self, const struct moe_batch *b, const struct moe_bias *bias, struct moe_routes *out,
+                       struct moe_cost *own)
+{
+    const struct rogue *s = self;
+    (void)bias, (void)own;
+    if (s->env.env->host->routes_reserve(s->env.env, out, b->n_tokens) < 0)
+        return MOE_ENOMEM;
+    out->n = b->n_tokens;
+    for (int32_t t = 0; t < b->n_tokens; t++) {
+        out->offset[t + 1] = t + 1;
+        out->expert[t] = s->what == 1 ? 2 : 0;
+        out->weight[t] = 1;
+    }
+    if (s->what == 0) {
+        out->n_tokens--;
+        out->n--;
+    }
+    return 0;
+}
+
+static const struct moe_plugin rogue_router = TEST_POLICY(MOE_ROUTER, "rogue", .state_size = sizeof(struct rogue),
+                                                          .init = test_keep_env,
+                                                          .ops.router = { .route = rogue_route });
+
+static void rogues_are_named(void **state)
+{
+    static const uint8_t all_zero[8] = { 0 };
+    static const char *const dispatch_says[] = { "exit[0] is task -1", "device 0 computes 0 rows, expected 2",
+                                                 "device 0 computes expert 2, expected 0 to 1",
+                                                 "device 0 computes 0 rows, expected 2" };
+    static const char *const router_says[] = { "routes of 1 tokens, expected 2", "token 0: expert 2, expected 0 to 1" };
+    json_t *spec = test_spec(star(2), test_trace(*state, "zero", 2, 4, 1, 2, 1, all_zero), 1, 2, 1, 1, 1);
+    for (int i = 0; i < 4; i++) {
+        struct err e = { 0 };
+        struct run *r = test_open_run(spec, &e);
+        test_swap_policy(r, &r->dispatch, &rogue_dispatch);
+        ((struct rogue *)r->dispatch.self)->what = i;
+        assert_says(&e, run_go(r), "dispatch rogue, layer 0", dispatch_says[i], NULL);
+        test_close_run(r);
+    }
+    for (int i = 0; i < 2; i++) {
+        struct err e = { 0 };
+        struct run *r = test_open_run(spec, &e);
+        test_swap_policy(r, &r->router, &rogue_router);
+        ((struct rogue *)r->router.self)->what = i;
+        assert_says(&e, run_go(r), "router rogue, step 0, layer 0", router_says[i], NULL);
+        test_close_run(r);
+    }
+    json_decref(spec);
+}
+
+/* ---- what is wrong with a specification, at every stage of opening it ---- */
+
+static json_t *good_spec(struct scratch *s)
+{
+    static const uint8_t all_zero[8] = { 0 };
+    return test_spec(test_description("rtx4090-pcie4", 1), test_trace(s, "zero", 2, 4, 1, 2, 1, all_zero), 1, 2, 1, 1,
+                     2);
+}
+
+static void bad_specifications(void **state)
+{
+    struct err e;
+#define REFUSED(change, ...)                                                                                          \
+    do {                                                                                                              \
+        json_t *spec = good_spec(*state);                                                                             \
+        change;                                                                                                       \
+        struct run *r = malloc(sizeof *r);                                                                            \
+        memset(&e, 0, sizeof e);                                                                                      \
+        assert_says(&e, run_open(r, spec, &e), "test:1", __VA_ARGS__, NULL);                                          \
+        test_close_run(r);                                                                                            \
+        json_decref(spec);                                                                                            \
+    } while (0)
+    REFUSED(json_object_del(json_object_get(spec, "model"), "layers"), "model.layers", "missing");
+    REFUSED(test_set(spec, "model", "d_model", json_real(10.5)), "model.d_model", "whole number");
+    REFUSED(test_set(spec, "model", "top_k", json_integer(3)), "model.top_k", "3 is more than the 2 experts");
+    REFUSED(test_set(spec, "model", "precision", json_string("fp9")), "model.precision", "fp8");
+    REFUSED(json_object_del(json_object_get(json_object_get(spec, "machine"), "description"), "device"), "device");
+    REFUSED(test_set(spec, "machine", "tier", json_string("exakt")), "machine.tier", "exakt");
+    REFUSED(test_set(spec, "machine", "executor", json_string("flo")), "machine.executor", "flow");
+    REFUSED(test_set(spec, "workload", "trace", json_string("/no/such")), "/no/such");
+    REFUSED(test_set(spec, "workload", "steps", json_integer(0)), "workload.steps");
+    REFUSED(test_policy(spec, "router", "replai"), "did you mean \"replay\"");
+    REFUSED(test_policy(spec, "router", "lru"), "\"lru\" is a offload, expected a router");
+    REFUSED(test_policy(spec, "router", "softmax-top-k"), "router softmax-top-k", "logits.npy");
+    REFUSED(test_policy(spec, "placement", "../eplb"), "not a policy's name");
+    REFUSED(test_set(spec, "policies", "placement", json_pack("[{s:s, s:{s:i}}]", "name", "eplb", "params", "replica",
+                                                              3)), "placement eplb", "did you mean \"replicas\"");
+    REFUSED(json_object_del(json_object_get(spec, "policies"), "dispatch"), "dispatch: expected a policy's name");
+    json_t *many = json_array();
+    for (int i = 0; i <= MAX_BALANCERS; i++)
+        json_array_append_new(many, json_pack("{s:s}", "name", "none"));
+    REFUSED(test_set(spec, "policies", "balancer", json_incref(many)), "balancer", "more than 8");
+    json_decref(many);
+    REFUSED(test_set(spec, NULL, "cache", json_real(1.5)), "cache", "(0, 1]");
+    REFUSED(test_set(spec, NULL, "warmup", json_integer(2)), "warmup", "0 to 1");
+    REFUSED(test_policy(spec, "offload", "lru"); test_set(spec, "machine", "description", star(1)), "offload lru",
+            "star-50GBps", "no way from host memory");
+#undef REFUSED
+    json_t *spec = good_spec(*state); /* and the one they are all made from is right */
+    memset(&e, 0, sizeof e);
+    struct run *r = test_open_run(spec, &e);
+    test_ok(run_go(r), &e);
+    json_t *result = run_result(r);
+    assert_int_equal(json_integer_value(json_object_get(result, "tokens")), 1);
+    assert_string_equal(json_string_value(json_object_get(result, "machine")), "flow");
+    assert_int_equal(json_object_size(json_object_get(result, "policies")), 4);
+    json_decref(result);
+    test_close_run(r);
+    json_decref(spec);
+}
+
+#define WITH_SCRATCH(test) cmocka_unit_test_setup_teardown(test, scratch_make, scratch_remove)
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        WITH_SCRATCH(one_layer_two_devices),
+        WITH_SCRATCH(layers_and_shared_experts),
+        WITH_SCRATCH(warmup_is_left_out),
+        WITH_SCRATCH(machines_change_no_decision),
+        WITH_SCRATCH(migration_is_counted_and_timed),
+        WITH_SCRATCH(plans_move_rows_and_weights),
+        WITH_SCRATCH(plans_that_cannot_be),
+        WITH_SCRATCH(rogues_are_named),
+        WITH_SCRATCH(bad_specifications),
+    };
+    cmocka_set_message_output(CM_OUTPUT_TAP);
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
