@@ -291,9 +291,10 @@ json_t *metrics_json(const struct metrics *m)
         if (n == 0)
             continue;
         qsort(sorted, (size_t)n, sizeof *sorted, by_value);
-        json_object_set_new(all, metric_info[i].name,
-                            json_pack("{s:f, s:f, s:f, s:f, s:f}", "mean", mean_of(m, i), "p50",
-                                      quantile(sorted, n, 0.5), "p99", quantile(sorted, n, 0.99), "min", sorted[0], "max", sorted[n - 1]));
+        json_t *figures = json_pack("{s:f, s:f, s:f, s:f, s:f}", "mean", mean_of(m, i), "p50",
+                                    quantile(sorted, n, 0.5), "p99", quantile(sorted, n, 0.99), "min", sorted[0],
+                                    "max", sorted[n - 1]);
+        json_object_set_new(all, metric_info[i].name, figures);
     }
     free(sorted);
     return all;

@@ -279,7 +279,7 @@ enum moe_op { /* what a compute task is for: names the phase in results and tell
 };
 
 struct moe_work {
-    int32_t device, stream;
+    int32_t device, stream; /* streams 0 to 13 are dispatch's; what shares one runs in order */
     enum moe_op op;
     double flops, bytes; /* arithmetic; device memory traffic */
 };

@@ -15,6 +15,8 @@
 
 const char *const kind_name[MOE_N_KINDS] = { "router", "balancer", "placement", "dispatch", "offload" };
 
+static const char *const a_kind[MOE_N_KINDS] = { "a router", "a balancer", "a placement", "a dispatch", "an offload" };
+
 enum { OTHER_KIND = ERR_RUN - 1 }; /* within this file only: right file, another kind */
 
 /* Process-wide, because dlopen is: what was loaded stays loaded. */
@@ -87,9 +89,8 @@ static int check(const struct moe_plugin *p, enum moe_kind kind, const char *nam
         return err_set(e, ERR_INPUT, "%s: struct moe_plugin has %u bytes, expected %zu: rebuild it", path, p->size,
                        sizeof *p);
     if (p->kind != kind)
-        return err_set(e, OTHER_KIND, "%s: is a %s, expected a %s", path,
-                       (unsigned)p->kind < MOE_N_KINDS ? kind_name[p->kind] : "policy of unknown kind",
-                       kind_name[kind]);
+        return err_set(e, OTHER_KIND, "%s: is %s, expected %s", path,
+                       (unsigned)p->kind < MOE_N_KINDS ? a_kind[p->kind] : "a policy of unknown kind", a_kind[kind]);
     if (!p->name || strcmp(p->name, name))
         return err_set(e, ERR_INPUT, "%s: calls itself \"%s\", expected \"%s\" (the file's stem)", path,
                        p->name ? p->name : "", name);
@@ -240,8 +241,7 @@ int registry_load(enum moe_kind kind, const char *name, const char *who, const s
         for (int i = 0; k != (int)kind && search_dir((enum moe_kind)k, i, dir, sizeof dir); i++) {
             snprintf(path, sizeof path, "%s/%s.so", dir, name);
             if (is_file(path))
-                return err_set(e, ERR_INPUT, "%s: \"%s\" is a %s, expected a %s", who, name, kind_name[k],
-                               kind_name[kind]);
+                return err_set(e, ERR_INPUT, "%s: \"%s\" is %s, expected %s", who, name, a_kind[k], a_kind[kind]);
         }
     struct registry_entry *found;
     int n = scan(kind, &found);
