@@ -351,7 +351,7 @@ static void bad_specifications(void **state)
     REFUSED(test_set(spec, "workload", "trace", json_string("/no/such")), "/no/such");
     REFUSED(test_set(spec, "workload", "steps", json_integer(0)), "workload.steps");
     REFUSED(test_policy(spec, "router", "replai"), "did you mean \"replay\"");
-    REFUSED(test_policy(spec, "router", "lru"), "\"lru\" is a offload, expected a router");
+    REFUSED(test_policy(spec, "router", "lru"), "\"lru\" is an offload, expected a router");
     REFUSED(test_policy(spec, "router", "softmax-top-k"), "router softmax-top-k", "logits.npy");
     REFUSED(test_policy(spec, "placement", "../eplb"), "not a policy's name");
     REFUSED(test_set(spec, "policies", "placement", json_pack("[{s:s, s:{s:i}}]", "name", "eplb", "params", "replica",
