@@ -12,11 +12,6 @@
 
 static const char *const type_name[] = { "int", "real", "bool", "string", "enum", "tensor" };
 
-const char *param_type_name(enum moe_type t)
-{
-    return type_name[t];
-}
-
 static const double MAX_WHOLE = 0x1p53; /* beyond it a double skips integers */
 
 static int n_params(const struct moe_plugin *p)

@@ -18,8 +18,6 @@ struct param_set { /* one plugin's filled-in conf struct and what it holds on to
  * the nearest known one), wrong types, NaN, out of range and unreadable tensors are ERR_INPUT. */
 int param_fill(struct param_set *, const struct moe_plugin *, const json_t *given, const char *who, struct err *);
 void param_free(struct param_set *);
-/* "int", "real", ... */
-const char *param_type_name(enum moe_type);
 /* A table as JSON: [{"name","type","default","min","max","choices","unit","help"}]. */
 json_t *param_describe(const struct moe_plugin *);
 /* The table itself: names present, types known, defaults within range, offsets inside conf. For registration. */
