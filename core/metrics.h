@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0
- * metrics.h - figures of a run: one value per step, summarised at the end; and the bound that none can beat. */
+ * metrics.h - figures of a run: one value per step, summarised at the end; and the same step under perfect balance. */
 #ifndef METRICS_H
 #define METRICS_H
 
