@@ -50,7 +50,7 @@ static int32_t link_roles(const struct topology *t, int32_t *role)
     return known || t->n_links == 0 ? n_roles : -1;
 }
 
-struct evening { /* sums over the devices of one (layer, phase) */
+struct evening { /* bytes of one exchange, by the role of links */
     const struct topology *topology;
     int32_t *role, n_roles;
     double *role_seconds; /* [roles] bytes / bandwidth summed over an exchange's links */
@@ -74,10 +74,55 @@ static double even_exchange(struct evening *v, const struct moe_graph *g, const 
     return most;
 }
 
-/* Seconds of one (layer, op, stream), summed over devices; the mean counts devices with nothing to do. */
 static size_t phase_of(const struct task *x)
 {
     return ((size_t)x->layer * N_OPS + (size_t)x->op) * N_STREAMS + (size_t)x->stream;
+}
+
+static bool computes(const struct task *x)
+{
+    return x->kind == TASK_COMPUTE || x->kind == TASK_EXPERTS;
+}
+
+/* What is evened out is what devices do at the same point of a layout: the i-th task of a (layer, op, stream) on one
+ * device with the i-th on the others. A layout that cuts a phase into chunks has a cohort per chunk, so chained chunks
+ * add up to the phase and no more. own[t]: the mean of t's cohort over all devices, those without such a task too. */
+static int even_cohorts(const struct moe_graph *g, const struct topology *t, int32_t n_layers, double *own,
+                        struct err *e)
+{
+    const size_t n_devices = (size_t)t->n_devices, n_phases = (size_t)n_layers * N_OPS * N_STREAMS;
+    int32_t *widest = calloc(n_phases + 1, sizeof *widest), *nth = malloc(sizeof *nth * ((size_t)g->n_tasks + 1));
+    int32_t *count = calloc(n_phases * n_devices + 1, sizeof *count);
+    size_t *first = calloc(n_phases + 1, sizeof *first);
+    double *sum = NULL;
+    if (!widest || !nth || !count || !first)
+        goto out;
+    for (int32_t i = 0; i < g->n_tasks; i++) {
+        const struct task *x = &g->task[i];
+        if (!computes(x))
+            continue;
+        size_t p = phase_of(x);
+        nth[i] = count[p * n_devices + (size_t)x->device]++;
+        if (nth[i] >= widest[p])
+            widest[p] = nth[i] + 1;
+    }
+    for (size_t p = 0; p < n_phases; p++)
+        first[p + 1] = first[p] + (size_t)widest[p];
+    sum = calloc(first[n_phases] + 1, sizeof *sum);
+    for (int32_t i = 0; sum && i < g->n_tasks; i++)
+        if (computes(&g->task[i]))
+            sum[first[phase_of(&g->task[i])] + (size_t)nth[i]] += g->task[i].end - g->task[i].start;
+    for (int32_t i = 0; sum && i < g->n_tasks; i++)
+        own[i] = computes(&g->task[i]) ? sum[first[phase_of(&g->task[i])] + (size_t)nth[i]] / t->n_devices : 0;
+out:
+    if (!sum)
+        err_set(e, ERR_MEMORY, "out of memory for the bound");
+    free(widest);
+    free(nth);
+    free(count);
+    free(first);
+    free(sum);
+    return e->code;
 }
 
 int metrics_bound(const struct moe_graph *g, const struct topology *t, double *seconds, struct err *e)
@@ -87,26 +132,21 @@ int metrics_bound(const struct moe_graph *g, const struct topology *t, double *s
         n_layers = g->task[i].layer >= n_layers ? g->task[i].layer + 1 : n_layers;
     struct evening v = { .topology = t };
     struct graph_order order = { 0 };
-    double *phase = calloc((size_t)n_layers * N_OPS * N_STREAMS + 1, sizeof *phase);
+    double *own = calloc((size_t)g->n_tasks + 1, sizeof *own);
     double *end = calloc((size_t)g->n_tasks + 1, sizeof *end);
     int32_t *ready = malloc(sizeof *ready * ((size_t)g->n_tasks + 1));
     v.role = malloc(sizeof *v.role * ((size_t)t->n_links + 1));
     v.role_seconds = calloc((size_t)t->n_links + 1, sizeof *v.role_seconds);
     v.role_links = calloc((size_t)t->n_links + 1, sizeof *v.role_links);
-    if (!phase || !end || !ready || !v.role || !v.role_seconds || !v.role_links ||
+    if (!own || !end || !ready || !v.role || !v.role_seconds || !v.role_links ||
         (v.n_roles = link_roles(t, v.role)) < 0) {
         err_set(e, ERR_MEMORY, "out of memory for the bound");
         goto out;
     }
     for (int32_t i = 0; i < t->n_links; i++)
         v.role_links[v.role[i]]++;
-    if (graph_order(g, &order, e) < 0)
+    if (graph_order(g, &order, e) < 0 || even_cohorts(g, t, n_layers, own, e) < 0)
         goto out;
-    for (int32_t i = 0; i < g->n_tasks; i++) {
-        const struct task *x = &g->task[i];
-        if (x->kind == TASK_COMPUTE || x->kind == TASK_EXPERTS)
-            phase[phase_of(x)] += x->end - x->start;
-    }
     /* Longest path in topological order: end[] holds the latest end of what came before, then the task's own. */
     int32_t n_ready = 0;
     double last = 0;
@@ -115,9 +155,7 @@ int metrics_bound(const struct moe_graph *g, const struct topology *t, double *s
             ready[n_ready++] = i;
     for (int32_t i = 0; i < n_ready; i++) {
         const struct task *x = &g->task[ready[i]];
-        double own = x->kind == TASK_EXCHANGE ? even_exchange(&v, g, x)
-                   : x->kind == TASK_COMPUTE || x->kind == TASK_EXPERTS ? phase[phase_of(x)] / t->n_devices : 0;
-        end[ready[i]] += own;
+        end[ready[i]] += x->kind == TASK_EXCHANGE ? even_exchange(&v, g, x) : own[ready[i]];
         last = fmax(last, end[ready[i]]);
         for (int64_t j = order.first[ready[i]]; j < order.first[ready[i] + 1]; j++) {
             int32_t next = order.next[j];
@@ -129,7 +167,7 @@ int metrics_bound(const struct moe_graph *g, const struct topology *t, double *s
     *seconds = last;
 out:
     graph_order_free(&order);
-    free(phase);
+    free(own);
     free(end);
     free(ready);
     free(v.role);

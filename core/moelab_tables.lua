@@ -82,6 +82,21 @@ local function better(best, a, b)
   return a > b
 end
 
+-- Rows that are compared share a bound: the least that any of their layouts would take under perfect balance. A row's
+-- own would flatter policies that do more work evenly.
+local function share_bound(groups, axes, cells, columns)
+  local least = {}
+  for i, g in ipairs(groups) do
+    local key, own = table.concat(g.labels, "\0", 1, #axes - 1), cells[i][#columns - 1].mean
+    if own and (not least[key] or own < least[key]) then least[key] = own end
+  end
+  for i, g in ipairs(groups) do
+    local bound, step = least[table.concat(g.labels, "\0", 1, #axes - 1)], aggregate(g.runs, "step_s")
+    cells[i][#columns - 1] = { mean = step and bound, spread = 0, n = 1 }
+    cells[i][#columns] = { mean = step and bound and step / bound, spread = 0, n = 1 }
+  end
+end
+
 -- The last line of a table with a ceiling: how much of it the best of the others reaches, per column.
 local function reached(groups, cells, columns, winners, o)
   local row = { "best / " .. o.ceiling }
@@ -98,7 +113,7 @@ end
 ---   rows   axis, or list of axes, for the lines           cols   axis for the columns, or none
 ---   value  figure, or list of figures when there are no cols
 ---   best   "min" or "max": marks the best of each column's first axis group with *
----   bound  true: adds the bound and how far step_s is from it
+---   bound  true: adds the bound, the least bound_s of the rows that are compared, and how far step_s is from it
 ---   ceiling  label of the last axis that no real policy can beat: not a candidate for best; with cols, a last line
 ---            says how much of it the best reaches
 ---   title  printed above; percent = true for shares
@@ -135,6 +150,7 @@ function Runs:table(o)
       if not mean then failed = failed + 1 end
     end
   end
+  if o.bound and not o.cols then share_bound(groups, axes, cells, columns) end
   local head, caption = {}, nil
   for i, a in ipairs(axes) do head[i] = a end
   for c, col in ipairs(columns) do

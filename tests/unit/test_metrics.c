@@ -7,9 +7,9 @@ static uint64_t draw(uint64_t *s)
     return moe_mix(*s += UINT64_C(0x9E3779B97F4A7C15));
 }
 
-/* A layer as dispatch "flat" lays it out: attention - permute - exchange - experts - exchange - combine. Rows from s to
- * d: rows(s, d); every device has as many tokens. */
-static void flat_layer(struct moe_graph *g, int32_t n, int64_t (*rows)(uint64_t *, int32_t, int32_t), uint64_t *seed,
+/* A layer as dispatch "flat" lays it out: attention - permute - exchange - experts - exchange - combine, with the
+ * experts in `chunks` tasks one after another. Rows from s to d: rows(s, d); every device has as many tokens. */
+static void flat_layer(struct moe_graph *g, int32_t n, int chunks, int64_t (*rows)(uint64_t *, int32_t, int32_t), uint64_t *seed,
                        int32_t *entry)
 {
     struct err e = { 0 };
@@ -35,10 +35,15 @@ static void flat_layer(struct moe_graph *g, int32_t n, int64_t (*rows)(uint64_t 
         test_after(g, p, a);
         test_after(g, out, p);
         if (into[d] > 0) {
-            int32_t x = graph_experts(g, &(struct moe_expert_work){ .device = d, .n = 1, .expert = (int32_t[]){ 0 },
-                                                                    .rows = &into[d], .fraction = 1 }, &e);
-            test_after(g, x, test_arrival(g, out, d));
-            test_after(g, home, x);
+            int32_t last = test_arrival(g, out, d);
+            for (int i = 0; i < chunks; i++) {
+                int64_t part = into[d] * (i + 1) / chunks - into[d] * i / chunks;
+                int32_t x = graph_experts(g, &(struct moe_expert_work){ .device = d, .n = 1, .expert = (int32_t[]){ 0 },
+                                                                        .rows = &part, .fraction = 1 }, &e);
+                test_after(g, x, last);
+                last = x;
+            }
+            test_after(g, home, last);
         }
         c = graph_compute(g, &combine, &e);
         test_after(g, c, test_arrival(g, home, d));
@@ -62,7 +67,7 @@ static int64_t equal_rows(uint64_t *seed, int32_t s, int32_t d)
     return 32;
 }
 
-static void lay_out(struct moe_graph *g, const struct topology *t, int layers,
+static void lay_out(struct moe_graph *g, const struct topology *t, int layers, int chunks,
                     int64_t (*rows)(uint64_t *, int32_t, int32_t), uint64_t seed)
 {
     int32_t entry[t->n_devices];
@@ -71,7 +76,7 @@ static void lay_out(struct moe_graph *g, const struct topology *t, int layers,
     for (int32_t d = 0; d < t->n_devices; d++)
         entry[d] = -1;
     for (g->layer = 0; g->layer < layers; g->layer++)
-        flat_layer(g, t->n_devices, rows, &seed, entry);
+        flat_layer(g, t->n_devices, chunks, rows, &seed, entry);
 }
 
 static void bound_is_below_the_run(void **state)
@@ -86,7 +91,7 @@ static void bound_is_below_the_run(void **state)
         struct topology *t = test_machine(machines[i].name, machines[i].nodes);
         for (uint64_t seed = 0; seed < 24; seed++) {
             double bound = NAN;
-            lay_out(&g, t, 1 + (int)(seed % 3), any_rows, seed);
+            lay_out(&g, t, 1 + (int)(seed % 3), 1 + (int)(seed / 2 % 4), any_rows, seed);
             double time = test_run_graph(t, seed % 2 ? NET_EXACT : NET_BOUND, &g);
             test_ok(metrics_bound(&g, t, &bound, &e), &e);
             if (!(bound > 0 && bound <= time))
@@ -110,10 +115,12 @@ static void bound_is_reached_by_even_work(void **state)
     for (int i = 0; i < 2; i++)
         for (enum net_tier tier = NET_BOUND; tier <= NET_EXACT; tier++) {
             double bound = NAN;
-            lay_out(&g, machine[i], 3, equal_rows, 0);
-            double time = test_run_graph(machine[i], tier, &g);
-            test_ok(metrics_bound(&g, machine[i], &bound, &e), &e);
-            assert_near(bound, time, 1e-9);
+            for (int chunks = 1; chunks <= 2; chunks++) {
+                lay_out(&g, machine[i], 3, chunks, equal_rows, 0);
+                double time = test_run_graph(machine[i], tier, &g);
+                test_ok(metrics_bound(&g, machine[i], &bound, &e), &e);
+                assert_near(bound, time, 1e-9);
+            }
         }
     graph_free(&g);
     topology_free(machine[0]);
