@@ -15,15 +15,9 @@
 int offload_open(struct run *r)
 {
     size_t n_devices = (size_t)r->topology->n_devices, n_objects = r->context.n_objects;
-    const struct moe_offload_ops *ops = &r->offload.plugin->ops.offload;
     r->offloading = strcmp(r->offload.plugin->name, "none") != 0;
     if (!r->offloading)
         return 0;
-    const char *undriven = ops->prefetch ? "prefetch" : ops->assign ? "assign" : ops->form ? "form"
-                         : ops->precision ? "precision" : NULL;
-    if (undriven)
-        return err_set(r->err, ERR_INPUT, "%s: offload %s has a %s hook, which this version's pipeline does not call",
-                       r->where, r->offload.plugin->name, undriven);
     int32_t link[TOPOLOGY_MAX_HOPS];
     if (!r->graph.keep_items && /* machines that really compute say themselves what they cannot do */
         topology_route(r->topology, topology_host(r->topology, 0), 0, link, NULL) < 0)

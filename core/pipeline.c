@@ -38,6 +38,11 @@ static int check_routes(struct run *r, const struct moe_batch *b, const struct p
              b->layer);
     if (r->routes.n_tokens != b->n_tokens)
         return err_set(r->err, ERR_RUN, "%s: routes of %d tokens, expected %d", who, r->routes.n_tokens, b->n_tokens);
+    /* The header has more than this version's pipeline carries; what it does not carry must not pass as plain. */
+    const char *more = r->routes.form != MOE_TOKENS ? "slots or merged experts (form)"
+                     : r->routes.skip_block ? "tokens that skip the layer (skip_block)" : NULL;
+    if (more)
+        return err_set(r->err, ERR_RUN, "%s: routes with %s, which this version's pipeline does not carry", who, more);
     return routes_check(&r->routes, moe_experts_of(&r->model, b->layer), who, r->err);
 }
 
@@ -151,34 +156,6 @@ static int lay_out_plain(struct run *r, const struct moe_batch *b, const struct 
     return 0;
 }
 
-/* Every row is computed where placement and plans put it: a layout that computes less would only look faster. More is
- * a layout's own cost (padding). */
-static int check_layout(struct run *r, int32_t layer, int32_t first_task)
-{
-    const struct moe_graph *g = &r->graph;
-    const char *name = r->dispatch.plugin->name;
-    double *rows = calloc((size_t)r->topology->n_devices, sizeof *rows);
-    if (!rows)
-        return err_set(r->err, ERR_MEMORY, "out of memory for %d devices", r->topology->n_devices);
-    for (int32_t t = first_task; t < g->n_tasks && !r->err->code; t++) {
-        const struct task *x = &g->task[t];
-        for (int32_t i = x->first; x->kind == TASK_EXPERTS && i < x->first + x->n; i++) {
-            rows[x->device] += (double)g->rows[i] * (double)x->fraction;
-            if (g->expert[i] >= moe_experts_of(&r->model, layer)) {
-                err_set(r->err, ERR_RUN, "dispatch %s, layer %d: device %d computes expert %d, expected 0 to %d", name,
-                        layer, x->device, g->expert[i], moe_experts_of(&r->model, layer) - 1);
-                break;
-            }
-        }
-    }
-    for (int32_t d = 0; d < r->topology->n_devices && !r->err->code; d++)
-        if (rows[d] < (double)r->device_load[d] - 1e-3 * (1 + rows[d]))
-            err_set(r->err, ERR_RUN, "dispatch %s, layer %d: device %d computes %g rows, expected %lld or more", name, layer, d,
-                    rows[d], (long long)r->device_load[d]);
-    free(rows);
-    return r->err->code;
-}
-
 /* A plan's weights leave once every gate has spoken; experts on a device that gets some wait for them. */
 static int lay_out_moves(struct run *r, int32_t first_task)
 {
@@ -226,7 +203,7 @@ static int lay_out_layer(struct run *r, const struct moe_batch *b, const struct 
         if (r->exit[d] < 0 || r->exit[d] >= r->graph.n_tasks)
             return err_set(r->err, ERR_RUN, "dispatch %s, layer %d: exit[%d] is task %d, expected 0 to %d",
                            r->dispatch.plugin->name, b->layer, d, r->exit[d], r->graph.n_tasks - 1);
-    if (check_layout(r, b->layer, first_task) < 0 || lay_out_moves(r, first_task) < 0)
+    if (layout_check(r, b, first_task, first_edge) < 0 || lay_out_moves(r, first_task) < 0)
         return r->err->code;
     if (r->offloading && offload_expand(r, b, first_task, first_edge) < 0)
         return r->err->code;

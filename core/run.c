@@ -123,6 +123,21 @@ static int open_machine(struct run *r, const json_t *m, bool verify)
     return 0;
 }
 
+/* Hooks of the header that the pipeline does not call: a policy that has one would run as if it had none. */
+static const char *undriven_hook(const struct moe_plugin *p)
+{
+    const struct moe_offload_ops *o = &p->ops.offload;
+    switch (p->kind) {
+    case MOE_ROUTER: return p->ops.router.ahead ? "ahead" : NULL;
+    case MOE_BALANCER: return p->ops.balancer.loss ? "loss" : NULL;
+    case MOE_OFFLOAD:
+        return o->prefetch ? "prefetch" : o->assign ? "assign" : o->form ? "form" : o->precision ? "precision" : NULL;
+    case MOE_PLACEMENT:
+    case MOE_DISPATCH: break;
+    }
+    return NULL;
+}
+
 static int open_policy(struct run *r, struct policy *p, enum moe_kind kind, const json_t *spec)
 {
     char who[400];
@@ -138,6 +153,10 @@ static int open_policy(struct run *r, struct policy *p, enum moe_kind kind, cons
         return r->err->code;
     if (policy_open(p, &r->context, plugin, json_object_get(spec, "params"), who, r->err) < 0)
         return r->err->code;
+    const char *undriven = undriven_hook(plugin);
+    if (undriven)
+        return err_set(r->err, ERR_INPUT, "%s: has hook %s, which this version's pipeline does not call", who,
+                       undriven);
     if (plugin->needs & MOE_LOCAL)
         return err_set(r->err, ERR_INPUT, "%s: decides from its own device's tokens alone (MOE_LOCAL), which this "
                        "version's pipeline does not offer", who);

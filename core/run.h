@@ -88,6 +88,8 @@ static inline double run_expert_bytes(const struct run *r)
 /* ---- stages, in the order of the pipeline (pipeline.c and the file named) ---- */
 
 int pipeline_step(struct run *, int32_t step);
+/* That the tasks which dispatch appended do the layer's work: layout_check.c */
+int layout_check(struct run *, const struct moe_batch *, int32_t first_task, int64_t first_edge);
 int placement_start(struct run *);                     /* placement_stage.c */
 int placement_assign(struct run *, const struct moe_batch *);
 int placement_observe(struct run *, int32_t step);

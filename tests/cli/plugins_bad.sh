@@ -85,6 +85,8 @@ fails 'router bad, step 1, layer 0: token 1: expert 8, expected 0 to 7' bad_rout
 fails 'router bad, step 1, layer 0: token 1: expert -1, expected 0 to 7' bad_router.c -DFAULT_NEGATIVE
 fails 'router bad, step 1, layer 0: token 1: offsets decrease from 1099511627776 to 4' bad_router.c -DFAULT_OFFSETS
 fails 'router bad, step 1, layer 0: routes say 31 entries, offsets run from 0 to 32' bad_router.c -DFAULT_COUNT
+fails 'router bad, step 1, layer 0: routes with slots or merged experts \(form\)' bad_router.c -DFAULT_FORM
+fails 'router bad, step 1, layer 0: routes with tokens that skip the layer' bad_router.c -DFAULT_SKIP
 fails 'router bad: the moon is full' bad_router.c -DFAULT_FAIL
 fails 'router bad: route returned -3 without saying why' bad_router.c -DFAULT_SILENT
 fails 'router bad: out of memory for' bad_router.c -DFAULT_MEMORY
@@ -101,7 +103,17 @@ fails 'offload bad' bad_others.c -DKIND_offload -DFAULT_RANGE
 fails 'offload bad' bad_others.c -DKIND_offload -DFAULT_PINNED
 printf 'local moe = require "moelab"\nrequire "tiny".experiment { placement = "contiguous",
 dispatch = moe.each { "flat", "bad", moe.label("flat again", "flat") } }:run()\n' >x.lua
-fails 'dispatch bad, layer 0: exit\[0\] is task 1048576' bad_others.c -DKIND_dispatch
+fails 'dispatch bad, layer 0: exit\[0\] is task 1048576' bad_others.c -DKIND_dispatch -DFAULT_EXIT_ID
+fails 'dispatch bad, layer 0: exit\[0\] \(task [0-9]+\) does not wait for any expert' bad_others.c -DKIND_dispatch \
+    -DFAULT_EARLY
+fails 'dispatch bad, layer 0: device 0.s experts \(task [0-9]+\) wait for no token' bad_others.c -DKIND_dispatch \
+    -DFAULT_NO_ENTRY
+fails 'dispatch bad, layer 0: device 0 receives the hidden states of [0-9]+ tokens too few' bad_others.c \
+    -DKIND_dispatch -DFAULT_NO_HIDDEN
+fails 'dispatch bad, layer 0: device 0 receives the outputs of [0-9]+ tokens too few' bad_others.c -DKIND_dispatch \
+    -DFAULT_NO_OUTPUT
+build bad_others.c -DKIND_dispatch
+ok "the same layout with nothing left out passes" "$moelab" run x.lua --out honest
 
 # Outside of a run there is no process between a plugin and moelab: it ends, but leaves nothing.
 build bad_header.c -DCONSTRUCTOR

@@ -65,33 +65,38 @@ static void loads_in_turn_residents_at_once(void **state)
     json_decref(spec);
 }
 
-/* A dispatch that goes on to the next layer before the experts of this one have ended. */
+enum { PADDED = 512 }; /* rows of an eager layout's later experts: long enough to outlast the next layer's gate */
+
+/* A dispatch with a task per expert, the later ones padded, that goes on to the next layer when the first has ended. */
 static int eager_lay_out(void *self, const struct moe_traffic *in, struct moe_graph *g)
 {
     const struct moe_env *env = ((const struct test_env *)self)->env;
-    int32_t expert[8], n = 0;
-    int64_t rows[8];
+    in->exit[0] = -1;
     for (int32_t x = 0; x < env->model->n_experts; x++) {
         int64_t count = 0;
         for (int64_t i = 0; i < in->routes->n; i++)
             count += in->routes->expert[i] == x;
         if (count == 0)
             continue;
-        expert[n] = x;
-        rows[n++] = count;
+        if (in->exit[0] >= 0)
+            count = PADDED;
+        int32_t id = env->host->task_experts(env, g, &(struct moe_expert_work){ .stream = 1, .layer = in->layer, .n = 1,
+                                                                               .expert = &x, .rows = &count,
+                                                                               .fraction = 1 });
+        if (id < 0 || env->host->task_after(env, g, id, in->entry[0]) < 0)
+            return MOE_EFAIL;
+        if (in->exit[0] < 0)
+            in->exit[0] = id;
     }
-    int32_t id = env->host->task_experts(env, g, &(struct moe_expert_work){ .stream = 1, .layer = in->layer, .n = n,
-                                                                           .expert = expert, .rows = rows,
-                                                                           .fraction = 1 });
-    in->exit[0] = in->entry[0];
-    return id < 0 ? id : env->host->task_after(env, g, id, in->entry[0]);
+    return 0;
 }
 
 static const struct moe_plugin eager_plugin = TEST_POLICY(MOE_DISPATCH, "eager", .state_size = sizeof(struct test_env),
                                                           .init = test_keep_env,
                                                           .ops.dispatch = { .lay_out = eager_lay_out });
 
-/* Keeps what layer 0 of step 0 brings, lets everything else of that step pass; later the lowest unpinned id goes. */
+/* Keeps what layer 0 of step 0 brings and lets everything else of that step pass; later layer 1's expert 2 takes the
+ * place of layer 0's expert 1, and expert 3 that of expert 2. */
 static int miser_insert(void *self, int32_t device, uint32_t object, const struct moe_access *a)
 {
     (void)self, (void)device, (void)object, (void)a;
@@ -101,8 +106,8 @@ static int miser_insert(void *self, int32_t device, uint32_t object, const struc
 static int miser_evict(void *self, int32_t device, const struct moe_access *cause, const struct moe_pinned *pinned,
                        uint32_t *victim)
 {
-    (void)self, (void)device;
-    *victim = moe_is_pinned(pinned, 0) || cause->expert == 3 ? 1 : 0;
+    (void)self, (void)device, (void)pinned;
+    *victim = cause->expert == 2 ? 1 : 4 + 2;
     return cause->step == 0 ? MOE_BYPASS : 0;
 }
 
@@ -110,8 +115,9 @@ static const struct moe_plugin miser_plugin = TEST_POLICY(MOE_OFFLOAD, "miser",
                                                           .ops.offload = { .insert = miser_insert,
                                                                            .evict = miser_evict });
 
-/* Step 1: layer 0 has both its experts and computes them for longer than layer 1's attention and gate take; layer 1
- * wants their slots. Its loads wait for that last use, not only for the gate. */
+/* Step 1: layer 0 has both its experts and computes the second while layer 1's attention and gate run, for longer than
+ * those take; layer 1's first load wants its slot, and the second the slot of the first. Each waits for the last use, not
+ * only for the gate and the copy stream. */
 static void slots_are_free_after_their_last_use(void **state)
 {
     static const uint8_t expert[8] = { 0, 1, 2, 3, 0, 1, 2, 3 };
@@ -121,17 +127,18 @@ static void slots_are_free_after_their_last_use(void **state)
     struct run *r = test_open_run(spec, &e);
     test_swap_policy(r, &r->dispatch, &eager_plugin);
     test_swap_policy(r, &r->offload, &miser_plugin);
-    const double before = attention(c, 1) + gate(c, 1, 4), one = experts(c, 1, 1), two = experts(c, 2, 1);
-    assert_true(two > before);
+    const double before = attention(c, 1) + gate(c, 1, 4), one = experts(c, 1, 1), padded = experts(c, 1, PADDED);
+    assert_true(padded > before && load > before + one && load > one);
     test_ok(placement_start(r), &e);
     test_ok(pipeline_step(r, 0), &e);
-    assert_near(test_metric(r, METRIC_step_s, 0), before + 4 * load + one, 1e-9); /* nothing to wait for: no victims */
+    assert_near(test_metric(r, METRIC_step_s, 0), before + 4 * load + padded, 1e-9); /* nothing to wait for: no victims */
     test_ok(pipeline_step(r, 1), &e);
     assert_near(test_metric(r, METRIC_hit_rate, 1), 0.5, 1e-12);
     const double began = nth(r, TASK_COMPUTE, 0, 0)->start;
     assert_near(nth(r, TASK_EXPERTS, 0, 0)->start - began, before, 1e-9);
-    assert_near(nth(r, TASK_LOAD, 1, 0)->start - began, before + two, 1e-9);
-    assert_near(test_metric(r, METRIC_step_s, 1), before + two + 2 * load + one, 1e-9);
+    assert_near(nth(r, TASK_LOAD, 1, 0)->start - began, before + one + padded, 1e-9);
+    assert_near(nth(r, TASK_LOAD, 1, 1)->start - began, before + one + padded + load + one, 1e-9);
+    assert_near(test_metric(r, METRIC_step_s, 1), before + one + padded + load + one + load + padded, 1e-9);
     test_close_run(r);
     json_decref(spec);
 }
