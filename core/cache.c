@@ -61,6 +61,11 @@ HOT enum cache_result make_room(struct cache *c, const struct moe_access *a, uin
     const struct moe_offload_ops *ops = &c->policy->plugin->ops.offload;
     if (c->capacity == 0 || c->n_pinned == c->n_resident)
         return CACHE_BYPASSED;
+    if (!ops->evict) {
+        err_set(c->policy->context->err, ERR_RUN, "offload %s: keeps every expert resident, and there is room for %lld: "
+                "layer %d, expert %d does not fit", c->policy->plugin->name, (long long)c->capacity, a->layer, a->expert);
+        return CACHE_ERROR;
+    }
     uint32_t out = UINT32_MAX;
     int code = ops->evict(c->policy->self, c->device, a, &c->pinned, &out);
     if (code < 0)
@@ -88,7 +93,7 @@ HOT enum cache_result miss(struct cache *c, const struct moe_offload_ops *ops, v
         if (r != CACHE_MISS)
             return r;
     }
-    int code = ops->insert(self, c->device, object, a);
+    int code = ops->insert ? ops->insert(self, c->device, object, a) : 0;
     if (code < 0)
         return fault(c, "insert", code);
     if (code == MOE_BYPASS)

@@ -183,7 +183,7 @@ int job_check_needs(struct eval_job *j, const struct moe_plugin *p, const struct
 
 int job_context(struct eval_job *j)
 {
-    if (policy_context_init(&j->context, &j->model, j->topology, PREC_BF16, j->seed, j->err) < 0)
+    if (policy_context_init(&j->context, &j->model, j->topology, PREC_BF16, 0, j->seed, j->err) < 0)
         return j->err->code;
     j->context_open = true;
     return 0;

@@ -33,6 +33,7 @@ struct task {
     int32_t first, n;             /* TASK_EXCHANGE: parts; TASK_EXPERTS: experts and rows */
     int64_t first_item, n_items;  /* TASK_EXPERTS */
     float fraction;               /* TASK_EXPERTS */
+    bool moves_weights;           /* TASK_EXCHANGE: migration or a plan's transfers, not a layer's traffic */
     double flops, bytes;
     double start, end;            /* set by the machine, in seconds of its clock */
 };

@@ -208,6 +208,38 @@ static double slowest(const struct sums *s, enum moe_op op)
     return sum;
 }
 
+static int by_start(const void *a, const void *b)
+{
+    const double *x = a, *y = b;
+    return (x[0] > y[0]) - (x[0] < y[0]);
+}
+
+/* Time in which any exchange was under way, of weights or of a layer's traffic: what overlaps counts once. */
+static int time_under_way(const struct moe_graph *g, bool weights, double *seconds, struct err *e)
+{
+    double (*span)[2] = malloc(sizeof *span * ((size_t)g->n_tasks + 1));
+    size_t n = 0;
+    if (!span)
+        return err_set(e, ERR_MEMORY, "out of memory for metrics");
+    for (int32_t i = 0; i < g->n_tasks; i++)
+        if (g->task[i].kind == TASK_EXCHANGE && g->task[i].moves_weights == weights) {
+            span[n][0] = g->task[i].start;
+            span[n++][1] = g->task[i].end;
+        }
+    qsort(span, n, sizeof *span, by_start);
+    double covered = -INFINITY;
+    *seconds = 0;
+    for (size_t i = 0; i < n; i++) {
+        double from = fmax(span[i][0], covered);
+        if (span[i][1] > from) {
+            *seconds += span[i][1] - from;
+            covered = span[i][1];
+        }
+    }
+    free(span);
+    return 0;
+}
+
 int metrics_step(struct metrics *m, const struct moe_graph *g, const struct topology *t, int32_t n_tokens,
                  double seconds, struct err *e)
 {
@@ -223,7 +255,13 @@ int metrics_step(struct metrics *m, const struct moe_graph *g, const struct topo
         free(s.load);
         return err_set(e, ERR_MEMORY, "out of memory for metrics");
     }
-    double a2a = 0, migration = 0, intra = 0, inter = 0, bound = 0, load = 0;
+    double a2a = 0, migration = 0;
+    if (time_under_way(g, false, &a2a, e) < 0 || time_under_way(g, true, &migration, e) < 0) {
+        free(s.layer_op);
+        free(s.load);
+        return e->code;
+    }
+    double intra = 0, inter = 0, bound = 0, load = 0;
     for (int32_t i = 0; i < g->n_tasks; i++) {
         const struct task *x = &g->task[i];
         double took = x->end - x->start;
@@ -231,10 +269,6 @@ int metrics_step(struct metrics *m, const struct moe_graph *g, const struct topo
             s.layer_op[((size_t)x->layer * N_OPS + x->op) * (size_t)t->n_devices + (size_t)x->device] += took;
         else if (x->kind == TASK_LOAD)
             s.load[x->device] += took;
-        else if (x->kind == TASK_EXCHANGE && x->payload == MOE_PAY_BYTES)
-            migration += took;
-        else if (x->kind == TASK_EXCHANGE)
-            a2a += took;
         for (int32_t p = 0; x->kind == TASK_EXCHANGE && p < x->n; p++) {
             const struct moe_part *part = &g->part[x->first + p];
             if (part->src == part->dst)

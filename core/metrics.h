@@ -12,7 +12,7 @@
     M(bound_s, "s", "the same step if its work and traffic were spread evenly over devices and links, nothing loaded")\
     M(over_bound, "", "step_s / bound_s")                                                                             \
     M(tokens_per_s, "token/s", "tokens of a step / step_s")                                                           \
-    M(a2a_s, "s", "time in exchanges, summed over layers")                                                            \
+    M(a2a_s, "s", "time in which tokens or their outputs were on their way")                                          \
     M(experts_s, "s", "time of the slowest device's expert FFNs, summed over layers")                                 \
     M(attention_s, "s", "time of the slowest device's attention, summed over layers")                                 \
     M(load_s, "s", "time that expert weights were on their way, summed over the busiest device's loads")              \

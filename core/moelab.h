@@ -28,7 +28,7 @@
 extern "C" {
 #endif
 
-#define MOE_ABI 1u /* bumped when a layout or a meaning changes: tests/unit/test_abi.c guards it */
+#define MOE_ABI 2u /* bumped when a layout or a meaning changes: tests/unit/test_abi.c guards it */
 
 #if defined(__GNUC__)
 #define MOE_EXPORT __attribute__((visibility("default")))
@@ -64,7 +64,10 @@ enum moe_needs {
     MOE_NEEDS_SCORES = 1 << 9,     /* offload: observe() gets gate scores */
     MOE_AHEAD = 1 << 10,           /* decides for later layers too */
     MOE_CROSS_BATCH = 1 << 11,     /* another request may change this one's experts; undeclared, a test fails it */
-    MOE_LOCAL = 1 << 12            /* decides from its own device's tokens alone */
+    MOE_LOCAL = 1 << 12,           /* decides from its own device's tokens alone */
+    MOE_NEEDS_PREVIOUS_LOGITS = 1 << 13, /* batch->previous_logits */
+    MOE_NEEDS_TRANSITIONS = 1 << 14,     /* placement: stats->transitions, also while the run goes on */
+    MOE_NEEDS_COACTIVATION = 1 << 15     /* placement: stats->coactivation */
 };
 
 enum moe_phase { MOE_PREFILL, MOE_DECODE, MOE_TRAIN };
@@ -118,6 +121,8 @@ struct moe_topology {
     int32_t n_devices, n_nodes;
     const int32_t *node;        /* [D] */
     const double *memory;       /* [D] bytes */
+    const double *expert_room;  /* [D] bytes of it for experts: beside attention, gates, shared experts, and a tenth
+                                   kept for activations and KV cache */
     const double *flops;        /* [D] peak, at the model's precision */
     const double *mem_bandwidth;/* [D] B/s */
     const double *host_bandwidth;/* [D] B/s from the node's memory to this device */
@@ -144,12 +149,18 @@ struct moe_host {
      * layer is the physical order: the p-th call for layer l is physical expert p of that layer. */
     int (*place)(const struct moe_env *, struct moe_placement *, int32_t layer, int32_t expert, int32_t device,
                  float fraction);
+    /* This expert no longer exists and needs no replica: its tokens go to `instead` (merged), or the router has to do
+     * without it (-1: pruned; it may not be selected). */
+    int (*leave_out)(const struct moe_env *, struct moe_placement *, int32_t layer, int32_t expert, int32_t instead);
 
-    double (*bandwidth)(const struct moe_env *, int32_t src, int32_t dst); /* B/s of the narrowest link between */
+    double (*bandwidth)(const struct moe_env *, int32_t src, int32_t dst); /* B/s of the narrowest link between; from a
+                                                                              device to itself INFINITY */
     double (*latency)(const struct moe_env *, int32_t src, int32_t dst);   /* s, one way */
+    int32_t (*n_paths)(const struct moe_env *, int32_t src, int32_t dst);  /* parallel ways, for moe_part.path */
 
-    /* Task graph. Builders copy what they are given. Every builder returns a task id >= 0 or a negative error. Tasks on one (device, stream) run in
-     * the order in which they become ready, ties by id; tasks without an edge between them may overlap. */
+    /* Task graph. Builders copy what they are given and return a task id >= 0 or a negative error. Tasks on one
+     * (device, stream) run in the order in which they become ready, ties by id; tasks without an edge between them may
+     * overlap. */
     int32_t (*task_compute)(const struct moe_env *, struct moe_graph *, const struct moe_work *);
     /* All the FFNs of `n` experts on one device: rows[i] rows through expert[i]; items: route indices, in the
      * order of the experts (what a real machine computes on). Weights not resident are loaded first. */
@@ -159,7 +170,8 @@ struct moe_host {
     /* A task that ends when everything that `exchange` carries to `device` has arrived. */
     int32_t (*task_arrival)(const struct moe_env *, struct moe_graph *, int32_t exchange, int32_t device);
     int (*task_after)(const struct moe_env *, struct moe_graph *, int32_t task, int32_t before);
-    /* A graph to try: same builders, thrown away at the end of the hook; and what the machine model says of it. */
+    /* A graph to try: same builders, thrown away at the end of the hook; and how long the flow model of the run's
+     * machine says it takes (tier flow: concurrent exchanges share links). MOE_EUNSUPPORTED where there is no model. */
     struct moe_graph *(*graph_try)(const struct moe_env *);
     int (*estimate)(const struct moe_env *, struct moe_graph *, double *seconds);
 };
@@ -170,7 +182,8 @@ struct moe_env {
     const struct moe_topology *topology;
     uint64_t seed;             /* of this run; already mixed with the plugin's name */
     uint32_t n_objects;        /* offload: dense ids are < n_objects; object = layer * E + expert */
-    int64_t cache_objects;     /* offload: how many objects one device's cache holds */
+    int64_t cache_objects;     /* offload: how many objects of the model's precision one device's cache holds */
+    double cache_bytes;        /* the same in bytes */
     void *core;                /* the core's own; not to be touched */
 };
 
@@ -201,13 +214,17 @@ static inline double moe_unit(uint64_t bits)
 
 /* Routes of a batch, token-major: the experts of token t are expert[offset[t]..offset[t+1]).
  * Ids E..E+n_free-1 are experts that cost nothing (null, zero, copy, constant): they carry weight, no work, no
- * traffic. Experts of neighbouring layers (shared pools) count on from there: pool id = layer offset * E + expert. */
+ * traffic. A pipeline that does not carry a form or a field refuses it by name; none is ever ignored. */
 enum moe_form {
     MOE_TOKENS, /* tokens go to experts */
-    MOE_SLOTS,  /* rows are slots: weighted mixes of tokens (soft routing) */
-    MOE_MERGED  /* all tokens go through one expert merged from several */
+    MOE_SLOTS,  /* slots go to experts: route i mixes its token into slot[i] (weight) and back (combine) */
+    MOE_MERGED  /* tokens go through experts merged from several: route i adds expert[i] to merged expert slot[i] */
 };
 
+enum moe_skip { MOE_SKIP_ATTENTION = 1, MOE_SKIP_EXPERTS = 2 };
+
+/* The core owns offset, expert and weight (host->routes_reserve). The others are the policy's: from host->alloc or its
+ * state, valid until the next call of the same hook. */
 struct moe_routes {
     enum moe_form form;
     int32_t n_tokens, n_free;
@@ -216,12 +233,16 @@ struct moe_routes {
     int32_t *expert;      /* [n] */
     float *weight;        /* [n] dispatch weight, the gate's */
     float *combine;       /* [n] or NULL: equal to weight */
-    uint8_t *skip_block;  /* [T] or NULL: this token skips the whole layer (depth routers) */
+    int32_t *layer;       /* [n] or NULL: MoE layer whose expert this is (pools shared by layers); NULL: the batch's */
+    int32_t n_slots, *slot; /* [n] of MOE_SLOTS and MOE_MERGED, 0 to n_slots - 1; a slot's routes name one expert in the
+                               first form, one merged expert in the second */
+    uint8_t *skip;        /* [T] or NULL: enum moe_skip, what a token leaves out of this layer (depth routers) */
+    bool again;           /* route this layer's output through it once more, as batch->round + 1 */
 };
 
 /* Tokens that enter one MoE layer. A field that the workload lacks is NULL; needs says which are required. */
 struct moe_batch {
-    int32_t step, layer, round;        /* round: > 0 for rules that route several times per layer */
+    int32_t step, layer, round;        /* round: > 0 when routes->again asked for another */
     enum moe_phase phase;
     int32_t n_tokens, n_experts, top_k, n_hidden;
     const float *router_logits;        /* [T][E] */
@@ -230,7 +251,8 @@ struct moe_batch {
     const float *hidden;               /* [T][H] entering the gate */
     const float *importance;           /* [T] for example attention received */
     const struct moe_routes *previous; /* the same tokens in the previous MoE layer */
-    const float *previous_logits;      /* [T][E] */
+    const float *previous_logits;      /* [T][E] of the previous MoE layer; NULL in the first */
+    const struct moe_placement *placement; /* where experts are now; NULL where there are no devices (moelab eval) */
 };
 
 /* What balancers do to scores before selection: select on scale[e] * score + add[e]; weights keep the score. */
@@ -251,14 +273,15 @@ struct moe_placement {
     const int32_t *layer_first;         /* [L+1] into replica */
     const int32_t *expert_first;        /* [L*E+1] into by_expert */
     const int32_t *by_expert;           /* [n] replica ids of (layer, expert), lowest device first */
+    const int32_t *instead;             /* [L*E] or NULL: all exist; itself, the expert it was merged into, or -1 */
 };
 
 /* Statistics that placements see: what was routed, not what will be. */
 struct moe_stats {
-    int32_t step, n_steps;      /* now; how many steps the counts cover; 0: nothing counted yet */
+    int32_t step, n_steps;      /* now; how many steps the counts cover (a profile of recorded requests counts as 1) */
     const double *load;         /* [L][E] tokens routed */
-    const double *transitions;  /* [L-1][E][E] tokens that went from e in layer l to f in l+1; NULL if not kept */
-    const double *coactivation; /* [L][E][E] or NULL */
+    const double *transitions;  /* [L-1][E][E] tokens that went from e in layer l to f in l+1; NULL if not needed */
+    const double *coactivation; /* [L][E][E] tokens that chose both, the diagonal zero; NULL if not needed */
     const struct moe_placement *current; /* NULL before the first placement */
 };
 
@@ -297,7 +320,13 @@ enum moe_payload {
     MOE_PAY_OUTPUT,  /* items are route indices; each carries the expert's output back */
     MOE_PAY_BYTES    /* nothing that a real machine would have to interpret */
 };
-struct moe_part { int32_t src, dst; double bytes; int64_t n_items; const int64_t *items; };
+struct moe_part {
+    int32_t src, dst;
+    double bytes;
+    int64_t n_items;
+    const int64_t *items;
+    int32_t path; /* 0: as the network chooses; p: the p-th of host->n_paths() */
+};
 struct moe_exchange {
     enum moe_payload payload;
     int32_t n_parts;
@@ -305,11 +334,14 @@ struct moe_exchange {
 };
 
 /* One micro-batch of one layer, for dispatch to lay out. */
+enum { MOE_NOWHERE = -1, MOE_SHARDED = -2 };
 struct moe_traffic {
     int32_t step, layer, micro, n_micro;
+    bool backward;                /* gradients travel: in where outputs left, out where hidden states came in */
     const struct moe_routes *routes;
     const int32_t *device;        /* [T] where a token is before the layer, and must be after it */
-    const int32_t *to;            /* [n] device that computes the route; -1 for routes that cost nothing */
+    const int32_t *to;            /* [n] device that computes the route; MOE_NOWHERE: it costs nothing; MOE_SHARDED:
+                                     every holder of a shard of its expert computes its fraction */
     const struct moe_placement *placement;
     double dispatch_bytes, combine_bytes; /* of one token's row on the wire */
     const int32_t *entry;         /* [D] task after which a device's tokens are ready */
@@ -320,6 +352,9 @@ struct moe_timings {              /* of the step before, as observed */
     int32_t step, n_phases;
     const char *const *phase;     /* names */
     const double *seconds;
+    int32_t n_links;              /* 0 where the machine does not count them */
+    const char *const *link;      /* names */
+    const double *link_bytes, *link_busy_s;
 };
 
 /* ---- offload ---- */
@@ -330,6 +365,7 @@ struct moe_access {
     int32_t step, layer, expert;
     int32_t n_tokens;          /* rows that this access serves */
     float score;               /* sum of gate weights; 0 if not known */
+    double bytes;              /* of the object, at the precision it is stored in; 0 where only objects are counted */
     bool prefetch;             /* brought in before it was asked for */
 };
 
@@ -339,12 +375,6 @@ static inline bool moe_is_pinned(const struct moe_pinned *p, uint32_t object)
     return p->mark != NULL && p->mark[object] == p->now;
 }
 
-struct moe_window { /* what a prefetch may use */
-    int32_t step, layer;       /* the layer whose experts now run; wanted are those of layers after it */
-    double seconds, bytes;     /* link time and bytes expected to be free before that layer; from the step before */
-    const uint8_t *resident;   /* [n_objects] 1: on the device or on its way */
-};
-
 enum moe_where { MOE_ON_DEVICE, MOE_ON_HOST };
 struct moe_layer_work {        /* one layer's experts on one device, for the split between GPU and CPU */
     int32_t step, layer, n;
@@ -353,14 +383,27 @@ struct moe_layer_work {        /* one layer's experts on one device, for the spl
     const uint8_t *resident;   /* [n] */
     const double *device_s, *host_s, *load_s; /* [n] cost model's opinion */
 };
+
+struct moe_window { /* what a prefetch may use */
+    int32_t step, layer;       /* the layer whose experts now run; wanted are those of layers after it */
+    double seconds, bytes;     /* link time and bytes expected to be free before that layer; from the step before */
+    const uint8_t *resident;   /* [n_objects] 1: on the device or on its way */
+    int32_t n_ahead;           /* layers after this one whose experts a predictor names; 0: there is none */
+    const struct moe_layer_work *ahead; /* [n_ahead] predicted, with the cost model's opinion */
+};
+
 struct moe_assignment { enum moe_where *where; int32_t *order; }; /* [n] each; order: position in its queue */
 
 struct moe_queue {             /* requests that wait, for policies that form batches */
     int32_t n, max_tokens;
     const int32_t *request, *n_tokens; /* [n] */
-    const struct moe_routes *path;     /* [n] known or predicted experts over all layers; NULL if not known */
+    const struct moe_routes *path;     /* [L] routes of all that wait, request by request in the queue's order, known or
+                                          predicted; NULL if neither */
 };
-struct moe_batch_plan { int32_t n; int32_t *pick; }; /* indices into the queue, in order; room for queue->n */
+struct moe_batch_plan {
+    int32_t n_batches;         /* they run one after another */
+    int32_t *batch;            /* [n of the queue] out: 0 to n_batches - 1, or -1: waits on */
+};
 
 /* Gradients of a balancer's loss with respect to the trainable gate's tensors, added to. */
 struct moe_gate_grad { float *weight; /* [E][H] */ const float *gate; /* [E][H] */ };
@@ -371,13 +414,13 @@ struct moe_router_ops {
     /* Per layer and batch. Either route, or score and select, is required. With score and select the core lets
      * balancers see the scores in between. scores: [T][E], out; own: may be left at zero. */
     int (*score)(void *self, const struct moe_batch *, float *scores, struct moe_cost *own);
-    /* Picks experts on scale * score + add; weights come from the scores alone. The core has the last word on
-     * validity: ids unique per token and < E + n_free, weights finite. */
+    /* Picks experts on scale * score + add (never one whose add is -INFINITY: it does not exist); weights come from the
+     * scores alone. The core has the last word on validity: ids unique per token and < E + n_free, weights finite. */
     int (*select)(void *self, const struct moe_batch *, const float *scores, const struct moe_bias *,
                   struct moe_routes *out);
     int (*route)(void *self, const struct moe_batch *, const struct moe_bias *, struct moe_routes *out,
                  struct moe_cost *own);
-    /* Optional: routes of this and the n_layers - 1 layers after it, decided now (pre-gating). */
+    /* Optional: routes of this and the n_layers - 1 layers after it, decided now (pre-gating). out: [n_layers] */
     int (*ahead)(void *self, const struct moe_batch *, int32_t n_layers, struct moe_routes *out);
 };
 
@@ -408,11 +451,15 @@ struct moe_dispatch_ops {
     int (*observe)(void *self, const struct moe_timings *);                    /* once per step */
 };
 
-struct moe_offload_ops { /* the core owns the table of residents; per access, so keep them small */
+/* The core owns the table of residents. A policy with neither insert nor evict keeps every expert on its device; the
+ * run is refused if they do not fit. Per access, so keep them small. */
+struct moe_offload_ops {
     int (*hit)(void *self, int32_t device, uint32_t object, const struct moe_access *); /* NULL: hits change nothing */
-    int (*insert)(void *self, int32_t device, uint32_t object, const struct moe_access *); /* required; or MOE_BYPASS */
-    /* Required. O(1) or O(log n): a resident, unpinned object. The core removes it: no remove() follows. Or
-     * MOE_BYPASS: `cause` is worth less than everything resident, so nothing leaves and insert is not called. */
+    /* Required with evict; or MOE_BYPASS. */
+    int (*insert)(void *self, int32_t device, uint32_t object, const struct moe_access *);
+    /* Required with insert. O(1) or O(log n): a resident, unpinned object; called until there is room. The core removes
+     * it: no remove() follows. Or MOE_BYPASS: `cause` is worth less than everything resident, so nothing leaves and
+     * insert is not called. */
     int (*evict)(void *self, int32_t device, const struct moe_access *cause, const struct moe_pinned *,
                  uint32_t *victim);
     int (*remove)(void *self, int32_t device, uint32_t object); /* dropped by the core for another reason */
@@ -422,7 +469,7 @@ struct moe_offload_ops { /* the core owns the table of residents; per access, so
     int (*prefetch)(void *self, int32_t device, const struct moe_window *, uint32_t *want, int32_t *n);
     int (*assign)(void *self, int32_t device, const struct moe_layer_work *, struct moe_assignment *);
     int (*form)(void *self, const struct moe_queue *, struct moe_batch_plan *);
-    int (*precision)(void *self, uint32_t object, int32_t *bits); /* NULL: the model's */
+    int (*precision)(void *self, uint32_t object, double *bits); /* per weight, scales included; NULL: the model's */
 };
 
 struct moe_plugin {
@@ -453,6 +500,12 @@ extern MOE_EXPORT const struct moe_plugin moe_plugin;
 static inline int32_t moe_experts_of(const struct moe_model *m, int32_t layer)
 {
     return m->layer_experts ? m->layer_experts[layer] : m->n_experts;
+}
+
+/* Stored bytes of one whole expert: gate, up and down projection. */
+static inline double moe_expert_bytes(const struct moe_model *m)
+{
+    return 3.0 * m->d_model * m->d_expert * m->weight_bytes;
 }
 
 /* softmax of x[0..n) into y; safe for large values; y may be x. */

@@ -15,7 +15,10 @@
 int offload_open(struct run *r)
 {
     size_t n_devices = (size_t)r->topology->n_devices, n_objects = r->context.n_objects;
-    r->offloading = strcmp(r->offload.plugin->name, "none") != 0;
+    r->offloading = r->offload.plugin->ops.offload.insert != NULL;
+    if (!r->offloading && r->cache_share > 0)
+        return err_set(r->err, ERR_INPUT, "%s: cache: offload %s keeps every expert resident and has none", r->where,
+                       r->offload.plugin->name);
     if (!r->offloading)
         return 0;
     int32_t link[TOPOLOGY_MAX_HOPS];
@@ -135,7 +138,8 @@ static int fetch(struct run *r, struct split *split, const struct moe_batch *b, 
                        "pass, which next uses come from; a policy decides by what was timed",
                        r->offload.plugin->name, b->step, b->layer, device);
     struct moe_access a = { .index = s->at, .next_use = s->next ? s->next[s->at] : -1, .step = b->step,
-                            .layer = b->layer, .expert = expert, .n_tokens = (int32_t)rows };
+                            .layer = b->layer, .expert = expert, .n_tokens = (int32_t)rows,
+                            .bytes = run_expert_bytes(r) };
     s->at++;
     enum cache_result hit = cache_access(c, object, &a, &victim);
     if (hit == CACHE_ERROR)

@@ -40,7 +40,9 @@ static int check_routes(struct run *r, const struct moe_batch *b, const struct p
         return err_set(r->err, ERR_RUN, "%s: routes of %d tokens, expected %d", who, r->routes.n_tokens, b->n_tokens);
     /* The header has more than this version's pipeline carries; what it does not carry must not pass as plain. */
     const char *more = r->routes.form != MOE_TOKENS ? "slots or merged experts (form)"
-                     : r->routes.skip_block ? "tokens that skip the layer (skip_block)" : NULL;
+                     : r->routes.skip ? "tokens that skip the layer (skip)"
+                     : r->routes.layer ? "experts of other layers (layer)"
+                     : r->routes.again ? "another round in the same layer (again)" : NULL;
     if (more)
         return err_set(r->err, ERR_RUN, "%s: routes with %s, which this version's pipeline does not carry", who, more);
     return routes_check(&r->routes, moe_experts_of(&r->model, b->layer), who, r->err);
@@ -164,6 +166,8 @@ static int lay_out_moves(struct run *r, int32_t first_task)
     const int32_t n_tasks = r->graph.n_tasks, n_devices = r->topology->n_devices;
     int32_t arrival[n_devices];
     int32_t x = graph_exchange(&r->graph, &(struct moe_exchange){ MOE_PAY_BYTES, r->n_moves, r->moves }, r->err);
+    if (x >= 0)
+        r->graph.task[x].moves_weights = true;
     for (int32_t d = 0; d < n_devices && !r->err->code; d++) {
         arrival[d] = -1;
         graph_after(&r->graph, x, r->entry[d], r->err);
@@ -231,14 +235,19 @@ static int lay_out_migration(struct run *r)
                                r->err);
     for (int32_t d = 0; d < r->topology->n_devices && x >= 0; d++)
         r->entry[d] = x;
+    if (x >= 0)
+        r->graph.task[x].moves_weights = true;
     r->n_migration = 0;
     return r->err->code;
 }
 
 static int observe_layer(struct run *r, int32_t layer)
 {
-    for (int32_t e = 0; e < r->model.n_experts; e++)
-        r->window_load[(size_t)layer * (size_t)r->model.n_experts + (size_t)e] += (double)r->load[e];
+    const struct moe_routes *now = &r->routes, *before = layer > 0 ? &r->before : NULL;
+    for (int32_t t = 0; r->window.load && t < now->n_tokens; t++)
+        statistics_add(&r->window, layer, now->expert + now->offset[t], now->offset[t + 1] - now->offset[t],
+                       before ? before->expert + before->offset[t] : NULL,
+                       before ? before->offset[t + 1] - before->offset[t] : 0);
     for (int i = 0; i < r->n_balancers; i++)
         if (r->balancer[i].plugin->ops.balancer.observe &&
             HOOK(&r->balancer[i], balancer, observe, layer, r->load) < 0)
@@ -266,7 +275,7 @@ static int observe_step(struct run *r, int32_t step)
                             metric_info[METRIC_step_s].name };
     double seconds[] = { r->metrics.value[METRIC_a2a_s][at], r->metrics.value[METRIC_experts_s][at],
                          r->metrics.value[METRIC_step_s][at] };
-    struct moe_timings timings = { step, 3, phase, seconds };
+    struct moe_timings timings = { .step = step, .n_phases = 3, .phase = phase, .seconds = seconds };
     return HOOK(&r->dispatch, dispatch, observe, &timings);
 }
 
@@ -282,6 +291,7 @@ int pipeline_step(struct run *r, int32_t step)
         if (workload_batch(&r->workload, step, layer, r->needs, &b, r->err) < 0)
             return r->err->code;
         b.previous = layer > 0 ? &r->before : NULL;
+        b.placement = &r->placed.view;
         if (route_layer(r, &b, &own) < 0)
             return r->err->code;
         count_experts(r, layer);

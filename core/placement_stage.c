@@ -9,9 +9,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* Layer-to-layer counts are kept up to this many: 1 GiB of them. */
-static const double MAX_TRANSITIONS = 1 << 27;
-
 static size_t object_of(const struct run *r, int32_t layer, int32_t expert)
 {
     return (size_t)layer * (size_t)r->model.n_experts + (size_t)expert;
@@ -30,25 +27,26 @@ static int place(struct run *r, struct placement *out, const struct moe_stats *s
             return err_set(r->err, ERR_RUN, "%s: places %g of layer %d's expert %d on device %d; dispatch %s carries "
                            "whole experts only", who, (double)out->replica[i].fraction, out->replica[i].layer,
                            out->replica[i].expert, out->replica[i].device, r->dispatch.plugin->name);
-    return 0;
+    return memory_check(r, &out->view);
 }
 
 int placement_start(struct run *r)
 {
-    size_t n_experts = (size_t)r->model.n_experts, n_layers = (size_t)r->model.n_layers;
-    double *load = calloc(n_layers * n_experts, sizeof *load);
-    double cells = (double)(n_layers - 1) * (double)n_experts * (double)n_experts;
-    bool kept = n_layers > 1 && cells <= MAX_TRANSITIONS;
-    double *transitions = kept ? calloc((size_t)cells, sizeof *transitions) : NULL;
-    if (!load || (kept && !transitions)) {
-        err_set(r->err, ERR_MEMORY, "out of memory for %zu layers of %zu experts", n_layers, n_experts);
-    } else {
-        workload_profile(&r->workload, load, transitions);
-        struct moe_stats stats = { .step = 0, .n_steps = 1, .load = load, .transitions = transitions };
+    struct statistics profile;
+    char who[400];
+    snprintf(who, sizeof who, "%s: placement %s", r->where, r->placement.plugin->name);
+    const uint32_t needs = r->placement.plugin->needs;
+    if (statistics_open(&profile, &r->model, needs, who, r->err) == 0) {
+        workload_profile(&r->workload, &profile);
+        struct moe_stats stats = { .step = 0, .n_steps = 1 };
+        statistics_view(&profile, &stats);
         place(r, &r->placed, &stats);
     }
-    free(load);
-    free(transitions);
+    statistics_free(&profile);
+    statistics_free(&r->window);
+    r->window_steps = 0;
+    if (!r->err->code && r->placement.plugin->ops.placement.due)
+        statistics_open(&r->window, &r->model, needs, who, r->err);
     return r->err->code;
 }
 
@@ -153,7 +151,7 @@ static int keep_moves(struct run *r, const struct moe_plan *plan)
         return err_set(r->err, ERR_MEMORY, "out of memory for a plan");
     r->moves = part;
     for (int32_t m = 0; m < plan->n_moves; m++)
-        part[r->n_moves++] = (struct moe_part){ plan->move[m].src, plan->move[m].dst, bytes, 0, NULL };
+        part[r->n_moves++] = (struct moe_part){ plan->move[m].src, plan->move[m].dst, bytes, 0, NULL, 0 };
     return 0;
 }
 
@@ -247,7 +245,7 @@ static int plan_migration(struct run *r, const struct placement *old)
                 src = d;
         }
         if (src != x->device && comes_first(&r->placed, o, i))
-            part[r->n_migration++] = (struct moe_part){ src, x->device, bytes, 0, NULL };
+            part[r->n_migration++] = (struct moe_part){ src, x->device, bytes, 0, NULL, 0 };
     }
     return 0;
 }
@@ -257,8 +255,8 @@ int placement_observe(struct run *r, int32_t step)
     r->window_steps++;
     if (!r->placement.plugin->ops.placement.due)
         return 0;
-    struct moe_stats stats = { .step = step, .n_steps = r->window_steps, .load = r->window_load,
-                               .current = &r->placed.view };
+    struct moe_stats stats = { .step = step, .n_steps = r->window_steps, .current = &r->placed.view };
+    statistics_view(&r->window, &stats);
     bool rebalance = false;
     if (HOOK(&r->placement, placement, due, &stats, &rebalance) < 0 || !rebalance)
         return r->err->code;
@@ -268,7 +266,7 @@ int placement_observe(struct run *r, int32_t step)
     if (place(r, &r->placed, &stats) == 0)
         plan_migration(r, &old);
     placement_free(&old);
-    memset(r->window_load, 0, sizeof *r->window_load * (size_t)r->model.n_layers * (size_t)r->model.n_experts);
+    statistics_reset(&r->window);
     r->window_steps = 0;
     return r->err->code;
 }

@@ -187,6 +187,29 @@ static int host_place(const struct moe_env *env, struct moe_placement *view, int
     return 0;
 }
 
+static int host_leave_out(const struct moe_env *env, struct moe_placement *view, int32_t layer, int32_t expert,
+                          int32_t instead)
+{
+    struct placement *p = (struct placement *)view;
+    const struct moe_model *m = env->model;
+    if (layer < 0 || layer >= m->n_layers || expert < 0 || expert >= moe_experts_of(m, layer))
+        return host_fail(env, MOE_EINVAL, "left out expert %d of layer %d, expected 0 to %d of 0 to %d", expert, layer,
+                         m->n_experts - 1, m->n_layers - 1);
+    if (instead < -1 || instead >= moe_experts_of(m, layer) || instead == expert)
+        return host_fail(env, MOE_EINVAL, "layer %d: left out expert %d for %d, expected another or -1", layer, expert,
+                         instead);
+    if (!p->instead) {
+        const int32_t n = m->n_layers * m->n_experts;
+        p->instead = malloc(sizeof *p->instead * (size_t)n);
+        if (!p->instead)
+            return host_fail(env, MOE_ENOMEM, "out of memory for the placement");
+        for (int32_t i = 0; i < n; i++)
+            p->instead[i] = i % m->n_experts;
+    }
+    p->instead[layer * m->n_experts + expert] = instead;
+    return 0;
+}
+
 static double host_bandwidth(const struct moe_env *env, int32_t src, int32_t dst)
 {
     const struct topology *t = of_env(env)->context->topology;
@@ -203,6 +226,13 @@ static double host_latency(const struct moe_env *env, int32_t src, int32_t dst)
     int32_t link[TOPOLOGY_MAX_HOPS];
     double latency = 0;
     return topology_route(of_env(env)->context->topology, src, dst, link, &latency) < 0 ? INFINITY : latency;
+}
+
+/* One way between any two for now: topology_route() is it. */
+static int32_t host_n_paths(const struct moe_env *env, int32_t src, int32_t dst)
+{
+    int32_t link[TOPOLOGY_MAX_HOPS];
+    return topology_route(of_env(env)->context->topology, src, dst, link, NULL) >= 0;
 }
 
 static int32_t as_moe(int32_t id)
@@ -250,7 +280,7 @@ static int host_estimate(const struct moe_env *env, struct moe_graph *g, double 
     if (!m || (strcmp(m->ops->name, "flow") && strcmp(m->ops->name, "simgrid")))
         return host_fail(env, MOE_EUNSUPPORTED, "this machine has no model to ask for an estimate");
     struct machine trial;
-    if (machine_open_sim(&trial, c->topology, c->model, m->precision, NET_BOUND, c->err) < 0)
+    if (machine_open_sim(&trial, c->topology, c->model, m->precision, NET_FLOW, c->err) < 0)
         return MOE_EFAIL;
     int code = machine_run(&trial, g, c->err);
     *seconds = trial.now;
@@ -262,7 +292,7 @@ static const struct moe_host host = {
     .abi = MOE_ABI, .size = sizeof(struct moe_host),
     .fail = host_fail, .warn = host_warn, .alloc = host_alloc, .scratch = host_scratch,
     .routes_reserve = host_routes_reserve, .routes_transpose = host_routes_transpose, .place = host_place,
-    .bandwidth = host_bandwidth, .latency = host_latency,
+    .leave_out = host_leave_out, .bandwidth = host_bandwidth, .latency = host_latency, .n_paths = host_n_paths,
     .task_compute = host_task_compute, .task_experts = host_task_experts, .task_exchange = host_task_exchange,
     .task_arrival = host_task_arrival, .task_after = host_task_after,
     .graph_try = host_graph_try, .estimate = host_estimate,
@@ -270,8 +300,11 @@ static const struct moe_host host = {
 
 /* ---- contexts and policies ---- */
 
+/* Of a device's memory; the rest is for activations and KV cache. */
+static const double ROOM_SHARE = 0.9;
+
 int policy_context_init(struct policy_context *c, const struct moe_model *model, const struct topology *t,
-                        enum precision precision, uint64_t seed, struct err *e)
+                        enum precision precision, double fixed_bytes, uint64_t seed, struct err *e)
 {
     memset(c, 0, sizeof *c);
     c->model = model;
@@ -282,7 +315,7 @@ int policy_context_init(struct policy_context *c, const struct moe_model *model,
     c->cache_objects = c->n_objects;
     size_t n = (size_t)t->n_devices;
     int32_t *node = malloc(sizeof *node * n);
-    double *figures = malloc(sizeof *figures * n * 4);
+    double *figures = malloc(sizeof *figures * n * 5);
     if (!node || !figures) {
         free(node);
         free(figures);
@@ -299,9 +332,11 @@ int policy_context_init(struct policy_context *c, const struct moe_model *model,
         for (int i = 0; i < hops; i++)
             least = fmin(least, t->link[link[i]].bandwidth);
         figures[3 * n + (size_t)d] = hops > 0 ? least : 0;
+        figures[4 * n + (size_t)d] = fmax(0, ROOM_SHARE * t->device[d].memory - fixed_bytes);
     }
-    c->view = (struct moe_topology){ t->n_devices, t->n_nodes, node, figures, figures + n, figures + 2 * n,
-                                     figures + 3 * n };
+    c->view = (struct moe_topology){ .n_devices = t->n_devices, .n_nodes = t->n_nodes, .node = node, .memory = figures,
+                                     .flops = figures + n, .mem_bandwidth = figures + 2 * n,
+                                     .host_bandwidth = figures + 3 * n, .expert_room = figures + 4 * n };
     return 0;
 }
 
@@ -350,8 +385,10 @@ int policy_open(struct policy *p, struct policy_context *c, const struct moe_plu
     p->context = c;
     if (param_fill(&p->params, plugin, params, who, e) < 0 || check_tensors(p, who, e) < 0)
         return e->code;
-    p->env = (struct moe_env){ &host, c->model, &c->view, seed_for(c->seed, plugin), c->n_objects,
-                               c->cache_objects, p };
+    p->env = (struct moe_env){ .host = &host, .model = c->model, .topology = &c->view,
+                               .seed = seed_for(c->seed, plugin), .n_objects = c->n_objects,
+                               .cache_objects = c->cache_objects,
+                               .cache_bytes = (double)c->cache_objects * moe_expert_bytes(c->model), .core = p };
     p->self = calloc(1, plugin->state_size ? plugin->state_size : 1);
     if (!p->self)
         return err_set(e, ERR_MEMORY, "out of memory for %s", plugin->name);

@@ -26,8 +26,9 @@ struct policy_context {
     int64_t cache_objects;
     struct err *err;
 };
+/* fixed_bytes: of each device's memory, for what is not experts. */
 int policy_context_init(struct policy_context *, const struct moe_model *, const struct topology *, enum precision,
-                        uint64_t seed, struct err *);
+                        double fixed_bytes, uint64_t seed, struct err *);
 void policy_context_free(struct policy_context *);
 
 struct policy {
@@ -66,6 +67,7 @@ struct placement {
     struct moe_replica *replica;
     int32_t room;
     int32_t *layer_first, *expert_first, *by_expert;
+    int32_t *instead; /* [L*E] or NULL: nothing left out */
 };
 void placement_reset(struct placement *);
 void placement_free(struct placement *);

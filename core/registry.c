@@ -115,7 +115,7 @@ static int check(const struct moe_plugin *p, enum moe_kind kind, const char *nam
         missing = p->ops.dispatch.lay_out ? NULL : "lay_out";
         break;
     case MOE_OFFLOAD:
-        missing = p->ops.offload.insert && p->ops.offload.evict ? NULL : "insert and evict";
+        missing = !p->ops.offload.insert == !p->ops.offload.evict ? NULL : p->ops.offload.insert ? "evict" : "insert";
         break;
     }
     if (missing)

@@ -42,7 +42,11 @@ int routes_begin(struct moe_routes *r, int32_t n_tokens, int32_t *room_tokens, s
     r->n_free = 0;
     r->n = 0;
     r->combine = NULL;
-    r->skip_block = NULL;
+    r->layer = NULL;
+    r->n_slots = 0;
+    r->slot = NULL;
+    r->skip = NULL;
+    r->again = false;
     return 0;
 }
 
@@ -77,7 +81,7 @@ int routes_check(const struct moe_routes *r, int32_t n_experts, const char *who,
                 err_set(e, ERR_RUN, "%s: token %d: expert %d, expected 0 to %d", who, t, x, n_ids - 1);
             else if (seen[x] == t)
                 err_set(e, ERR_RUN, "%s: token %d: expert %d twice", who, t, x);
-            else if (!isfinite(r->weight[i]))
+            else if (!isfinite(r->weight[i]) || (r->combine && !isfinite(r->combine[i])))
                 err_set(e, ERR_RUN, "%s: token %d: expert %d has a weight that is not finite", who, t, x);
             if (e->code)
                 break;
@@ -91,6 +95,8 @@ int routes_check(const struct moe_routes *r, int32_t n_experts, const char *who,
 void placement_reset(struct placement *p)
 {
     p->view.n = 0;
+    free(p->instead);
+    p->instead = NULL;
 }
 
 void placement_free(struct placement *p)
@@ -99,6 +105,7 @@ void placement_free(struct placement *p)
     free(p->layer_first);
     free(p->expert_first);
     free(p->by_expert);
+    free(p->instead);
     memset(p, 0, sizeof *p);
 }
 
@@ -158,6 +165,10 @@ int placement_finish(struct placement *p, const struct moe_model *m, const char 
     p->view.layer_first = p->layer_first;
     p->view.expert_first = p->expert_first;
     p->view.by_expert = p->by_expert;
+    p->view.instead = p->instead;
+    if (p->instead)
+        return err_set(e, ERR_RUN, "%s: leaves experts out (pruned or merged), which this version's pipeline does not "
+                       "carry", who);
     for (int32_t l = 0; l < m->n_layers; l++)
         for (int32_t x = 0; x < moe_experts_of(m, l); x++) {
             size_t o = (size_t)l * (size_t)m->n_experts + (size_t)x;

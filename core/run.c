@@ -168,31 +168,17 @@ static int open_policy(struct run *r, struct policy *p, enum moe_kind kind, cons
     return 0;
 }
 
-/* Experts that fit in one device's memory beside everything that is always there: attention, gates and shared
- * experts of every layer, and a tenth kept for activations and KV cache. */
-static int64_t fitting_experts(const struct run *r)
-{
-    const struct moe_model *m = &r->model;
-    double q = (double)r->attention.n_heads * r->attention.d_head;
-    double kv = (double)r->attention.n_kv_heads * r->attention.d_head;
-    double fixed = m->n_layers * ((2.0 * m->d_model * q + 2.0 * m->d_model * kv + (double)m->d_model * m->n_experts) *
-                                  m->weight_bytes + m->n_shared * run_expert_bytes(r));
-    double left = 0.9 * r->topology->device[0].memory - fixed;
-    int64_t n = left > 0 ? (int64_t)(left / run_expert_bytes(r)) : 0;
-    return n < (int64_t)r->context.n_objects ? n : (int64_t)r->context.n_objects;
-}
-
 static int open_policies(struct run *r, const json_t *spec)
 {
     const json_t *policies = json_object_get(spec, "policies");
     const json_t *cache = json_object_get(spec, "cache");
-    if (policy_context_init(&r->context, &r->model, r->topology, r->precision, r->seed, r->err) < 0)
+    if (policy_context_init(&r->context, &r->model, r->topology, r->precision, memory_fixed(r), r->seed, r->err) < 0)
         return r->err->code;
     r->context.machine = &r->machine;
     if (cache && !(json_is_number(cache) && json_number_value(cache) > 0 && json_number_value(cache) <= 1))
         return err_set(r->err, ERR_INPUT, "%s: cache: expected a share of all experts within (0, 1]", r->where);
     r->cache_share = json_number_value(cache);
-    r->context.cache_objects = cache ? llround(r->cache_share * r->context.n_objects) : fitting_experts(r);
+    r->context.cache_objects = cache ? llround(r->cache_share * r->context.n_objects) : memory_cache_objects(r);
     struct policy *one[MOE_N_KINDS] = { [MOE_ROUTER] = &r->router, [MOE_PLACEMENT] = &r->placement,
                                         [MOE_DISPATCH] = &r->dispatch, [MOE_OFFLOAD] = &r->offload };
     for (int k = 0; k < MOE_N_KINDS; k++) {
@@ -225,9 +211,8 @@ static int allocate(struct run *r)
     r->entry = calloc(n_devices, sizeof *r->entry);
     r->exit = calloc(n_devices, sizeof *r->exit);
     r->turn = calloc(r->context.n_objects, sizeof *r->turn);
-    r->window_load = calloc(r->context.n_objects, sizeof *r->window_load);
     if (!r->scores || !r->bias.add || !r->bias.scale || !r->load || !r->device_load || !r->device_tokens ||
-        !r->entry || !r->exit || !r->turn || !r->window_load)
+        !r->entry || !r->exit || !r->turn)
         return err_set(r->err, ERR_MEMORY, "out of memory for %d tokens x %d experts", r->workload.n_tokens,
                        r->model.n_experts);
     return 0;
@@ -280,8 +265,7 @@ static int record_accesses(struct run *r)
     metrics_free(&r->metrics);
     r->decisions = UINT64_C(0xcbf29ce484222325);
     memset(r->turn, 0, sizeof *r->turn * r->context.n_objects);
-    memset(r->window_load, 0, sizeof *r->window_load * r->context.n_objects);
-    r->window_steps = r->n_migration = 0;
+    r->n_migration = 0;
     workload_rewind(&r->workload, r->seed);
     close_policies(r);
     if (open_policies(r, r->spec) < 0)
@@ -359,7 +343,7 @@ void run_close(struct run *r)
     free(r->entry);
     free(r->exit);
     free(r->turn);
-    free(r->window_load);
+    statistics_free(&r->window);
     free(r->migration);
     free(r->moves);
 }

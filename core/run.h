@@ -52,14 +52,14 @@ struct run {
     uint32_t *turn;            /* [L*E] which replica is next */
 
     struct placement placed;
-    double *window_load;       /* [L*E] since the last placement */
+    struct statistics window;  /* since the last placement; kept when the placement has a due hook */
     int32_t window_steps;
     struct moe_part *migration;/* what the next step must move first */
     int32_t n_migration;
     struct moe_part *moves;    /* weights that the layer's plans send */
     int32_t n_moves;
 
-    bool offloading;           /* a policy other than "none" */
+    bool offloading;           /* experts come and go: the offload policy inserts and evicts */
     double cache_share;        /* of all experts; 0: what fits in the device's memory */
     struct cache *cache;       /* [D] */
     int32_t *last_use;         /* [n_objects] task of this step that used an object last, per device 0..D-1 */
@@ -82,7 +82,7 @@ void run_close(struct run *);
 /* Stored bytes of one whole expert. */
 static inline double run_expert_bytes(const struct run *r)
 {
-    return 3.0 * r->model.d_model * r->model.d_expert * r->model.weight_bytes;
+    return moe_expert_bytes(&r->model);
 }
 
 /* ---- stages, in the order of the pipeline (pipeline.c and the file named) ---- */
@@ -90,6 +90,10 @@ static inline double run_expert_bytes(const struct run *r)
 int pipeline_step(struct run *, int32_t step);
 /* That the tasks which dispatch appended do the layer's work: layout_check.c */
 int layout_check(struct run *, const struct moe_batch *, int32_t first_task, int64_t first_edge);
+double memory_fixed(const struct run *);               /* bytes on every device beside routed experts: memory.c */
+int64_t memory_cache_objects(const struct run *);      /* what fits beside that on the smallest device */
+/* That every device holds what is placed there, or its cache; ERR_INPUT with the figures. */
+int memory_check(struct run *, const struct moe_placement *);
 int placement_start(struct run *);                     /* placement_stage.c */
 int placement_assign(struct run *, const struct moe_batch *);
 int placement_observe(struct run *, int32_t step);

@@ -63,11 +63,15 @@ int workload_open(struct workload *w, const json_t *spec, const struct moe_model
         return err_set(e, ERR_INPUT, "%s: workload.trace: expected a trace directory", who);
     if (trace_open(&w->trace, dir, e) < 0)
         return err_prefix(e, "%s", who);
-    if (w->trace.n_layers != m->n_layers || w->trace.n_experts != m->n_experts || w->trace.top_k != m->top_k)
+    int64_t repeat;
+    if (read_int(spec, "layer_repeat", 1, 1, 1000, &repeat, who, e) < 0)
+        return e->code;
+    w->layer_repeat = (int32_t)repeat;
+    if (w->trace.n_layers * repeat != m->n_layers || w->trace.n_experts != m->n_experts || w->trace.top_k != m->top_k)
         return err_set(e, ERR_INPUT,
                        "%s: the model has %d layers, %d experts, top_k %d; the trace %s has %d layers, %d experts, "
-                       "top_k %d", who, m->n_layers, m->n_experts, m->top_k, dir, w->trace.n_layers,
-                       w->trace.n_experts, w->trace.top_k);
+                       "top_k %d, with layer_repeat %d", who, m->n_layers, m->n_experts, m->top_k, dir,
+                       w->trace.n_layers, w->trace.n_experts, w->trace.top_k, w->layer_repeat);
     if (kind && strcmp(kind, "decode") && strcmp(kind, "prefill"))
         return err_set(e, ERR_INPUT, "%s: workload.kind: \"%s\", expected decode or prefill", who, kind);
     bool prefill = kind && !strcmp(kind, "prefill");
@@ -126,7 +130,7 @@ void workload_close(struct workload *w)
 const char *workload_lacks(const struct workload *w, uint32_t needs)
 {
     const struct trace *t = &w->trace;
-    if ((needs & (MOE_NEEDS_LOGITS | MOE_NEEDS_SCORES)) && !t->logits.data)
+    if ((needs & (MOE_NEEDS_LOGITS | MOE_NEEDS_SCORES | MOE_NEEDS_PREVIOUS_LOGITS)) && !t->logits.data)
         return "router logits (logits.npy)";
     if ((needs & MOE_NEEDS_HIDDEN) && (!t->hidden.data || t->hidden.shape[0] < t->n_tokens))
         return "hidden states of every token (hidden.npy)";
@@ -187,6 +191,12 @@ void workload_step(struct workload *w)
         }
 }
 
+/* The layer of the trace that a layer of the model plays. */
+static int32_t recorded_layer(const struct workload *w, int32_t layer)
+{
+    return layer / w->layer_repeat;
+}
+
 /* Gathers rows of a [tokens, layers, width] array into [T][width]. */
 static int gather(struct workload *w, const struct npy *a, int32_t layer, int64_t width, float **to, struct err *e)
 {
@@ -196,7 +206,7 @@ static int gather(struct workload *w, const struct npy *a, int32_t layer, int64_
         return err_set(e, ERR_MEMORY, "out of memory for a batch");
     int64_t layers = w->trace.n_layers;
     for (int32_t t = 0; t < w->n_tokens; t++)
-        npy_floats(a, (w->row[t] * layers + layer) * width, width, *to + (int64_t)t * width);
+        npy_floats(a, (w->row[t] * layers + recorded_layer(w, layer)) * width, width, *to + (int64_t)t * width);
     return 0;
 }
 
@@ -217,11 +227,11 @@ int workload_batch(struct workload *w, int32_t step, int32_t layer, uint32_t nee
     b->token_id = t->token_ids.data ? w->token_id : NULL;
     b->label = t->domains.data ? w->label : NULL;
     b->importance = t->importance.data ? w->importance : NULL;
-    if (needs & (MOE_NEEDS_LOGITS | MOE_NEEDS_SCORES)) {
+    if (needs & (MOE_NEEDS_LOGITS | MOE_NEEDS_SCORES | MOE_NEEDS_PREVIOUS_LOGITS)) {
         if (gather(w, &t->logits, layer, t->n_experts, &w->logits, e) < 0)
             return e->code;
         b->router_logits = w->logits;
-        if ((needs & MOE_NEEDS_PREVIOUS) && layer > 0) {
+        if ((needs & MOE_NEEDS_PREVIOUS_LOGITS) && layer > 0) {
             if (gather(w, &t->logits, layer - 1, t->n_experts, &w->previous_logits, e) < 0)
                 return e->code;
             b->previous_logits = w->previous_logits;
@@ -239,8 +249,8 @@ int workload_batch(struct workload *w, int32_t step, int32_t layer, uint32_t nee
             return e->code;
         for (int32_t i = 0; i < w->n_tokens; i++) {
             int64_t at = (int64_t)i * t->top_k;
-            trace_experts(t, w->row[i], layer, w->recorded.expert + at);
-            trace_weights(t, w->row[i], layer, w->recorded.weight + at);
+            trace_experts(t, w->row[i], recorded_layer(w, layer), w->recorded.expert + at);
+            trace_weights(t, w->row[i], recorded_layer(w, layer), w->recorded.weight + at);
             w->recorded.offset[i + 1] = at + t->top_k;
         }
         w->recorded.n = n;
@@ -249,31 +259,21 @@ int workload_batch(struct workload *w, int32_t step, int32_t layer, uint32_t nee
     return 0;
 }
 
-int64_t workload_profile(const struct workload *w, double *load, double *transitions)
+int64_t workload_profile(const struct workload *w, struct statistics *s)
 {
     const struct trace *t = &w->trace;
     const int64_t *offset = t->offsets.data;
-    const size_t n_experts = (size_t)t->n_experts;
+    const int32_t n_layers = t->n_layers * w->layer_repeat;
     int64_t n_tokens = 0;
     int32_t now[t->top_k], before[t->top_k];
-    memset(load, 0, sizeof *load * (size_t)t->n_layers * n_experts);
-    if (transitions)
-        memset(transitions, 0, sizeof *transitions * (size_t)(t->n_layers - 1) * n_experts * n_experts);
     /* Layer by layer, because the counts of all of them do not fit in a cache. */
-    for (int32_t l = 0; l < t->n_layers; l++)
+    for (int32_t l = 0; l < n_layers; l++)
         for (int32_t i = 0; i < w->n_profiled; i++)
             for (int64_t row = offset[w->profiled[i]]; row < offset[w->profiled[i] + 1]; row++) {
-                trace_experts(t, row, l, now);
-                for (int32_t k = 0; k < t->top_k; k++)
-                    load[(size_t)l * n_experts + (size_t)now[k]]++;
-                if (!transitions || l == 0)
-                    continue;
-                trace_experts(t, row, l - 1, before);
-                for (int32_t j = 0; j < t->top_k; j++) {
-                    double *from = transitions + ((size_t)(l - 1) * n_experts + (size_t)before[j]) * n_experts;
-                    for (int32_t k = 0; k < t->top_k; k++)
-                        from[now[k]]++;
-                }
+                trace_experts(t, row, recorded_layer(w, l), now);
+                if (l > 0)
+                    trace_experts(t, row, recorded_layer(w, l - 1), before);
+                statistics_add(s, l, now, t->top_k, l > 0 ? before : NULL, t->top_k);
             }
     for (int32_t i = 0; i < w->n_profiled; i++)
         n_tokens += offset[w->profiled[i] + 1] - offset[w->profiled[i]];

@@ -5,6 +5,7 @@
 
 #include "err.h"
 #include "moelab.h"
+#include "statistics.h"
 #include "trace.h"
 
 /* Tokens come from streams. decode: batch_per_device streams per device, one token each per step (continuous
@@ -15,6 +16,7 @@ struct workload {
     enum moe_phase phase;
     int32_t n_devices, n_steps;
     int32_t n_streams, per_stream;  /* tokens of a step: n_streams * per_stream */
+    int32_t layer_repeat;           /* layers of the model that play one recorded layer */
     double profile;                 /* share of requests profiled; 0: profile what is played */
     int32_t context;                /* tokens of context that attention sees, at least */
     int32_t *played, n_played;      /* requests, in playing order */
@@ -44,8 +46,7 @@ void workload_rewind(struct workload *, uint64_t seed);
 /* Fills a batch for one layer of the current step: arrays stay valid until the next call. */
 int workload_batch(struct workload *, int32_t step, int32_t layer, uint32_t needs, struct moe_batch *, struct err *);
 
-/* Loads and transitions of the profiled requests, as recorded. Arrays owned by the caller: load [L*E],
- * transitions [(L-1)*E*E] or NULL. Returns the number of tokens counted. */
-int64_t workload_profile(const struct workload *, double *load, double *transitions);
+/* Adds the profiled requests, as recorded. Returns the number of tokens counted. */
+int64_t workload_profile(const struct workload *, struct statistics *);
 
 #endif

@@ -65,6 +65,9 @@ static int sort_routes(const struct moe_env *env, const struct moe_traffic *in, 
     l->from_first = l->to_first + n_devices + 1;
     for (int32_t t = 0; t < in->routes->n_tokens; t++) {
         for (int64_t i = in->routes->offset[t]; i < in->routes->offset[t + 1]; i++) {
+            if (in->to[i] == MOE_SHARDED)
+                return env->host->fail(env, MOE_EUNSUPPORTED, "layer %d: expert %d is sharded; this layout sends each "
+                                       "route to one device", in->layer, l->expert[i]);
             l->from[i] = in->device[t];
             if (in->to[i] >= 0)
                 sent[l->n_sent++] = i;

@@ -50,8 +50,11 @@ static int32_t exchange(const struct moe_env *env, const struct moe_traffic *in,
         for (int64_t i = in->routes->offset[t]; i < in->routes->offset[t + 1]; i++) {
             int32_t src = back ? in->to[i] : in->device[t], dst = back ? in->device[t] : in->to[i];
             double bytes = back ? in->combine_bytes : in->dispatch_bytes;
+            if (in->to[i] == MOE_SHARDED)
+                return env->host->fail(env, MOE_EUNSUPPORTED, "layer %d: expert %d is sharded", in->layer,
+                                       in->routes->expert[i]);
             if (in->to[i] >= 0) /* a part that stays where it is carries its item and 0 bytes */
-                part[x.n_parts++] = (struct moe_part){src, dst, src == dst ? 0 : bytes, 1, item + i};
+                part[x.n_parts++] = (struct moe_part){src, dst, src == dst ? 0 : bytes, 1, item + i, 0};
         }
     }
     x.part = part;

@@ -26,7 +26,7 @@ static int route(void *self, const struct moe_batch *batch, const struct moe_bia
     const struct moe_env *env = ((const struct state *)self)->env;
     const struct moe_routes *in = batch->recorded;
     (void)bias, (void)own;
-    if (in->form != MOE_TOKENS || in->combine != NULL || in->skip_block != NULL)
+    if (in->form != MOE_TOKENS || in->combine != NULL || in->layer != NULL || in->skip != NULL)
         return env->host->fail(env, MOE_EUNSUPPORTED,
                                "layer %d: only plain recorded routes can be replayed, not slots, merged experts, "
                                "combine weights or skipped blocks", batch->layer);

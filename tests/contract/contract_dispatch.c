@@ -259,7 +259,9 @@ static void lay_out_run(const struct moe_plugin *plugin, const struct contract_s
         note_graph(notes, &l.graph);
         layer_free(&l);
         if (plugin->ops.dispatch.observe != NULL)
-            assert_int_equal(plugin->ops.dispatch.observe(policy.state, &(struct moe_timings){step, 2, phase, seconds}),
+            assert_int_equal(plugin->ops.dispatch.observe(policy.state,
+                                                          &(struct moe_timings){.step = step, .n_phases = 2,
+                                                                                .phase = phase, .seconds = seconds}),
                              MOE_OK);
         policy_host_end_hook(&host);
     }

@@ -53,7 +53,9 @@ void policy_routes_free(struct moe_routes *r)
     free(r->expert);
     free(r->weight);
     free(r->combine);
-    free(r->skip_block);
+    free(r->layer);
+    free(r->slot);
+    free(r->skip);
 }
 
 /* ---- placements ---- */
@@ -156,6 +158,9 @@ static int make_room(struct policy *policy, const struct moe_access *a, const st
 {
     const struct moe_env *env = &policy->host->env;
     uint32_t victim = UINT32_MAX;
+    if (policy->plugin->ops.offload.evict == NULL)
+        return env->host->fail(env, MOE_EFAIL, "layer %d expert %d does not fit beside the %lld experts there is room for",
+                               a->layer, a->expert, (long long)env->cache_objects);
     int rc = policy->plugin->ops.offload.evict(policy->state, 0, a, pinned, &victim);
     policy_host_end_hook(policy->host);
     if (rc != MOE_OK)
@@ -204,7 +209,7 @@ int64_t policy_replay(struct policy *policy, const uint32_t *object, int64_t n, 
             misses++;
             if (used == env->cache_objects && (rc = make_room(policy, &a, &pinned, resident)) == MOE_OK)
                 used--;
-            if (rc == MOE_OK && (rc = ops.insert(self, 0, o, &a)) == MOE_OK) {
+            if (rc == MOE_OK && (rc = ops.insert != NULL ? ops.insert(self, 0, o, &a) : MOE_OK) == MOE_OK) {
                 resident[o] = 1;
                 used++;
             }

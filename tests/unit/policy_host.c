@@ -129,6 +129,20 @@ static int host_routes_transpose(const struct moe_env *env, int32_t n_tokens, in
     return MOE_OK;
 }
 
+/* No policy of this tree leaves experts out; one that does brings the check of what it left. */
+static int host_leave_out(const struct moe_env *env, struct moe_placement *out, int32_t layer, int32_t expert,
+                          int32_t instead)
+{
+    (void)out;
+    return env->host->fail(env, MOE_EUNSUPPORTED, "leaves out expert %d of layer %d for %d", expert, layer, instead);
+}
+
+static int32_t host_n_paths(const struct moe_env *env, int32_t src, int32_t dst)
+{
+    (void)env, (void)src, (void)dst;
+    return 1;
+}
+
 static int host_place(const struct moe_env *env, struct moe_placement *out, int32_t layer, int32_t expert,
                       int32_t device, float fraction)
 {
@@ -243,7 +257,8 @@ void policy_host_open(struct policy_host *h, const struct policy_shape *shape)
     h->host = (struct moe_host){
         .abi = MOE_ABI, .size = sizeof h->host, .fail = host_fail, .warn = host_warn, .alloc = host_alloc,
         .scratch = host_scratch, .routes_reserve = host_routes_reserve, .routes_transpose = host_routes_transpose,
-        .place = host_place, .bandwidth = host_bandwidth, .latency = host_latency, .task_compute = host_compute,
+        .place = host_place, .leave_out = host_leave_out, .bandwidth = host_bandwidth, .latency = host_latency,
+        .n_paths = host_n_paths, .task_compute = host_compute,
         .task_experts = host_experts, .task_exchange = host_exchange, .task_arrival = host_arrival,
         .task_after = host_after, .graph_try = host_graph_try, .estimate = host_estimate,
     };
@@ -252,17 +267,19 @@ void policy_host_open(struct policy_host *h, const struct policy_shape *shape)
         .d_expert = 32, .weight_bytes = 2, .act_bytes = 2, .combine_bytes = 2,
     };
     h->node = must(calloc((size_t)n, sizeof *h->node));
-    h->figures = must(calloc((size_t)n * 4, sizeof *h->figures));
+    h->figures = must(calloc((size_t)n * 5, sizeof *h->figures));
     for (int32_t d = 0; d < n; d++) {
         h->node[d] = d / (n / shape->n_nodes);
         h->figures[d] = 80e9;
         h->figures[n + d] = 1e15;
         h->figures[2 * n + d] = 3.35e12;
         h->figures[3 * n + d] = 64e9;
+        h->figures[4 * n + d] = 60e9;
     }
     h->topology = (struct moe_topology){
         .n_devices = n, .n_nodes = shape->n_nodes, .node = h->node, .memory = h->figures, .flops = h->figures + n,
         .mem_bandwidth = h->figures + 2 * n, .host_bandwidth = h->figures + 3 * n,
+        .expert_room = h->figures + 4 * n,
     };
     h->env = (struct moe_env){
         .host = &h->host, .model = &h->model, .topology = &h->topology, .seed = shape->seed,

@@ -67,7 +67,7 @@ static struct bench *open_bench(const struct moe_plugin *p, int64_t capacity, bo
 {
     struct bench *b = calloc(1, sizeof *b);
     b->topology = test_machine("star-50GBps", 1);
-    test_ok(policy_context_init(&b->context, &test_model, b->topology, PREC_BF16, 1, &b->e), &b->e);
+    test_ok(policy_context_init(&b->context, &test_model, b->topology, PREC_BF16, 0, 1, &b->e), &b->e);
     b->context.cache_objects = capacity;
     test_ok(policy_open(&b->policy, &b->context, p, NULL, "test", &b->e), &b->e);
     test_ok(cache_open(&b->cache, &b->policy, 0, capacity, pins, &b->e), &b->e);

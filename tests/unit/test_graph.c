@@ -85,9 +85,9 @@ static void refuses(void **state)
                           &e), "-1 rows");
     REFUSED(graph_experts(&g, &(struct moe_expert_work){ .n = 1, .expert = expert, .rows = rows }, &e), "fraction 0");
     REFUSED(graph_experts(&g, &(struct moe_expert_work){ .n = -1, .fraction = 1 }, &e), "-1 experts");
-    REFUSED(graph_exchange(&g, &(struct moe_exchange){ MOE_PAY_BYTES, 1, &(struct moe_part){ 0, 2, 1, 0, NULL } }, &e),
+    REFUSED(graph_exchange(&g, &(struct moe_exchange){ MOE_PAY_BYTES, 1, &(struct moe_part){ 0, 2, 1, 0, NULL, 0 } }, &e),
             "device 2");
-    REFUSED(graph_exchange(&g, &(struct moe_exchange){ MOE_PAY_BYTES, 1, &(struct moe_part){ 0, 1, -1, 0, NULL } }, &e),
+    REFUSED(graph_exchange(&g, &(struct moe_exchange){ MOE_PAY_BYTES, 1, &(struct moe_part){ 0, 1, -1, 0, NULL, 0 } }, &e),
             "-1 bytes");
     REFUSED(graph_exchange(&g, &(struct moe_exchange){ MOE_PAY_BYTES, -1, NULL }, &e), "-1 parts");
     assert_int_equal(g.n_tasks, 0);
@@ -151,7 +151,7 @@ static void cycle_is_named(void **state)
     /* An exchange that waits for something after its own arrival. */
     g = (struct moe_graph){ .n_devices = 2 };
     memset(&e, 0, sizeof e);
-    int32_t x = test_parts(&g, 1, &(struct moe_part){ 0, 1, 1, 0, NULL });
+    int32_t x = test_parts(&g, 1, &(struct moe_part){ 0, 1, 1, 0, NULL, 0 });
     int32_t there = test_arrival(&g, x, 1), work = test_compute(&g, 1, 0, 10 * US);
     test_after(&g, work, there);
     test_after(&g, x, work);

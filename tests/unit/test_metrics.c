@@ -22,8 +22,8 @@ static void flat_layer(struct moe_graph *g, int32_t n, int chunks, int64_t (*row
             if (r == 0)
                 continue;
             into[d] += r;
-            there[n_parts] = (struct moe_part){ s, d, s == d ? 0 : (double)r * 7168, 0, NULL };
-            back[n_parts++] = (struct moe_part){ d, s, s == d ? 0 : (double)r * 7168 * 2, 0, NULL };
+            there[n_parts] = (struct moe_part){ s, d, s == d ? 0 : (double)r * 7168, 0, NULL, 0 };
+            back[n_parts++] = (struct moe_part){ d, s, s == d ? 0 : (double)r * 7168 * 2, 0, NULL, 0 };
         }
     int32_t out = test_parts(g, n_parts, there), home = test_parts(g, n_parts, back);
     for (int32_t d = 0; d < n; d++) {
@@ -142,7 +142,14 @@ static void step_figures(void **state)
     attention.bytes = test_h100_bytes(30 * US);
     graph_compute(&g, &attention, &e);
     /* 0 -> 8 over NICs: 50 kB, 1 us, 2 us of latency; 0 -> 1 over NVLink is over before. */
-    test_parts(&g, 3, (struct moe_part[]){ { 0, 8, 50e3, 0, NULL }, { 0, 1, 36e3, 0, NULL }, { 2, 2, 9e9, 0, NULL } });
+    test_parts(&g, 3, (struct moe_part[]){ { 0, 8, 50e3, 0, NULL, 0 }, { 0, 1, 36e3, 0, NULL, 0 },
+                                           { 2, 2, 9e9, 0, NULL, 0 } });
+    /* Beside it, elsewhere, half as long: under way at the same time, so it counts once. */
+    graph_exchange(&g, &(struct moe_exchange){ MOE_PAY_BYTES, 1, &(struct moe_part){ 1, 9, 25e3, 0, NULL, 0 } }, &e);
+    /* Weights have a figure of their own. */
+    int32_t moved = graph_exchange(&g, &(struct moe_exchange){ MOE_PAY_BYTES, 1,
+                                                               &(struct moe_part){ 4, 12, 100e3, 0, NULL, 0 } }, &e);
+    g.task[moved].moves_weights = true;
     graph_load(&g, 5, topology_host(t, 0), 0, 63e9 * 0.85 * 10 * US, &e);
     double seconds = test_run_graph(t, NET_EXACT, &g);
     test_ok(metrics_step(&m, &g, t, 300, seconds, &e), &e);
@@ -153,7 +160,7 @@ static void step_figures(void **state)
     FIGURE(attention_s, 30 * US);
     FIGURE(a2a_s, 3 * US);
     FIGURE(load_s, 12 * US);
-    FIGURE(migration_s, 0);
+    FIGURE(migration_s, 4 * US);
     FIGURE(experts_s, 0);
     FIGURE(imbalance, 1.5);
     FIGURE(max_vio, 0.5);
@@ -161,7 +168,7 @@ static void step_figures(void **state)
     FIGURE(hit_rate, 0.4);
     FIGURE(loaded_bytes, 6e6);
     FIGURE(intra_node_bytes, 36e3);
-    FIGURE(inter_node_bytes, 50e3);
+    FIGURE(inter_node_bytes, 175e3);
     FIGURE(bound_s, 40.0 / 16 * US); /* attention spread over 16 devices takes longest; loads count nothing */
 #undef FIGURE
     assert_int_equal(m.accesses, 0); /* counted anew in the next step */

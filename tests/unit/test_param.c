@@ -146,7 +146,7 @@ static void tensors_fit_the_model(void **state)
     struct policy_context c;
     struct policy p;
     struct topology *t = test_machine("star-50GBps", 2);
-    test_ok(policy_context_init(&c, &test_model, t, PREC_BF16, 1, &e), &e);
+    test_ok(policy_context_init(&c, &test_model, t, PREC_BF16, 0, 1, &e), &e);
     json_t *right = json_pack("{s:s}", "gate", tensor(dir, "right.npy", 3, (int64_t[]){ 2, 4, 3 }, 0));
     json_t *wrong = json_pack("{s:s}", "gate", tensor(dir, "wrong.npy", 3, (int64_t[]){ 2, 5, 3 }, 0));
     test_ok(policy_open(&p, &c, &plugin, right, "test:1", &e), &e);

@@ -111,7 +111,7 @@ static void machines_change_no_decision(void **state)
 
 /* ---- a placement that changes ---- */
 
-struct swapper { struct test_env env; int32_t n_placed, n_due, n_steps; double load; };
+struct swapper { struct test_env env; int32_t n_placed, n_due, n_steps; double load, together; };
 
 /* Expert e on device e at first, on the other one from the second placement on. */
 static int swap_place(void *self, const struct moe_stats *stats, struct moe_placement *out)
@@ -132,13 +132,14 @@ static int swap_due(void *self, const struct moe_stats *stats, bool *rebalance)
     *rebalance = stats->step == 1;
     if (*rebalance) {
         s->load = stats->load[0];
+        s->together = stats->coactivation[1];
         s->n_steps = stats->n_steps;
     }
     return stats->current ? 0 : MOE_EINVAL;
 }
 
 static const struct moe_plugin swap_plugin =
-    TEST_POLICY(MOE_PLACEMENT, "swap", .state_size = sizeof(struct swapper), .init = test_keep_env,
+    TEST_POLICY(MOE_PLACEMENT, "swap", .needs = MOE_NEEDS_COACTIVATION, .state_size = sizeof(struct swapper), .init = test_keep_env,
                 .ops.placement = { .place = swap_place, .due = swap_due });
 
 /* Every token goes to both experts, so both placements cost the same; after step 1 both experts change places: 3e6 B
@@ -163,6 +164,7 @@ static void migration_is_counted_and_timed(void **state)
     assert_int_equal(s->n_due, 4);
     assert_int_equal(s->n_steps, 2); /* steps 0 and 1, two tokens each */
     assert_near(s->load, 4, 0);
+    assert_near(s->together, 4, 0);
     test_close_run(r);
     json_decref(spec);
 }

@@ -93,7 +93,7 @@ static int open_bench(void **state)
 {
     struct bench *b = calloc(1, sizeof *b);
     b->topology = test_machine("star-50GBps", 4);
-    test_ok(policy_context_init(&b->context, &test_model, b->topology, PREC_BF16, 1, &b->e), &b->e);
+    test_ok(policy_context_init(&b->context, &test_model, b->topology, PREC_BF16, 0, 1, &b->e), &b->e);
     test_ok(policy_open(&b->policy, &b->context, &plugin, NULL, "test", &b->e), &b->e);
     b->env = ((struct test_env *)b->policy.self)->env;
     *state = b;

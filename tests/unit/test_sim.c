@@ -71,9 +71,9 @@ static void exchange(void **state)
     TIERS(tier) {
         struct moe_graph g = { .n_devices = 8 };
         int32_t a = test_compute(&g, 0, 0, 10 * US), b = test_compute(&g, 2, 0, 20 * US);
-        int32_t x = test_parts(&g, 3, (struct moe_part[]){ { 0, 1, 10 * KB_PER_US, 0, NULL },
-                                                           { 2, 3, 20 * KB_PER_US, 0, NULL },
-                                                           { 0, 0, 1e12, 0, NULL } });
+        int32_t x = test_parts(&g, 3, (struct moe_part[]){ { 0, 1, 10 * KB_PER_US, 0, NULL, 0 },
+                                                           { 2, 3, 20 * KB_PER_US, 0, NULL, 0 },
+                                                           { 0, 0, 1e12, 0, NULL, 0 } });
         int32_t first = test_arrival(&g, x, 1), second = test_arrival(&g, x, 3);
         int32_t own = test_arrival(&g, x, 0), none = test_arrival(&g, x, 4), again = test_arrival(&g, x, 1);
         int32_t after_none = test_compute(&g, 4, 0, 10 * US), after_first = test_compute(&g, 1, 0, 10 * US);
@@ -103,9 +103,9 @@ static void exchanges_share_links(void **state)
 {
     TIERS(tier) {
         struct moe_graph g = { .n_devices = 8 };
-        int32_t x = test_parts(&g, 1, &(struct moe_part){ 0, 2, 10 * KB_PER_US, 0, NULL });
-        int32_t y = test_parts(&g, 1, &(struct moe_part){ 1, 2, 10 * KB_PER_US, 0, NULL });
-        int32_t z = test_parts(&g, 1, &(struct moe_part){ 3, 4, 10 * KB_PER_US, 0, NULL });
+        int32_t x = test_parts(&g, 1, &(struct moe_part){ 0, 2, 10 * KB_PER_US, 0, NULL, 0 });
+        int32_t y = test_parts(&g, 1, &(struct moe_part){ 1, 2, 10 * KB_PER_US, 0, NULL, 0 });
+        int32_t z = test_parts(&g, 1, &(struct moe_part){ 3, 4, 10 * KB_PER_US, 0, NULL, 0 });
         test_run_graph(*state, tier, &g);
         assert_task(&g, x, 0, 20.5);
         assert_task(&g, y, 0, 20.5);
@@ -120,9 +120,9 @@ static void exchange_joins_another(void **state)
 {
     for (enum net_tier tier = NET_FLOW; tier <= NET_EXACT; tier++) {
         struct moe_graph g = { .n_devices = 8 };
-        int32_t first = test_parts(&g, 1, &(struct moe_part){ 0, 2, 10 * KB_PER_US, 0, NULL });
+        int32_t first = test_parts(&g, 1, &(struct moe_part){ 0, 2, 10 * KB_PER_US, 0, NULL, 0 });
         int32_t wait = test_compute(&g, 1, 0, 5 * US);
-        int32_t second = test_parts(&g, 1, &(struct moe_part){ 1, 2, 10 * KB_PER_US, 0, NULL });
+        int32_t second = test_parts(&g, 1, &(struct moe_part){ 1, 2, 10 * KB_PER_US, 0, NULL, 0 });
         test_after(&g, second, wait);
         test_run_graph(*state, tier, &g);
         assert_task(&g, first, 0, 15.5);
@@ -225,7 +225,7 @@ static void random_graph(struct moe_graph *g, const struct topology *t, uint64_t
             int n = (int)(draw(&s) % 24);
             for (int p = 0; p < n; p++)
                 part[p] = (struct moe_part){ (int32_t)(draw(&s) % n_devices), (int32_t)(draw(&s) % n_devices),
-                                             draw(&s) % 4 ? (double)(draw(&s) % 4000000) : 0, 0, NULL };
+                                             draw(&s) % 4 ? (double)(draw(&s) % 4000000) : 0, 0, NULL, 0 };
             id = test_parts(g, n, part);
             for (uint64_t k = draw(&s) % 6; k > 0; k--)
                 test_arrival(g, id, (int32_t)(draw(&s) % n_devices));
@@ -300,7 +300,7 @@ static void clock_goes_on(void **state)
     struct moe_graph g = { .n_devices = 8 };
     struct err e = { 0 };
     struct machine m;
-    int32_t x = test_parts(&g, 1, &(struct moe_part){ 0, 1, 10 * KB_PER_US, 0, NULL });
+    int32_t x = test_parts(&g, 1, &(struct moe_part){ 0, 1, 10 * KB_PER_US, 0, NULL, 0 });
     int32_t there = test_arrival(&g, x, 1), work = test_compute(&g, 1, 0, 10 * US);
     test_after(&g, work, there);
     test_ok(machine_open_sim(&m, *state, &test_model, PREC_BF16, NET_EXACT, &e), &e);

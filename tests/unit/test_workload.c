@@ -56,9 +56,13 @@ static void split_is_a_share(void **state)
         for (int i = 0; i < N; i++)
             assert_int_equal(seen[i], 1); /* every request in one part */
         assert_memory_equal(w.profiled, again.profiled, sizeof *w.profiled * (size_t)w.n_profiled); /* not the seed's */
-        double load[4];
-        assert_int_equal(workload_profile(&w, load, NULL), 3 * w.n_profiled);
-        assert_true(load[0] == 3 * w.n_profiled && load[1] == 0);
+        struct statistics p;
+        const struct moe_model one = { .n_layers = 1, .n_experts = 4 };
+        test_ok(statistics_open(&p, &one, 0, "here", &e), &e);
+        assert_int_equal(workload_profile(&w, &p), 3 * w.n_profiled);
+        assert_true(p.load[0] == 3 * w.n_profiled && p.load[1] == 0);
+        assert_true(!p.transitions && !p.coactivation);
+        statistics_free(&p);
         workload_close(&w);
         workload_close(&again);
         json_decref(spec);
@@ -84,12 +88,15 @@ static void profiled_counts(void **state)
     struct scratch *s = *state;
     struct err e;
     struct workload w;
-    double load[2 * 4], transitions[4 * 4];
+    struct statistics p;
+    const struct moe_model m = { .n_layers = 2, .n_experts = 4 };
     test_ok(open_small(&w, s, 1, "decode", 1, 0, &e), &e);
-    assert_int_equal(workload_profile(&w, load, transitions), 5);
+    test_ok(statistics_open(&p, &m, MOE_NEEDS_TRANSITIONS | MOE_NEEDS_COACTIVATION, "here", &e), &e);
+    assert_int_equal(workload_profile(&w, &p), 5);
+    const double *transitions = p.transitions;
     /* small_trace(): layer 0 has 01 12 32 02 31, layer 1 has 23 30 10 13 02. */
     const double loads[] = { 2, 3, 3, 2, 3, 2, 2, 3 };
-    assert_memory_equal(load, loads, sizeof loads);
+    assert_memory_equal(p.load, loads, sizeof loads);
     double sum = 0;
     for (int i = 0; i < 16; i++)
         sum += transitions[i];
@@ -97,6 +104,16 @@ static void profiled_counts(void **state)
     assert_true(transitions[0 * 4 + 3] == 2); /* 0 then 3: tokens 0 and 3 */
     assert_true(transitions[2 * 4 + 0] == 2); /* 2 then 0: tokens 1 and 2 */
     assert_true(transitions[0 * 4 + 0] == 0);
+    /* layer 0: 01 once, 12 once, 23 once, 02 once, 13 once; layer 1: 23, 03, 01, 13, 02. Both ways, never with itself. */
+    const double pairs[] = { 0, 1, 1, 0, 1, 0, 1, 1, 1, 1, 0, 1, 0, 1, 1, 0,
+                             0, 1, 1, 1, 1, 0, 0, 1, 1, 0, 0, 1, 1, 1, 1, 0 };
+    assert_memory_equal(p.coactivation, pairs, sizeof pairs);
+    statistics_reset(&p);
+    assert_true(p.load[0] == 0 && p.transitions[3] == 0 && p.coactivation[1] == 0);
+    /* ids that are no experts (null, zero, copy) are nobody's */
+    statistics_add(&p, 1, (const int32_t[]){ 1, 4 }, 2, (const int32_t[]){ 5, 2 }, 2);
+    assert_true(p.load[4 + 1] == 1 && p.transitions[2 * 4 + 1] == 1 && p.coactivation[16 + 4] == 0);
+    statistics_free(&p);
     workload_close(&w);
 }
 
@@ -185,7 +202,7 @@ static void batch_is_the_trace(void **state)
     struct moe_batch b;
     test_ok(open_small(&w, *state, 2, "decode", 3, 0, &e), &e);
     const struct trace *t = &w.trace;
-    const uint32_t needs = MOE_NEEDS_LOGITS | MOE_NEEDS_RECORDED | MOE_NEEDS_PREVIOUS;
+    const uint32_t needs = MOE_NEEDS_LOGITS | MOE_NEEDS_RECORDED | MOE_NEEDS_PREVIOUS_LOGITS;
     for (int32_t step = 0; step < 4; step++) {
         workload_step(&w);
         for (int32_t layer = 0; layer < 2; layer++) {
@@ -217,6 +234,41 @@ static void batch_is_the_trace(void **state)
         }
     }
     workload_close(&w);
+}
+
+/* Six layers on a trace of two: 0 to 2 play the first, 3 to 5 the second. */
+static void recorded_layers_repeat(void **state)
+{
+    struct workload w;
+    struct err e = { 0 };
+    struct moe_batch b;
+    struct statistics p;
+    struct moe_model m = model_of(6, 4, 2);
+    json_t *spec = json_pack("{s:s, s:i, s:i, s:i}", "trace", scratch_path(*state, "small"), "batch_per_device", 2,
+                             "profile", 0, "layer_repeat", 3);
+    test_ok(workload_open(&w, spec, &m, 1, 1, "test:1", &e), &e);
+    workload_step(&w);
+    for (int32_t layer = 0; layer < 6; layer++) {
+        test_ok(workload_batch(&w, 0, layer, MOE_NEEDS_RECORDED | MOE_NEEDS_PREVIOUS_LOGITS, &b, &e), &e);
+        assert_int_equal(b.layer, layer);
+        for (int32_t i = 0; i < 4; i++)
+            assert_int_equal(b.recorded->expert[i], npy_int(&w.trace.experts, (w.row[i / 2] * 2 + layer / 3) * 2 + i % 2));
+        for (int x = 0; layer > 0 && x < 8; x++)
+            assert_true((double)b.previous_logits[x] ==
+                        npy_real(&w.trace.logits, (w.row[x / 4] * 2 + (layer - 1) / 3) * 4 + x % 4));
+    }
+    test_ok(statistics_open(&p, &m, MOE_NEEDS_TRANSITIONS, "here", &e), &e);
+    assert_int_equal(workload_profile(&w, &p), 5);
+    assert_memory_equal(p.load, p.load + 4, 4 * sizeof *p.load);
+    assert_true(p.load[0] == 2 && p.load[3 * 4] == 3);
+    assert_true(p.transitions[0] == 2 && p.transitions[1] == 1); /* from layer 0 to itself: what was chosen together */
+    assert_true(p.transitions[(2 * 4 + 0) * 4 + 3] == 2);        /* from the first recorded layer to the second */
+    statistics_free(&p);
+    workload_close(&w);
+    json_object_set_new(spec, "layer_repeat", json_integer(2));
+    assert_says(&e, workload_open(&w, spec, &m, 1, 1, "test:1", &e), "6 layers", "2 layers", "layer_repeat 2", NULL);
+    workload_close(&w);
+    json_decref(spec);
 }
 
 static void what_is_lacking_is_named(void **state)
@@ -291,6 +343,7 @@ int main(void)
         WITH_SCRATCH(many_streams),
         WITH_SCRATCH(prefill),
         WITH_SCRATCH(batch_is_the_trace),
+        WITH_SCRATCH(recorded_layers_repeat),
         WITH_SCRATCH(what_is_lacking_is_named),
         WITH_SCRATCH(bad_specifications),
     };

@@ -1,0 +1,84 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * memory.c - what a device's memory has to hold: attention, gates and shared experts of every layer, the experts that
+ * placement puts there (or, with offload, its cache), and a tenth kept for activations and KV cache. */
+#include "config.h"
+
+#include "run.h"
+
+#include <stdlib.h>
+
+/* Attention is replicated on every device (data parallel), as the pipeline lays it out. */
+double memory_fixed(const struct run *r)
+{
+    const struct moe_model *m = &r->model;
+    double q = (double)r->attention.n_heads * r->attention.d_head;
+    double kv = (double)r->attention.n_kv_heads * r->attention.d_head;
+    return m->n_layers * ((2.0 * m->d_model * q + 2.0 * m->d_model * kv + (double)m->d_model * m->n_experts) *
+                          m->weight_bytes + m->n_shared * run_expert_bytes(r));
+}
+
+int64_t memory_cache_objects(const struct run *r)
+{
+    double room = r->context.view.expert_room[0];
+    for (int32_t d = 1; d < r->topology->n_devices; d++)
+        room = room < r->context.view.expert_room[d] ? room : r->context.view.expert_room[d];
+    int64_t n = (int64_t)(room / run_expert_bytes(r));
+    return n < (int64_t)r->context.n_objects ? n : (int64_t)r->context.n_objects;
+}
+
+static void add_experts(const struct run *r, const struct moe_placement *p, int32_t per, double *bytes)
+{
+    for (int32_t i = 0; i < p->n; i++)
+        bytes[p->replica[i].device / per] += (double)p->replica[i].fraction * run_expert_bytes(r);
+}
+
+/* Offloaded experts lie in the memory of the node that loads them. */
+static int check_hosts(struct run *r, const struct moe_placement *p)
+{
+    const struct topology *t = r->topology;
+    double *bytes = calloc((size_t)t->n_nodes, sizeof *bytes);
+    if (!bytes)
+        return err_set(r->err, ERR_MEMORY, "out of memory for %d nodes", t->n_nodes);
+    add_experts(r, p, t->devices_per_node, bytes);
+    for (int32_t n = 0; n < t->n_nodes && !r->err->code; n++)
+        if (bytes[n] > t->host_memory[n])
+            err_set(r->err, ERR_INPUT, "%s: machine %s, node %d: its devices' experts take %.4g GB and host memory has "
+                    "%.4g GB: choose more nodes or a larger host", r->where, t->name, n, bytes[n] / 1e9,
+                    t->host_memory[n] / 1e9);
+    free(bytes);
+    return r->err->code;
+}
+
+static int does_not_fit(struct run *r, int32_t device, const char *what, double experts)
+{
+    const double memory = r->context.view.memory[device];
+    return err_set(r->err, ERR_INPUT, "%s: machine %s, device %d: %s take %.4g GB and what every device holds %.4g GB; of "
+                   "its %.4g GB nine tenths are for weights: choose more or larger devices, %s", r->where,
+                   r->topology->name, device, what, experts / 1e9, memory_fixed(r) / 1e9, memory / 1e9,
+                   r->offloading ? "or a smaller cache" : "fewer replicas, or an offload policy");
+}
+
+int memory_check(struct run *r, const struct moe_placement *p)
+{
+    const int32_t n_devices = r->topology->n_devices;
+    if (r->graph.keep_items) /* a real machine: what its processes hold is its own to check */
+        return 0;
+    if (r->offloading) {
+        const double bytes = (double)r->context.cache_objects * run_expert_bytes(r);
+        for (int32_t d = 0; d < n_devices; d++)
+            if (bytes > r->context.view.expert_room[d])
+                return does_not_fit(r, d, "the cached experts", bytes);
+        if (r->context.cache_objects < 1)
+            return does_not_fit(r, 0, "a cache of one expert would", run_expert_bytes(r));
+        return check_hosts(r, p);
+    }
+    double *bytes = calloc((size_t)n_devices, sizeof *bytes);
+    if (!bytes)
+        return err_set(r->err, ERR_MEMORY, "out of memory for %d devices", n_devices);
+    add_experts(r, p, 1, bytes);
+    for (int32_t d = 0; d < n_devices && !r->err->code; d++)
+        if (bytes[d] > r->context.view.expert_room[d])
+            does_not_fit(r, d, "its experts", bytes[d]);
+    free(bytes);
+    return r->err->code;
+}
