@@ -141,7 +141,7 @@ end
 local workload_keys = {}
 
 local function workload(kind, batch_key)
-  local known = { trace = 1, steps = 1, profile = 1, context = 1, [batch_key] = 1 }
+  local known = { trace = 1, steps = 1, profile = 1, context = 1, layer_repeat = 1, [batch_key] = 1 }
   workload_keys[kind] = known
   return function(t)
     local where = here()

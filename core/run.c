@@ -168,6 +168,17 @@ static int open_policy(struct run *r, struct policy *p, enum moe_kind kind, cons
     return 0;
 }
 
+/* A router that plays what was recorded cannot be told to choose otherwise. */
+static int check_adjusted(struct run *r)
+{
+    for (int i = 0; i < r->n_balancers; i++)
+        if (r->balancer[i].plugin->ops.balancer.adjust && (r->router.plugin->needs & MOE_NEEDS_RECORDED))
+            return err_set(r->err, ERR_INPUT, "%s: balancer %s adjusts scores, and router %s plays recorded choices: "
+                           "choose a router that scores, such as softmax-top-k", r->where, r->balancer[i].plugin->name,
+                           r->router.plugin->name);
+    return 0;
+}
+
 static int open_policies(struct run *r, const json_t *spec)
 {
     const json_t *policies = json_object_get(spec, "policies");
@@ -196,7 +207,7 @@ static int open_policies(struct run *r, const json_t *spec)
             return r->err->code;
         }
     }
-    return 0;
+    return check_adjusted(r);
 }
 
 static int allocate(struct run *r)

@@ -85,6 +85,9 @@ local all_to_one = moe.policy {
 tiny.experiment { router = "softmax-top-k", balancer = all_to_one, seed = moe.each { 1, 2 } }:run()
 EOF
 ok "a balancer, with state of its own per run" "$moelab" run x.lua --out results
+sed -i 's/softmax-top-k/replay/' x.lua
+run_expect 2 'balancer mine adjusts scores, and router replay plays recorded choices' "$moelab" run x.lua --out replayed
+ok "... and nothing is written" test ! -e replayed
 
 cat >x.lua <<'EOF'
 local moe, tiny = require "moelab", require "tiny"
