@@ -236,14 +236,11 @@ int cmd_eval(int argc, char **argv)
         else if (line.out && strcmp(line.kind, eval_kind_name[MOE_ROUTER]) != 0)
             err_set(&e, ERR_INPUT, "--out: only routers write arrays");
         else
-            result = eval(line.kind, line.name, options, &e);
+            result = eval(line.kind, line.name, options, true, &e);
         if (result && (!line.out || write_arrays(result, line.out, &e) == 0))
             print(result, &e);
     }
     json_decref(options);
     json_decref(result);
-    if (!e.code)
-        return 0;
-    cmd_fail(&e);
-    return 2; /* a policy that refuses its input has been given bad input */
+    return e.code ? cmd_fail(&e) : 0;
 }

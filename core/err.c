@@ -44,6 +44,17 @@ int err_exit_code(int code)
     return code == 0 ? 0 : code == ERR_RUN ? 1 : 2;
 }
 
+char *err_unquote(char *text)
+{
+    static const char *const quotes[] = { " near ", " 0x", " '\\u" };
+    for (size_t i = 0; i < sizeof quotes / sizeof *quotes; i++) {
+        char *at = strstr(text, quotes[i]);
+        if (at)
+            *at = '\0';
+    }
+    return text;
+}
+
 /* Levenshtein distance, two rows; names here are short. */
 static int edit_distance(const char *a, const char *b)
 {

@@ -160,7 +160,7 @@ static void job_close(struct eval_job *j)
     arena_free(&j->memory);
 }
 
-json_t *eval(const char *kind, const char *name, const json_t *given, struct err *e)
+json_t *eval(const char *kind, const char *name, const json_t *given, bool quote, struct err *e)
 {
     struct eval_job j = { .name = name, .options = given, .err = e };
     int k = 0;
@@ -188,6 +188,12 @@ json_t *eval(const char *kind, const char *name, const json_t *given, struct err
         goto out;
     if (job_read_input(&j) == 0)
         evals[k](&j, out);
+    if (e->code && j.input && !quote && json_is_string(json_object_get(given, "input"))) {
+        memset(e, 0, sizeof *e);
+        err_set(e, ERR_INPUT, "%s: is no input of %s; to see why: moelab eval %s --input FILE", j.file, j.who, j.who);
+    }
+    if (e->code == ERR_RUN) /* a policy that refuses its input has been given bad input */
+        e->code = ERR_INPUT;
 out:
     job_close(&j);
     if (!e->code)

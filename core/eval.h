@@ -6,6 +6,7 @@
 #include "err.h"
 #include "moelab.h"
 #include <jansson.h>
+#include <stdbool.h>
 
 /* The kinds of policies keep their numbers; machines and metrics come after them. */
 enum eval_kind { EVAL_MACHINE = MOE_N_KINDS, EVAL_METRIC, N_EVAL_KINDS };
@@ -29,7 +30,8 @@ struct eval_option {
 const struct eval_option *eval_options(void); /* ends with a NULL name */
 
 /* options: an object of the options above. Returns the result, or NULL with the error set; every message names the
- * input and the element. Writes nothing. */
-json_t *eval(const char *kind, const char *name, const json_t *options, struct err *);
+ * input and the element, unless the input is a file and `quote` is false: then the message says nothing of what is in
+ * it. Writes nothing. */
+json_t *eval(const char *kind, const char *name, const json_t *options, bool quote, struct err *);
 
 #endif

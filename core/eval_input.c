@@ -71,7 +71,7 @@ static int load_json(struct eval_job *j, const char *path)
     j->input = from_stdin ? json_loadf(stdin, JSON_REJECT_DUPLICATES, &at)
                           : json_load_file(path, JSON_REJECT_DUPLICATES, &at);
     if (!j->input)
-        return err_set(j->err, ERR_INPUT, "%s:%d:%d: %s", j->file, at.line, at.column, at.text);
+        return err_set(j->err, ERR_INPUT, "%s:%d:%d: %s", j->file, at.line, at.column, err_unquote(at.text));
     if (!json_is_object(j->input))
         return err_set(j->err, ERR_INPUT, "%s: expected an object {...}", j->file);
     return 0;

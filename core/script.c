@@ -208,20 +208,29 @@ static char *read_text(const char *path, size_t *n, struct err *e)
     return text;
 }
 
-/* Loads a file as a function on the stack. Messages start with the path as the user gave it. */
-static int load_text(lua_State *L, const char *path, struct err *e)
+/* Loads a file as a function on the stack; or leaves Lua's message there, which starts with the path as the user gave
+ * it, and returns Lua's status. A file that Lua did not get to see is an error. */
+static int load_chunk(lua_State *L, const char *path, struct err *e)
 {
     size_t n;
+    int status = LUA_OK;
     char *text = read_text(path, &n, e);
     if (!text)
-        return e->code;
+        return status;
     char name[600];
     snprintf(name, sizeof name, "@%s", path);
     if (n > 0 && text[0] == LUA_SIGNATURE[0])
         err_set(e, ERR_INPUT, "%s: is Lua bytecode, expected text", path);
-    else if (luaL_loadbufferx(L, text, n, name, "t") != LUA_OK)
-        err_set(e, ERR_INPUT, "%s", lua_tostring(L, -1));
+    else
+        status = luaL_loadbufferx(L, text, n, name, "t");
     free(text);
+    return status;
+}
+
+static int load_text(lua_State *L, const char *path, struct err *e)
+{
+    if (load_chunk(L, path, e) != LUA_OK)
+        err_set(e, ERR_INPUT, "%s", lua_tostring(L, -1));
     return e->code;
 }
 
@@ -496,15 +505,51 @@ int script_run(const char *path, const struct script_options *options, json_t **
     return e->code;
 }
 
-/* (chunk, json_t **): calls the chunk and converts what it returns. */
+/* (value, json_t **): what the chunk returned, converted. */
 static int l_table_of(lua_State *L)
 {
     json_t **out = lua_touserdata(L, 2);
-    lua_pushvalue(L, 1);
-    lua_call(L, 0, 1);
-    if (!lua_istable(L, -1))
-        return luaL_error(L, "returns a %s, expected a table", luaL_typename(L, -1));
-    *out = script_to_json(L, -1);
+    if (!lua_istable(L, 1))
+        return luaL_error(L, "returns a %s, expected a table", luaL_typename(L, 1));
+    *out = script_to_json(L, 1);
+    return 0;
+}
+
+/* Lua's error about a machine file, when it was read or when it ran. A scenario may name any file as one, so of the
+ * message remain the line and what Lua expected, not the words that it found there. */
+static int fail_unquoted(const char *file, const char *text, bool ran, struct err *e)
+{
+    static const char *const plain[] = { "'", "<name>", "unexpected symbol", "unfinished ", "malformed ", "syntax error" };
+    const char *rest = text ? text : "";
+    size_t n = strlen(file) < LUA_IDSIZE ? strlen(file) : LUA_IDSIZE - 1; /* Lua shortens the names of chunks */
+    int line = 0, at = 0;
+    bool known = false;
+    char what[200];
+    if (strlen(rest) > n && sscanf(rest + n, ":%d: %n", &line, &at) == 1 && at > 0)
+        rest += n + (size_t)at;
+    for (size_t i = 0; !ran && i < sizeof plain / sizeof *plain; i++)
+        known |= !strncmp(rest, plain[i], strlen(plain[i]));
+    known |= ran && !strncmp(rest, "attempt to ", strlen("attempt to "));
+    snprintf(what, sizeof what, "%s", known ? rest : ran ? "raises an error" : "is no table in Lua");
+    err_unquote(what);
+    n = ran ? strcspn(what, "('") : strlen(what); /* without the variable */
+    while (n > 0 && what[n - 1] == ' ')
+        n--;
+    return line > 0 ? err_set(e, ERR_INPUT, "%s:%d: %.*s", file, line, (int)n, what)
+                    : err_set(e, ERR_INPUT, "%s: %.*s", file, (int)n, what);
+}
+
+/* Runs a loaded machine file, which is at the top of the stack. */
+static int run_machine(struct script *s, lua_State *L, const char *file, json_t **description, struct err *e)
+{
+    if (lua_pcall(L, 0, 1, 0) != LUA_OK)
+        return s->err.code ? err_set(e, ERR_INPUT, "%s", s->err.text)
+                           : fail_unquoted(file, lua_tostring(L, -1), true, e);
+    lua_pushcfunction(L, l_table_of);
+    lua_insert(L, -2);
+    lua_pushlightuserdata(L, description);
+    if (lua_pcall(L, 2, 0, 0) != LUA_OK)
+        return err_set(e, ERR_INPUT, "%s: %s", file, lua_tostring(L, -1));
     return 0;
 }
 
@@ -523,18 +568,16 @@ int script_machine(const char *name, json_t **description, char *file, size_t ro
         return err_set(e, ERR_MEMORY, "out of memory for Lua");
     static const struct script_options none = { .timeout_s = 5 };
     s.options = &none;
-    if (load_text(L, file, e) == 0) {
+    int status = load_chunk(L, file, e);
+    if (status != LUA_OK) {
+        fail_unquoted(file, lua_tostring(L, -1), false, e);
+    } else if (!e->code) {
         lua_State *caller = clocked; /* a scenario, whose clock goes on */
         if (caller)
             clocked = L;
         else
             clock_start(L, none.timeout_s);
-        lua_pushcfunction(L, l_table_of);
-        lua_insert(L, -2);
-        lua_pushlightuserdata(L, description);
-        if (lua_pcall(L, 2, 0, 0) != LUA_OK)
-            err_set(e, ERR_INPUT, "%s%s%s", strstr(lua_tostring(L, -1), file) ? "" : file,
-                    strstr(lua_tostring(L, -1), file) ? "" : ": ", lua_tostring(L, -1));
+        run_machine(&s, L, file, description, e);
         if (caller)
             clocked = caller;
         else

@@ -40,7 +40,7 @@ int script_part(lua_State *);
 int script_policy_add(lua_State *);
 void script_policy_forget(void);
 
-/* Raises an error that begins with the scenario's file and line. Does not return. */
+/* Raises an error that begins with the scenario's file and line, if one is running. Does not return. */
 int script_error(lua_State *, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
 /* The string argument at `index`; one with a NUL in it, which would end a path early, is an error. */
 const char *script_text(lua_State *, int index);

@@ -45,7 +45,10 @@ int script_error(lua_State *L, const char *fmt, ...)
     vsnprintf(text, sizeof text, fmt, ap);
     va_end(ap);
     script_where(L, 0, &file, &line);
-    err_set(&e, ERR_INPUT, "%s:%d: %s", file, line, text);
+    if (line > 0)
+        err_set(&e, ERR_INPUT, "%s:%d: %s", file, line, text);
+    else /* of what a machine file returned: nothing runs */
+        err_set(&e, ERR_INPUT, "%s", text);
     return script_raise(L, &e);
 }
 
@@ -246,7 +249,7 @@ static int n_eval(lua_State *L)
     struct err e = { 0 };
     const char *kind = luaL_checkstring(L, 1), *name = luaL_checkstring(L, 2);
     json_t *options = script_to_json(L, 3);
-    json_t *result = eval(kind, name, options, &e);
+    json_t *result = eval(kind, name, options, script_of(L)->options->unsafe, &e);
     json_decref(options);
     if (!result)
         return script_raise(L, &e);

@@ -88,7 +88,7 @@ static int read_meta(struct trace *t, struct err *err)
         return err_set(err, ERR_INPUT, "%s: %s", path, strerror(errno));
     t->meta = json_load_file(path, JSON_REJECT_DUPLICATES, &e);
     if (!t->meta)
-        return err_set(err, ERR_INPUT, "%s:%d: %s", path, e.line, e.text);
+        return err_set(err, ERR_INPUT, "%s:%d: %s", path, e.line, err_unquote(e.text));
     if (!json_is_object(t->meta))
         return err_set(err, ERR_INPUT, "%s: not an object, expected {\"layers\": ..., ...}", path);
     if ((rc = read_count(t, "layers", 1, 65536, &layers, err)) < 0 ||

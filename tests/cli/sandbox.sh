@@ -67,8 +67,48 @@ ok "a file under --out" grep -q '^text$' results/kept.txt
 
 # A machine file is data: it gets nothing but what describes it.
 printf 'local moe = require "moelab" moe.write("etc", "x") return {}\n' >evil.lua
-refuses 'attempt to call a nil value \(global .require.\)' 'local moe, tiny = require "moelab", require "tiny"
+refuses 'x\.lua:2: \./evil\.lua:1: attempt to call a nil value$' 'local moe, tiny = require "moelab", require "tiny"
 tiny.experiment { machine = moe.machine "./evil.lua" }'
+
+# ---- reading ----
+
+# secret TEXT: a file of it, named wherever a scenario may name one, is refused with its name and without its words.
+secret()
+{
+    local secret=$1
+    printf "$secret" >secret
+    cat >x.lua <<'LUA'
+local moe, tiny = require "moelab", require "tiny"
+for _, try in ipairs {
+  function() moe.eval("placement", "eplb", { input = "./secret" }) end,
+  function() moe.eval("machine", "./secret", { pattern = "alltoall", n = 2, bytes_per_rank = 1 }) end,
+  function() tiny.experiment { machine = moe.machine "./secret" } end,
+  function() moe.eval("metric", "srp", { trace = "./traced" }) end,
+} do
+  local ok, text = pcall(try)
+  assert(not ok and (text:find("secret", 1, true) or text:find("trace.json", 1, true)), text)
+  assert(not text:lower():find("hunter", 1, true) and not text:find("82", 1, true), text)
+  print(text)
+end
+LUA
+    rm -rf traced && mkdir traced && cp secret traced/trace.json
+    ok "not told: $secret" "$moelab" run x.lua --out results
+}
+secret 'hunter2\n'
+secret 'token = hunter2 secret\n'
+secret '{"key": hunter2}'
+secret '{"hunter2": 1}'
+secret '{"key": "\\\\uD82A"}'
+secret '{"key": "\x82'
+secret 'hunter2()'
+secret 'return hunter2.x'
+secret 'error "hunter2"'
+secret 'goto hunter2'
+secret 'error {}'
+printf '{"hunter2": 1}' >secret
+printf 'require("moelab").eval("placement", "eplb", { input = "./secret" })\n' >x.lua
+run_expect 2 'secret: hunter2: unknown key' "$moelab" run x.lua --out results --unsafe
+run_expect 2 'secret: hunter2: unknown key' "$moelab" eval placement eplb --input secret
 
 # ---- gnuplot runs what stands between backquotes, and system() ----
 
