@@ -89,6 +89,10 @@ refuse 'load\[0\]\[1\]: found -2, expected a number from 0' '{ "load": [[1, -2]]
 refuse 'replicas: found 3, but placement contiguous places one replica' '{ "load": [[1, 2]], "replicas": 3, "devices": 1 }' \
     placement contiguous
 refuse 'replicas = 5 is not a multiple of the 2 devices' '{ "load": [[1, 2, 3, 4]], "replicas": 5, "devices": 2 }' placement eplb
+refuse 'replicas = 33 is not a multiple of the 8 devices' \
+    '{ "load": [[1, 2, 3, 4, 5, 6, 7, 8]], "replicas": 33, "devices": 8 }' placement eplb
+echo 'require("moelab").eval("placement", "eplb", { input = { load = { { 1, 2 } }, replicas = 33, devices = 8 } })' >uneven.lua
+run_expect 2 'replicas = 33 is not a multiple of the 8 devices' "$moelab" run uneven.lua --out uneven
 refuse '3 devices cannot be alike on 2 nodes' '{ "load": [[1, 2, 3]], "nodes": 2, "devices": 3 }' placement contiguous
 refuse 'transitions: found 2 elements, expected 1|transitions\[0\]' \
     '{ "load": [[1, 2], [1, 2]], "devices": 1, "transitions": [[[1, 1]], [[1, 1]]] }' placement contiguous
