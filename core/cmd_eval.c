@@ -127,9 +127,9 @@ static int unknown_flag(const char *flag, struct err *e)
         flag_of(o->name, flags[n - 2]);
         names[n] = flags[n - 2];
     }
-    const char *near = err_nearest(flag, names, n);
-    return err_set(e, ERR_INPUT, "unknown option %s%s%s (see: moelab eval --help)", flag,
-                   near ? "; did you mean " : "", near ? near : "");
+    const char *near = cmd_nearest_option(flag, names, n);
+    return err_set(e, ERR_INPUT, "unknown option %s%s%s%s (see: moelab eval --help)", flag,
+                   near ? "; did you mean " : "", near ? near : "", near ? "?" : "");
 }
 
 struct line { const char *kind, *name, *out; bool help; };
@@ -139,7 +139,7 @@ static int parse(int argc, char **argv, struct line *line, json_t *options, stru
     for (int i = 1; i < argc; i++) {
         char flag[40];
         const char *text = argv[i], *value = NULL;
-        if (strncmp(text, "--", 2) != 0) {
+        if (!cmd_is_option(text)) {
             if (line->kind && line->name)
                 return err_set(e, ERR_INPUT, "unexpected argument \"%s\": expected one KIND and one NAME", text);
             *(line->kind ? &line->name : &line->kind) = text;

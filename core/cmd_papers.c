@@ -52,8 +52,10 @@ int cmd_papers(int argc, char **argv)
                  "Example:\n  moelab papers --json");
             return 0;
         }
+        if (cmd_is_option(argv[i]) && strcmp(argv[i], "--json"))
+            return cmd_unknown_option("papers", argv[i], (const char *const[]){ "--help", "--json", NULL });
         if (strcmp(argv[i], "--json"))
-            return cmd_usage("papers", "%s: not understood", argv[i]);
+            return cmd_usage("papers", "unexpected argument \"%s\"", argv[i]);
         as_json = true;
     }
     struct err e = { 0 };
@@ -156,8 +158,10 @@ int cmd_reproduce(int argc, char **argv)
             as_json = true;
         else if (!strcmp(argv[i], "--all"))
             all = true;
-        else if (argv[i][0] == '-' || only)
-            return cmd_usage("reproduce", "%s: not understood", argv[i]);
+        else if (cmd_is_option(argv[i]))
+            return cmd_unknown_option("reproduce", argv[i], (const char *const[]){ "--all", "--help", "--json", NULL });
+        else if (only)
+            return cmd_usage("reproduce", "expected one name, found \"%s\" and \"%s\"", only, argv[i]);
         else
             only = argv[i];
     }

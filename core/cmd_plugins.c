@@ -155,8 +155,10 @@ int cmd_plugins(int argc, char **argv)
         }
         if (!strcmp(argv[i], "--json"))
             as_json = true;
-        else if (argv[i][0] == '-' || n_words == 2)
-            return cmd_usage("plugins", "%s: not understood", argv[i]);
+        else if (cmd_is_option(argv[i]))
+            return cmd_unknown_option("plugins", argv[i], (const char *const[]){ "--help", "--json", NULL });
+        else if (n_words == 2)
+            return cmd_usage("plugins", "unexpected argument \"%s\"", argv[i]);
         else
             word[n_words++] = argv[i];
     }

@@ -30,6 +30,8 @@ static int write_result(const json_t *o, const char *path)
 
 int cmd_rank(int argc, char **argv)
 {
+    if (argc > 1 && cmd_is_option(argv[1]))
+        return cmd_unknown_option("rank", argv[1], (const char *const[]){ NULL });
     if (argc != 3)
         return cmd_usage("rank", "expected SPEC RESULT; `moelab run` starts ranks, nobody else needs to");
     json_error_t at;

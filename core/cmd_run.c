@@ -26,6 +26,22 @@ static void help(void)
          "Example:\n  moelab run scenarios/quickstart.lua --out results/quickstart --set seed=2");
 }
 
+/* What getopt did not take: a flag with a value, several options that begin so, or none. */
+static int bad_option(const char *text, const struct option *o)
+{
+    enum { MAX_OPTIONS = 16 };
+    char flags[MAX_OPTIONS][40];
+    const char *known[MAX_OPTIONS + 1] = { NULL };
+    size_t given = strcspn(text, "=");
+    for (int n = 0; o->name && n < MAX_OPTIONS; o++, n++) {
+        snprintf(flags[n], sizeof flags[n], "--%s", o->name);
+        if (strlen(flags[n]) == given && !strncmp(text, flags[n], given))
+            return cmd_usage("run", "%s takes no value", flags[n]);
+        known[n] = flags[n];
+    }
+    return cmd_unknown_option("run", text, known);
+}
+
 int cmd_run(int argc, char **argv)
 {
     static const struct option long_options[] = {
@@ -40,7 +56,8 @@ int cmd_run(int argc, char **argv)
     struct script_options o = { .set = set, .jobs = processors > 0 ? (int)processors : 1, .timeout_s = 600,
                                 .progress = isatty(STDERR_FILENO) };
     char *end;
-    for (int c; (c = getopt_long(argc, argv, "", long_options, NULL)) != -1;) {
+    opterr = 0; /* getopt's own messages know no nearest option */
+    for (int c; (c = getopt_long(argc, argv, ":", long_options, NULL)) != -1;) {
         switch (c) {
         case 'o': o.out = optarg; break;
         case 's': set[o.n_set++] = optarg; break;
@@ -58,7 +75,10 @@ int cmd_run(int argc, char **argv)
         case 'u': o.unsafe = true; break;
         case 'q': o.quiet = true; break;
         case 'h': help(); return 0;
-        default: return cmd_usage("run", "see above");
+        case ':': return cmd_usage("run", "%s needs a value", argv[optind - 1]);
+        default: /* within "-xyz" getopt has not gone on yet */
+            return bad_option(argv[optind] && optopt && argv[optind][0] == '-' && argv[optind][1] == optopt
+                                  ? argv[optind] : argv[optind - 1], long_options);
         }
     }
     if (optind + 1 != argc)

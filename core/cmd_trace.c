@@ -90,13 +90,17 @@ static int set_option(struct option *o, const char *text, struct err *err)
 
 static int unknown_option(const char *text, const struct option *options, struct err *err)
 {
-    const char *names[24];
-    int n = 0;
-    for (; options[n].type != OPTION_END; n++)
-        names[n] = options[n].name;
-    const char *near = err_nearest(text + 2, names, n);
-    return err_set(err, ERR_INPUT, "unknown option %s%s%s; see --help", text, near ? "; did you mean --" : "",
-                   near ? near : "");
+    enum { MAX_OPTIONS = 24 };
+    char flags[MAX_OPTIONS][40];
+    const char *names[MAX_OPTIONS + 1] = { "--help" };
+    int n = 1;
+    for (; options->type != OPTION_END && n <= MAX_OPTIONS; options++, n++) {
+        snprintf(flags[n - 1], sizeof flags[0], "--%s", options->name);
+        names[n] = flags[n - 1];
+    }
+    const char *near = cmd_nearest_option(text, names, n);
+    return err_set(err, ERR_INPUT, "unknown option %s%s%s%s; see --help", text, near ? "; did you mean " : "",
+                   near ? near : "", near ? "?" : "");
 }
 
 /* Sets options and, unless dir is NULL, the one positional argument. Returns 1 when help was asked for and given. */
@@ -106,7 +110,7 @@ static int parse(int argc, char **argv, const struct verb *v, struct option *opt
         char *text = argv[i], *value = NULL;
         struct option *o = options;
         int rc;
-        if (strncmp(text, "--", 2) != 0) {
+        if (!cmd_is_option(text)) {
             if (!dir || *dir)
                 return err_set(err, ERR_INPUT, "unexpected argument \"%s\"; see --help", text);
             *dir = text;
@@ -116,6 +120,8 @@ static int parse(int argc, char **argv, const struct verb *v, struct option *opt
             print_help(v, options);
             return 1;
         }
+        if (text[1] != '-')
+            return unknown_option(text, options, err);
         size_t n = strcspn(text + 2, "=");
         for (; o->type != OPTION_END; o++)
             if (strlen(o->name) == n && !memcmp(o->name, text + 2, n))
@@ -500,11 +506,18 @@ int cmd_trace(int argc, char **argv)
         print_verbs(argc < 2 ? stderr : stdout);
         return argc < 2 ? 2 : 0;
     }
-    for (int i = 0; i < N_VERBS; i++)
+    if (cmd_is_option(argv[1]))
+        return cmd_unknown_option("trace", argv[1], (const char *const[]){ "--help", NULL });
+    const char *names[N_VERBS];
+    for (int i = 0; i < N_VERBS; i++) {
+        names[i] = verbs[i].name;
         if (!strcmp(argv[1], verbs[i].name))
             v = &verbs[i];
+    }
     if (!v) {
-        fprintf(stderr, "moelab trace: unknown verb \"%s\", expected info, check, import or synth\n", argv[1]);
+        const char *near = err_nearest(argv[1], names, N_VERBS);
+        fprintf(stderr, "moelab trace: unknown verb \"%s\"%s%s\n", argv[1],
+                near ? "; did you mean " : ", expected info, check, import or synth", near ? near : "");
         return 2;
     }
     int rc = v->run(argc - 1, argv + 1, v, &err);

@@ -43,6 +43,28 @@ int cmd_usage(const char *name, const char *fmt, ...)
     return 2;
 }
 
+bool cmd_is_option(const char *argument)
+{
+    return argument[0] == '-' && argument[1];
+}
+
+const char *cmd_nearest_option(const char *given, const char *const *known, int n)
+{
+    char plain[80];
+    snprintf(plain, sizeof plain, "%.*s", (int)strcspn(given, "="), given);
+    return err_nearest(plain, known, n);
+}
+
+int cmd_unknown_option(const char *name, const char *given, const char *const *known)
+{
+    int n = 0;
+    while (known[n])
+        n++;
+    const char *near = cmd_nearest_option(given, known, n);
+    return cmd_usage(name, "unknown option %s%s%s%s", given, near ? "; did you mean " : "", near ? near : "",
+                     near ? "?" : "");
+}
+
 static void help(FILE *to)
 {
     fprintf(to, "usage: moelab COMMAND [ARGUMENT...]\n\n"
@@ -78,6 +100,13 @@ int main(int argc, char **argv)
     if (!strcmp(argv[1], "--version")) {
         printf("moelab %s (%s)\n", PACKAGE_VERSION, MOELAB_REVISION);
         return flushed(0);
+    }
+    if (cmd_is_option(argv[1])) {
+        static const char *const known[] = { "--help", "--version" };
+        const char *near = cmd_nearest_option(argv[1], known, 2);
+        fprintf(stderr, "moelab: unknown option %s%s%s%s (see: moelab --help)\n", argv[1],
+                near ? "; did you mean " : "", near ? near : "", near ? "?" : "");
+        return 2;
     }
     const char *names[N_COMMANDS];
     for (int i = 0; i < N_COMMANDS; i++) {

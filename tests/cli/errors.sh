@@ -207,7 +207,30 @@ refused 'seed: expected a whole number' x.lua --set seed=1e999
 refused 'no executor named "flew"' x.lua --machine flew
 refused 'jobs 0: expected a number from 1 to 4096' x.lua --jobs 0
 refused 'run-timeout -1: expected seconds' x.lua --run-timeout -1
-refused 'unrecognized option .*--outt' x.lua --outt y
+for command in '' run plugins papers reproduce 'eval placement eplb' trace 'trace info' rank; do
+    # shellcheck disable=SC2086 # two words
+    run_expect 2 '^moelab.*: unknown option --qqqqqqqqqq($|[ ;]*\(?see)' "$moelab" $command --qqqqqqqqqq
+    # shellcheck disable=SC2086
+    run_expect 2 '^moelab.*: unknown option -q' "$moelab" $command -q
+done
+while read -r command given near; do
+    # shellcheck disable=SC2086
+    run_expect 2 "^moelab.*: unknown option $given; did you mean $near\?" "$moelab" ${command//,/ } "$given"
+done <<'END'
+--versio=2 --versio=2 --version
+run --outt=y --out
+run,x.lua --jbos --jobs
+plugins --jsno --json
+papers --jso --json
+reproduce --al --all
+eval,router,softmax-top-k --topk=2 --top-k
+trace --hepl --help
+trace,synth --layer=2 --layers
+trace,synth --hepl --help
+END
+run_expect 2 'run: --out needs a value' "$moelab" run x.lua --out
+run_expect 2 'run: --quiet takes no value' "$moelab" run x.lua --quiet=1
+run_expect 2 'unknown verb "chekc"; did you mean check' "$moelab" trace chekc
 run_expect 2 'expected one scenario, found 0' "$moelab" run
 run_expect 2 'expected one scenario, found 2' "$moelab" run x.lua x.lua
 run_expect 2 'unknown command "rnu"; did you mean "run"' "$moelab" rnu

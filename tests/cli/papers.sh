@@ -7,7 +7,7 @@ cd "$work" || exit 99
 run_expect 0 '"plugin": "eplb"' "$moelab" papers --json
 cp out papers.json
 run_expect 0 'DeepSeek EPLB' "$moelab" papers
-run_expect 2 'not understood' "$moelab" papers --what
+run_expect 2 'unexpected argument "what"' "$moelab" papers what
 
 # Every row names a policy that loads and takes the row's parameters, and a scenario that is there.
 while IFS=$'\t' read -r kind plugin scenario; do
