@@ -112,7 +112,7 @@ static void print_rows(const json_t *rows)
 /* Scenarios under scenarios/papers, by name; `only` NULL: all. */
 static int collect(const char *only, json_t *rows, struct err *e)
 {
-    char dir[900];
+    char dir[900], near[64];
     struct dirent **file = NULL;
     if (registry_data("scenarios/papers", dir, sizeof dir) < 0)
         return err_set(e, ERR_IO, "scenarios/papers: not found");
@@ -137,8 +137,11 @@ static int collect(const char *only, json_t *rows, struct err *e)
         free(file[i]);
     }
     free(file);
-    if (!e->code && n_run == 0)
-        return err_set(e, ERR_INPUT, "no scenario \"%s\" under scenarios/papers", only ? only : "");
+    if (!e->code && n_run == 0) {
+        registry_nearest_data("scenarios/papers", only ? only : "", near, sizeof near);
+        return err_set(e, ERR_INPUT, "no scenario \"%s\" under scenarios/papers%s%s%s", only ? only : "",
+                       *near ? "; did you mean \"" : "", near, *near ? "\"?" : "");
+    }
     return e->code;
 }
 

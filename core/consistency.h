@@ -29,6 +29,8 @@ int sch_curve(const struct routing *, int32_t layer, int32_t m, int32_t depth, d
  * or NULL. Returns {"metric", "value", "floor", ...}, or NULL with the error set. */
 json_t *consistency_eval(const char *metric, const struct trace *, json_t *options, struct err *);
 /* The metrics' names and one line on each, for listings; ends with a NULL name. */
+/* 0 if there is a metric of this name, else an error with the nearest one. */
+int consistency_check(const char *metric, struct err *);
 struct consistency_metric { const char *name, *summary; };
 const struct consistency_metric *consistency_metrics(void);
 

@@ -213,6 +213,21 @@ const struct consistency_metric *consistency_metrics(void)
     return metrics;
 }
 
+int consistency_check(const char *metric, struct err *err)
+{
+    const char *names[sizeof metrics / sizeof *metrics];
+    int n = 0;
+    for (; metrics[n].name; n++)
+        names[n] = metrics[n].name;
+    for (int i = 0; i < n; i++)
+        if (!strcmp(metric, names[i]))
+            return 0;
+    const char *near = err_nearest(metric, names, n);
+    return err_set(err, ERR_INPUT, "unknown metric \"%s\"%s%s%s", metric,
+                   near ? "; did you mean \"" : ", expected srp, sch, overlap, max-vio or affinity", near ? near : "",
+                   near ? "\"?" : "");
+}
+
 json_t *consistency_eval(const char *metric, const struct trace *t, json_t *options, struct err *err)
 {
     struct routing r = routing_of(t);
@@ -239,6 +254,6 @@ json_t *consistency_eval(const char *metric, const struct trace *t, json_t *opti
             json_object_set_new(out, "layer", json_integer(o.layer));
         return out;
     }
-    err_set(err, ERR_INPUT, "unknown metric \"%s\", expected srp, sch, overlap, max-vio or affinity", metric);
+    consistency_check(metric, err);
     return NULL;
 }

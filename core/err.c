@@ -93,5 +93,9 @@ const char *err_nearest(const char *name, const char *const *candidates, int n)
             best = candidates[i];
         }
     }
+    size_t length = strlen(name);
+    for (int i = 0; i < n && !best && length >= 3; i++) /* the beginning of a long name is far from all of it */
+        if (!strncmp(name, candidates[i], length))
+            best = candidates[i];
     return best;
 }

@@ -21,7 +21,8 @@ int err_exit_code(int code);
 /* Cuts off a parser's message, in place, what it quotes of its input: jansson and Lua both end theirs with "near" and
  * the words they found. A scenario may name any file, and must not read it in messages. Returns `text`. */
 char *err_unquote(char *text);
-/* The candidate nearest to `name` by edit distance, or NULL if none is near (for "did you mean"). */
+/* The candidate nearest to `name` by edit distance, else the first that begins with it; NULL if none is near (for "did
+ * you mean"). */
 const char *err_nearest(const char *name, const char *const *candidates, int n);
 
 #endif

@@ -127,6 +127,8 @@ int eval_metric(struct eval_job *j, json_t *out)
     static const char *const passed[] = { "layer", "segment", "capacity" };
     const char *dir = job_option_text(j, "trace");
     struct trace trace;
+    if (consistency_check(j->name, j->err) < 0)
+        return j->err->code;
     if (!dir)
         return err_set(j->err, ERR_INPUT, "%s: no trace given", j->who);
     if (trace_open(&trace, dir, j->err) < 0)

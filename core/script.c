@@ -553,6 +553,15 @@ static int run_machine(struct script *s, lua_State *L, const char *file, json_t 
     return 0;
 }
 
+static int no_machine(const char *name, struct err *e)
+{
+    char near[64];
+    registry_nearest_data("hw/machines", name, near, sizeof near);
+    if (*near)
+        return err_set(e, ERR_INPUT, "no machine named \"%s\"; did you mean \"%s\"?", name, near);
+    return err_set(e, ERR_INPUT, "no machine named \"%s\" (hw/machines/%s.lua)", name, name);
+}
+
 int script_machine(const char *name, json_t **description, char *file, size_t room, struct err *e)
 {
     struct script s = { .path = "" };
@@ -562,7 +571,7 @@ int script_machine(const char *name, json_t **description, char *file, size_t ro
     if (is_path)
         snprintf(file, room, "%s", name);
     else if (registry_data(sub, file, room) < 0)
-        return err_set(e, ERR_INPUT, "no machine named \"%s\" (hw/machines/%s.lua)", name, name);
+        return no_machine(name, e);
     lua_State *L = new_state(&s, false);
     if (!L)
         return err_set(e, ERR_MEMORY, "out of memory for Lua");

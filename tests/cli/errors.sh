@@ -79,7 +79,7 @@ refused_with 'x\.lua:4: placement eplb: unknown parameter "replica"; did you mea
 refused_with 'router eplb: "eplb" is a placement, expected a router' 'router = "eplb"'
 refused_with 'no placement named "zzzzzzzz" \(see: moelab plugins\)' 'placement = "zzzzzzzz"'
 refused_with '"\.\./lru" is not a policy.s name' 'offload = "../lru"'
-refused_with 'x\.lua:3: no machine named "dgx-h200"' 'machine = moe.machine "dgx-h200"'
+refused_with 'x\.lua:3: no machine named "dgx-h200"; did you mean "dgx-h100"' 'machine = moe.machine "dgx-h200"'
 refused_with 'x\.lua:3: no model named "gpt-oss-20c"; did you mean "gpt-oss-20b"\?' 'model = moe.model "gpt-oss-20c" {}'
 refused_with 'model: unknown key "d_modell"; did you mean "d_model"' 'model = { d_modell = 1 }'
 refused_with 'unknown precision "bf17"; did you mean "bf16"' 'model = moe.model "tiny-moe" { precision = "bf17" }'
@@ -220,6 +220,7 @@ done <<'END'
 --versio=2 --versio=2 --version
 run --outt=y --out
 run,x.lua --jbos --jobs
+run,x.lua --uns=2 --unsafe
 plugins --jsno --json
 papers --jso --json
 reproduce --al --all

@@ -160,15 +160,18 @@ run_expect 0 '"makespan_s":5.2[0-9]*e-7,"bound_s":2[0-9.]*e-8,"finish_s":\[0.0,5
 run_expect 2 'traffic: .*shape.*3' "$moelab" eval machine star-50GBps --traffic traffic.npy --n 3
 run_expect 2 'needs --n and --bytes-per-rank' "$moelab" eval machine star-50GBps --pattern alltoall --n 4
 run_expect 2 'no traffic: expected --traffic FILE.npy or --pattern' "$moelab" eval machine star-50GBps
-run_expect 2 'no machine named "star"' "$moelab" eval machine star "${uniform[@]}" --n 4
+run_expect 2 'no machine named "star"; did you mean "star-50GBps"\?' "$moelab" eval machine star "${uniform[@]}" --n 4
 run_expect 2 '12 devices are no whole number of nodes' "$moelab" eval machine dgx-h100 "${uniform[@]}" --n 12
 
 # ---- metric, and the command line itself -----------------------------------------------------------------------------
 
 run_expect 0 '"metric":"srp","value":0.[0-9]*,"floor":0.[0-9]*,' "$moelab" eval metric srp \
     --trace "$top_srcdir/scenarios/traces/tiny-moe" --segment 16
-run_expect 2 'unknown metric "spr"' "$moelab" eval metric spr --trace "$top_srcdir/scenarios/traces/tiny-moe"
+run_expect 2 'unknown metric "spr"; did you mean "srp"\?' "$moelab" eval metric spr --trace "$top_srcdir/scenarios/traces/tiny-moe"
 run_expect 2 'no router named "softmax-topk"; did you mean "softmax-top-k"' "$moelab" eval router softmax-topk
+run_expect 2 'no placement named "elpb"; did you mean "eplb"\?' "$moelab" eval placement elpb
+run_expect 2 'no placement named "round"; did you mean "round-robin"\?' "$moelab" eval placement round
+run_expect 2 'unknown metric "affin"; did you mean "affinity"\?' "$moelab" eval metric affin
 run_expect 2 'unknown kind "routr", did you mean router' "$moelab" eval routr x
 run_expect 2 'unknown option --topk; did you mean --top-k' "$moelab" eval router softmax-top-k --topk 2
 run_expect 2 'eval metric: unknown option "tier"' "$moelab" eval metric srp --tier flow

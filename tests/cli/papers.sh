@@ -24,7 +24,7 @@ for key in paper metric published ours error class tolerance; do
     ok "every row has \"$key\"" test "$(grep -c "\"$key\":" rows)" = "$n_rows"
 done
 run_expect 0 'layer 0: replicas' "$moelab" reproduce eplb
-run_expect 2 'no scenario "eplbb"' "$moelab" reproduce eplbb
+run_expect 2 'no scenario "eplbb" under scenarios/papers; did you mean "eplb"\?' "$moelab" reproduce eplbb
 run_expect 2 'found both' "$moelab" reproduce eplb --all
 
 # A figure that does not come out is said to fail; class X is never claimed; shapes do not decide the exit code.
