@@ -216,7 +216,8 @@ local function unfold(value, path, where, depth)
   if is(value, Label) then return unfold(value.value, path, where, depth + 1) end
   if type(value) ~= "table" then
     if type(value) == "number" and (value ~= value or value == math.huge or value == -math.huge) then
-      fail(at_key(where, path:match("[%w_]+$") or path), "%s: %s is not a finite number", path, tostring(value))
+      fail(at_key(where, path:match("[%w_]+$") or path), "%s: %s is not a finite number", path,
+           value ~= value and "nan" or tostring(value)) -- Lua prints 0/0 with a sign
     elseif type(value) == "function" or type(value) == "userdata" or type(value) == "thread" then
       fail(at_key(where, path:match("[%w_]+$") or path), "%s: expected a value, found a %s", path, type(value))
     end

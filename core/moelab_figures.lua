@@ -6,12 +6,15 @@ local fail, text_of, keys_of = check.fail, check.text_of, check.keys_of
 
 local metric_unit = native.metrics() -- name -> unit
 
+local function is_finite(v) return math.type(v) ~= nil and v == v and math.abs(v) ~= math.huge end
+
 --- A figure of one run: "step_s" (its mean over steps), "step_s.p99". nil if the run failed or has no such figure.
 local function value(run, name)
   if run.status ~= "ok" then return nil end
   local metric, part = name:match("^([%w_]+)%.?([%w_]*)$")
   local m = metric and run.metrics[metric]
-  return m and m[part ~= "" and part or "mean"]
+  local v = m and m[part ~= "" and part or "mean"]
+  return is_finite(v) and v or nil
 end
 
 local function check_metric(where, what, name)
@@ -75,7 +78,7 @@ local function short(figure)
 end
 
 local function number(v)
-  if v == nil then return "-" end
+  if not is_finite(v) then return "-" end -- nothing there, or 0/0
   local a = math.abs(v)
   if a >= 1000 then return string.format("%.0f", v) end
   if a >= 100 then return string.format("%.1f", v) end
@@ -85,5 +88,5 @@ end
 
 return {
   unit = metric_unit, value = value, check_metric = check_metric, aggregate = aggregate, group = group,
-  scale_of = scale_of, short = short, number = number,
+  scale_of = scale_of, short = short, number = number, is_finite = is_finite,
 }

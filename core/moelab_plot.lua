@@ -72,7 +72,7 @@ function Runs:plot(o)
   end
   local scale, unit = figures.scale_of(figures.unit[metric], largest)
   if o.percent then scale, unit = 0.01, "%" end
-  local function cell(v) return v and string.format("%.9g", v / scale) or "NaN" end
+  local function cell(v) return figures.is_finite(v) and string.format("%.9g", v / scale) or "NaN" end
 
   local dat = { "# " .. one_line(o.title or self.name), "# " .. one_line(o.x) .. "\t" }
   for _, s in ipairs(series) do dat[2] = dat[2] .. quote(s.name) .. "\tspread\t" end

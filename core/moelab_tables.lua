@@ -93,7 +93,7 @@ local function share_bound(groups, axes, cells, columns)
   for i, g in ipairs(groups) do
     local bound, step = least[table.concat(g.labels, "\0", 1, #axes - 1)], aggregate(g.runs, "step_s")
     cells[i][#columns - 1] = { mean = step and bound, spread = 0, n = 1 }
-    cells[i][#columns] = { mean = step and bound and step / bound, spread = 0, n = 1 }
+    cells[i][#columns] = { mean = step and bound and bound > 0 and step / bound or nil, spread = 0, n = 1 }
   end
 end
 
@@ -134,7 +134,7 @@ function Runs:table(o)
     columns[#columns + 1] = { figure = "over_bound", title = "over bound" }
   end
   local groups = group(self.list, axes)
-  local cells, failed = {}, 0
+  local cells, missing = {}, false
   for i, g in ipairs(groups) do
     cells[i] = {}
     for c, col in ipairs(columns) do
@@ -147,7 +147,6 @@ function Runs:table(o)
       end
       local mean, spread, n = aggregate(runs, col.figure)
       cells[i][c] = { mean = mean, spread = spread, n = n }
-      if not mean then failed = failed + 1 end
     end
   end
   if o.bound and not o.cols then share_bound(groups, axes, cells, columns) end
@@ -189,6 +188,7 @@ function Runs:table(o)
     for c, col in ipairs(columns) do
       local x = cells[i][c]
       local text = number(x.mean and x.mean / col.scale)
+      missing = missing or x.mean == nil
       if x.n > 1 then text = text .. " ±" .. number(x.spread / col.scale) end
       local w = winners[c .. "\0" .. prefix]
       row[#row + 1] = text .. (w and w.row == i and " *" or o.best and "  " or "")
@@ -198,7 +198,7 @@ function Runs:table(o)
   if o.ceiling and o.best and o.cols and #axes == 1 then rows[#rows + 1] = reached(groups, cells, columns, winners, o) end
   local text = (o.title and o.title .. "\n" or "") .. (caption and "  " .. caption .. "\n" or "") .. lay_out(rows, #axes)
   if o.best then text = text .. "  * best" .. (o.best == "min" and " (least)" or " (most)") .. "\n" end
-  if failed > 0 then text = text .. "  - no figure: the run failed or the figure does not apply\n" end
+  if missing then text = text .. "  - no figure: the run failed or the figure does not apply\n" end
   if not native.option("quiet") then print(text) end
   if o.file then native.write(o.file, text) end
   return text

@@ -22,7 +22,8 @@ static void check_json(lua_State *L, int index, int depth, const char *path)
     case LUA_TBOOLEAN: return;
     case LUA_TNUMBER:
         if (!isfinite(lua_tonumber(L, index)))
-            script_error(L, "%s: %f is not a finite number", at, lua_tonumber(L, index));
+            script_error(L, "%s: %s is not a finite number", at, /* of NaN printf may show a sign */
+                         isnan(lua_tonumber(L, index)) ? "nan" : lua_tonumber(L, index) > 0 ? "inf" : "-inf");
         return;
     case LUA_TSTRING: {
         const char *text = lua_tolstring(L, index, &length);

@@ -95,7 +95,7 @@ static void show_progress(const struct state *s, bool last)
     fprintf(stderr, "\r\033[K%zu of %zu runs", s->n_done, s->n_total);
     if (s->n_failed)
         fprintf(stderr, ", %zu failed", s->n_failed);
-    if (s->n_done && !last)
+    if (rate > 0 && !last)
         fprintf(stderr, ", %.1f/s, %.0f s left", rate, (double)(s->n_total - s->n_done) / rate);
     if (last)
         fprintf(stderr, " in %.1f s\n", took);

@@ -91,9 +91,9 @@ refused_text 'x\.lua:3: no trace at "nowhere"|x\.lua:3: workload.trace: no trace
 
 # ---- values ----
 
-refused_with 'x\.lua:3: cache: nan is not a finite number|x\.lua:3: cache: -nan' 'cache = 0/0'
+refused_with 'x\.lua:3: cache: nan is not a finite number' 'cache = 0/0'
 refused_with 'x\.lua:3: cache: inf is not a finite number' 'cache = 1/0'
-refused_with 'x\.lua:4: placement\.replicas: -?nan is not a finite number' \
+refused_with 'x\.lua:4: placement\.replicas: nan is not a finite number' \
     $'placement = moe.plugin("eplb", {\nreplicas = 0/0 })'
 refused_with 'placement eplb: .*replicas.*' 'placement = moe.plugin("eplb", { replicas = 1e12 })'
 refused_with 'placement eplb: .*replicas.*expected a whole number' \
@@ -122,7 +122,7 @@ refused_with 'top_k.*9.*8|9 .*8 experts' \
 refused_with 'the model has 2 layers, 8 experts, top_k 2; the trace .* has 8 layers, 32 experts, top_k 4' \
     'workload = moe.decode { trace = "traces/tiny-moe" }'
 refused_text 'nested more than 32 deep' $'local t = {}\nt.t = t\ntiny.experiment { model = t }'
-refused_text 'x\.lua:2: claims\[1\]: nan is not|ours: -?nan is not a finite number' 'moe.claim { ours = 0/0 }'
+refused_text 'x\.lua:2: ours: nan is not a finite number' 'moe.claim { ours = 0/0 }'
 refused_text 'x\.lua:3: .*nested more than 32 deep' $'local t = {}\nt.t = t; moe.claim(t)'
 refused_text 'x\.lua:2: .*a string is not UTF-8' 'moe.claim { paper = "\xff" }'
 refused_text 'x\.lua:2: .*found a function' 'moe.claim { paper = print }'

@@ -74,6 +74,25 @@ else
     skip "pictures" "no gnuplot"
 fi
 
+# ---- figures that are missing, or 0/0 ----
+
+cat >y.lua <<'EOF'
+local moe, tiny = require "moelab", require "tiny"
+local runs = tiny.experiment { placement = moe.each { "contiguous", "round-robin", "eplb" } }:run()
+runs.list[1].metrics.step_s.mean = 0/0
+runs.list[2].metrics.step_s.mean, runs.list[2].metrics.bound_s.mean = 0.0, 0.0
+runs:table { rows = "placement", value = { "step_s", "hit_rate" }, best = "min", bound = true, file = "t.txt" }
+runs:table { rows = "placement", cols = "placement", value = "step_s", best = "max", ceiling = "contiguous" }
+runs:difference { over = "placement", value = "step_s" }
+runs:plot { x = "placement", y = "step_s", file = "p.png" }
+assert(not moe.value(runs.list[1], "step_s"))
+EOF
+run_expect 0 'no figure' "$moelab" run y.lua --out missing
+ok "a dash for each" grep -Eq '^  contiguous +-  +-  +-  +-$' missing/t.txt
+ok "0 is a figure, 0/0 is none" grep -Eq '^  round-robin +0\.000 \* +-  +0\.000 +-$' missing/t.txt
+ok "no nan" bash -c "! grep -i -- '-\?nan' missing/t.txt out"
+ok "none but gnuplot's in data" grep -q '^"contiguous"	NaN	0$' missing/p.dat
+
 # ---- --set ----
 
 printf 'require "tiny".experiment { router = "softmax-top-k" }:run()\n' >x.lua
