@@ -12,6 +12,11 @@ local function quote(s)
   return "\"" .. s .. "\""
 end
 
+-- How a label of an axis reads: a cache is a share of all experts, whatever is drawn over it.
+local function tick(axis, label)
+  return axis == "cache" and tonumber(label) and string.format("%g %%", 100 * tonumber(label)) or label
+end
+
 local palette = { "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#666666" }
 
 local function plot_series(self, o, where)
@@ -26,7 +31,8 @@ local function plot_series(self, o, where)
       points[i] = { mean = mean, spread = spread }
     end
     local top = o.group and name == o.ceiling
-    series[#series + 1] = { name = top and name .. " (ceiling)" or name, points = points, bound = top }
+    local shown = o.group and tick(o.group, name) or name
+    series[#series + 1] = { name = top and shown .. " (ceiling)" or shown, points = points, bound = top }
   end
   if o.bound then
     local points = {}
@@ -77,7 +83,7 @@ function Runs:plot(o)
   local dat = { "# " .. one_line(o.title or self.name), "# " .. one_line(o.x) .. "\t" }
   for _, s in ipairs(series) do dat[2] = dat[2] .. quote(s.name) .. "\tspread\t" end
   for i, x in ipairs(x_labels) do
-    local row = { lines and x or quote((one_line(x):gsub("\"", "'"))) } -- in data, gnuplot knows no escaped quotes
+    local row = { lines and x or quote((one_line(tick(o.x, x)):gsub("\"", "'"))) } -- data have no escaped quotes
     for _, s in ipairs(series) do
       row[#row + 1] = cell(s.points[i].mean)
       row[#row + 1] = cell(s.points[i].spread)
@@ -102,9 +108,10 @@ function Runs:plot(o)
     if o.logx then gp[#gp + 1] = "set logscale x" end
     local ticks = {}
     for i, x in ipairs(x_labels) do
-      if not tonumber(x) then fail(at_key(where, "x"), "runs:plot: kind \"lines\" needs numbers on %s, found \"%s\"", o.x, x) end
-      ticks[i] = string.format("\"%s\" %s", o.percent and figures.unit[metric] == "" and o.x == "cache" and
-                               string.format("%g %%%%", 100 * tonumber(x)) or x, x)
+      if not tonumber(x) then
+        fail(at_key(where, "x"), "runs:plot: kind \"lines\" needs numbers on %s, found \"%s\"", o.x, x)
+      end
+      ticks[i] = string.format("\"%s\" %s", (tick(o.x, x):gsub("%%", "%%%%")), x) -- gnuplot takes it for a format
     end
     gp[#gp + 1] = "set xtics (" .. table.concat(ticks, ", ") .. ")"
     gp[#gp + 1] = "set offsets graph 0.02, graph 0.02, 0, 0"

@@ -30,6 +30,7 @@ function Runs:check_axes(where, what, names)
     if not self.axis[name] then
       local near = native.nearest(name, self.axis_names)
       fail(text_of(where), "%s: no axis \"%s\"%s", what, name, near and "; did you mean \"" .. near .. "\"?" or
+           #self.axis_names == 0 and "; the experiment has none (moe.each makes one)" or
            "; axes: " .. table.concat(self.axis_names, ", "))
     end
   end
@@ -110,7 +111,8 @@ local function reached(groups, cells, columns, winners, o)
 end
 
 --- Prints a table (and writes it to a file when `file` is given).
----   rows   axis, or list of axes, for the lines           cols   axis for the columns, or none
+---   rows   axis, or list of axes, for the lines; without: every axis but cols, {}: one line for all runs
+---   cols   axis for the columns, or none
 ---   value  figure, or list of figures when there are no cols
 ---   best   "min" or "max": marks the best of each column's first axis group with *
 ---   bound  true: adds the bound, the least bound_s of the rows that are compared, and how far step_s is from it
@@ -121,11 +123,15 @@ function Runs:table(o)
   local where = here()
   o = options_of(where, "runs:table", o, {
     rows = "string|table", cols = "string", value = "string|table", best = "string", bound = "boolean",
-    ceiling = "string", title = "string", file = "string", percent = "boolean" }, { "rows", "value" })
+    ceiling = "string", title = "string", file = "string", percent = "boolean" }, { "value" })
   if o.best ~= nil and o.best ~= "min" and o.best ~= "max" then
     fail(at_key(where, "best"), "runs:table.best: expected \"min\" or \"max\", found \"%s\"", tostring(o.best))
   end
-  local axes = as_list(o.rows)
+  local axes = o.rows and as_list(o.rows) or {}
+  for _, name in ipairs(o.rows and {} or self.axis_names) do
+    if name ~= o.cols then axes[#axes + 1] = name end
+  end
+  if #axes == 0 then o.best = nil end -- one line is the best of nothing
   self:check_axes(where, "runs:table", axes)
   if o.cols then self:check_axes(where, "runs:table", { o.cols }) end
   local columns = table_columns(self, o, where)
@@ -217,7 +223,16 @@ function Runs:difference(o)
   for _, a in ipairs(self.axis_names) do
     if a ~= o.over then others[#others + 1] = a end
   end
-  local worst, n, at = 0, 0, ""
+  local function named(labels) -- "nodes 2, placement round-robin"; "machine.nodes" where another axis ends so too
+    local parts = {}
+    for i, a in ipairs(others) do
+      local last, n = a:match("[^.]+$"), 0
+      for _, b in ipairs(others) do n = n + (b:match("[^.]+$") == last and 1 or 0) end
+      parts[i] = (n > 1 and a or last) .. " " .. labels[i]
+    end
+    return #parts > 0 and " (worst: " .. table.concat(parts, ", ") .. ")" or ""
+  end
+  local worst, n, at = 0, 0, nil
   local first = self.axis[o.over].labels[1]
   for _, g in ipairs(group(self.list, others)) do
     local base
@@ -229,14 +244,14 @@ function Runs:difference(o)
       if base and v and r.axes[o.over] ~= first then
         n = n + 1
         local d = base == 0 and math.abs(v) or math.abs(v - base) / math.abs(base)
-        if d > worst or at == "" then worst, at = math.max(d, worst), table.concat(g.labels, ", ") end
+        if d > worst or not at then worst, at = math.max(d, worst), g.labels end
       end
     end
   end
   local labels = table.concat(self.axis[o.over].labels, " and ")
   if n == 0 then return 0, "" end -- one label alone: nothing to compare
-  local text = string.format("%s%s: %s differs by at most %.2g %% over %d pairs of runs (worst: %s)\n",
-                             o.title and o.title .. ": " or "", labels, o.value, 100 * worst, n, at)
+  local text = string.format("%s%s: %s differs by at most %.2g %% over %d pairs of runs%s\n",
+                             o.title and o.title .. ": " or "", labels, o.value, 100 * worst, n, named(at))
   if not native.option("quiet") then print(text) end
   return worst, text
 end

@@ -74,6 +74,38 @@ else
     skip "pictures" "no gnuplot"
 fi
 
+# ---- few axes, and what they are called ----
+
+cat >y.lua <<'EOF'
+local moe, tiny = require "moelab", require "tiny"
+local one = tiny.experiment { placement = "eplb" }:run()
+one:table { value = { "step_s", "imbalance" }, best = "min", bound = true, file = "one.txt" }
+one:table { rows = {}, value = "step_s", file = "none.txt" }
+local some = tiny.experiment { machine = moe.machine "dgx-h100" { nodes = moe.each { 1, 2 } }, placement = "round-robin",
+                               workload = moe.decode { trace = tiny.trace, batch_per_device = 1, steps = 2 },
+                               offload = moe.each { "lru", "lfu" }, cache = moe.each { 0.25, 0.5 } }:run()
+some:table { value = "step_s", file = "all.txt" }
+some:table { cols = "cache", value = "step_s", file = "cols.txt" }
+some:table { rows = {}, cols = "cache", value = "step_s" }
+some:difference { over = "cache", value = "step_s" }
+some:plot { x = "cache", y = "hit_rate", kind = "lines", percent = true, file = "a.png" }
+some:plot { x = "cache", y = "step_s", kind = "lines", file = "b.png" }
+some:plot { x = "cache", y = "step_s", group = "offload", file = "c.png" }
+some:plot { x = "offload", y = "step_s", group = "cache", file = "d.png" }
+EOF
+run_expect 0 '^0.25 and 0.5: step_s differs by .* \(worst: nodes [12], offload l[rf]u\)$' "$moelab" run y.lua --out few
+ok "no axes: one line" grep -Eq '^ +[0-9.]+ +[0-9.]+ +[0-9.]+ +[0-9.]+$' few/one.txt
+ok "... without a best too" test "$(wc -l <few/none.txt)" = 3
+ok "rows: all axes" grep -q '^  machine.nodes  offload  cache' few/all.txt
+ok "... but the columns'" grep -Eq '^  machine.nodes  offload +0.25 +0.5$' few/cols.txt
+for name in a b; do
+    ok "$name.gp: a cache in percent" grep -qF 'set xtics ("25 %%" 0.25, "50 %%" 0.5)' few/$name.gp
+done
+ok "bars too" grep -q '^"25 %"' few/c.dat
+ok "and legends" grep -q 'title "25 %"' few/d.gp
+printf 'require "tiny".experiment { placement = "eplb" }:run():table { rows = "placement", value = "step_s" }\n' >y.lua
+run_expect 2 'no axis "placement"; the experiment has none' "$moelab" run y.lua --out none
+
 # ---- figures that are missing, or 0/0 ----
 
 cat >y.lua <<'EOF'
