@@ -24,7 +24,7 @@
     M(intra_node_bytes, "B", "bytes exchanged between devices of one node")                                           \
     M(inter_node_bytes, "B", "bytes exchanged between nodes")                                                         \
     M(accesses, "", "expert accesses: one per device, layer and expert with rows")                                    \
-    M(hit_rate, "", "share of expert accesses that found the weights resident")                                       \
+    M(hit_rate, "", "share of expert accesses that found the weights resident; an expert's first is a miss and counts")\
     M(loaded_bytes, "B", "expert weights loaded")
 
 enum metric {

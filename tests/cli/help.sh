@@ -30,6 +30,7 @@ while read -r command; do
     ok "options of moelab $command" diff offered described
 done <commands
 
+run_expect 0 'hit_rate .*first is a miss and counts' "$moelab" plugins
 "$moelab" plugins --json | tr -d '\n' | grep -Eo '"kind": *"[a-z]*", *"name": *"[^"]*"' | tr -d '" ' >policies
 for kind in router balancer placement dispatch offload; do
     sed -n "s/^kind:$kind,name://p" policies | sort >listed
