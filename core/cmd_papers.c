@@ -93,19 +93,47 @@ static void judge(json_t *row)
     json_object_set_new(row, "verdict", json_string(verdict));
 }
 
+enum { METRIC_WIDTH = 53 }; /* leaves room for the rest in 120 columns */
+
+/* All of a metric's text, on as many lines as it takes, without the end of the last one. */
+static void print_metric(const char *text)
+{
+    while (strlen(text) > METRIC_WIDTH) {
+        int n = METRIC_WIDTH;
+        while (n > 0 && text[n] != ' ')
+            n--;
+        n = n > 0 ? n : METRIC_WIDTH; /* one long word */
+        printf("  %.*s\n", n, text);
+        text += n + (text[n] == ' ');
+    }
+    printf("  %-*s", METRIC_WIDTH, text);
+}
+
+/* "-" for what is no number. */
+static const char *number_text(const json_t *o, const char *key, const char *format, double scale, char text[32])
+{
+    const json_t *v = json_object_get(o, key);
+    char plain[24];
+    snprintf(plain, sizeof plain, format, scale * json_number_value(v));
+    snprintf(text, 32, "%s%s", json_is_number(v) ? plain : "-", json_is_number(v) && scale == 100 ? " %" : "");
+    return text;
+}
+
+/* Each paper's name stands above its rows. */
 static void print_rows(const json_t *rows)
 {
-    printf("%-44s %-42s %12s %12s %9s %s %9s  %s\n", "paper", "metric", "published", "ours", "error", "c", "tolerance",
-           "verdict");
+    const char *paper = NULL;
+    printf("  %-*s %11s %11s %11s  %-5s %9s  %s\n", METRIC_WIDTH, "metric", "published", "ours", "error", "class",
+           "tolerance", "verdict");
     for (size_t i = 0; i < json_array_size(rows); i++) {
         const json_t *r = json_array_get(rows, i);
-        char error[32] = "-";
-        if (json_is_number(json_object_get(r, "error")))
-            snprintf(error, sizeof error, "%+.2g %%", 100 * json_number_value(json_object_get(r, "error")));
-        printf("%-44.44s %-42.42s %12.6g %12.6g %9s %s %7.3g %%  %s\n", text_of(r, "paper"), text_of(r, "metric"),
-               json_number_value(json_object_get(r, "published")), json_number_value(json_object_get(r, "ours")),
-               error, text_of(r, "class"), 100 * json_number_value(json_object_get(r, "tolerance")),
-               text_of(r, "verdict"));
+        char text[4][32];
+        if (!paper || strcmp(paper, text_of(r, "paper")))
+            printf("%s\n", paper = text_of(r, "paper"));
+        print_metric(text_of(r, "metric"));
+        printf(" %11s %11s %11s  %-5s %9s  %s\n", number_text(r, "published", "%.6g", 1, text[0]),
+               number_text(r, "ours", "%.6g", 1, text[1]), number_text(r, "error", "%+.2g", 100, text[2]),
+               text_of(r, "class"), number_text(r, "tolerance", "%.3g", 100, text[3]), text_of(r, "verdict"));
     }
 }
 
