@@ -27,7 +27,7 @@ static int place(struct run *r, struct placement *out, const struct moe_stats *s
             return err_set(r->err, ERR_RUN, "%s: places %g of layer %d's expert %d on device %d; dispatch %s carries "
                            "whole experts only", who, (double)out->replica[i].fraction, out->replica[i].layer,
                            out->replica[i].expert, out->replica[i].device, r->dispatch.plugin->name);
-    return memory_check(r, &out->view);
+    return device_memory_check(r, &out->view);
 }
 
 int placement_start(struct run *r)

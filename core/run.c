@@ -183,13 +183,13 @@ static int open_policies(struct run *r, const json_t *spec)
 {
     const json_t *policies = json_object_get(spec, "policies");
     const json_t *cache = json_object_get(spec, "cache");
-    if (policy_context_init(&r->context, &r->model, r->topology, r->precision, memory_fixed(r), r->seed, r->err) < 0)
+    if (policy_context_init(&r->context, &r->model, r->topology, r->precision, device_memory_fixed(r), r->seed, r->err) < 0)
         return r->err->code;
     r->context.machine = &r->machine;
     if (cache && !(json_is_number(cache) && json_number_value(cache) > 0 && json_number_value(cache) <= 1))
         return err_set(r->err, ERR_INPUT, "%s: cache: expected a share of all experts within (0, 1]", r->where);
     r->cache_share = json_number_value(cache);
-    r->context.cache_objects = cache ? llround(r->cache_share * r->context.n_objects) : memory_cache_objects(r);
+    r->context.cache_objects = cache ? llround(r->cache_share * r->context.n_objects) : device_memory_objects(r);
     struct policy *one[MOE_N_KINDS] = { [MOE_ROUTER] = &r->router, [MOE_PLACEMENT] = &r->placement,
                                         [MOE_DISPATCH] = &r->dispatch, [MOE_OFFLOAD] = &r->offload };
     for (int k = 0; k < MOE_N_KINDS; k++) {

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0
- * test_memory.c - what does not fit is refused, to the byte. Sizes by hand:
+ * test_device_memory.c - what does not fit is refused, to the byte. Sizes by hand:
  *   an expert is 3 x 1000 x 1000 bytes; attention with 8 heads of 100 takes 2 x 800,000 + 2 x 800,000 bytes a layer, the
  *   gate 4 x 1000: two layers hold 6.408e6 bytes beside 8 experts of 24e6; nine tenths of the memory are for weights. */
 #include "core_test.h"

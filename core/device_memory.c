@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0
- * memory.c - what a device's memory has to hold: attention, gates and shared experts of every layer, the experts that
+ * device_memory.c - what a device's memory has to hold: attention, gates and shared experts of every layer, the experts that
  * placement puts there (or, with offload, its cache), and a tenth kept for activations and KV cache. */
 #include "config.h"
 
@@ -8,7 +8,7 @@
 #include <stdlib.h>
 
 /* Attention is replicated on every device (data parallel), as the pipeline lays it out. */
-double memory_fixed(const struct run *r)
+double device_memory_fixed(const struct run *r)
 {
     const struct moe_model *m = &r->model;
     double q = (double)r->attention.n_heads * r->attention.d_head;
@@ -17,7 +17,7 @@ double memory_fixed(const struct run *r)
                           m->weight_bytes + m->n_shared * run_expert_bytes(r));
 }
 
-int64_t memory_cache_objects(const struct run *r)
+int64_t device_memory_objects(const struct run *r)
 {
     double room = r->context.view.expert_room[0];
     for (int32_t d = 1; d < r->topology->n_devices; d++)
@@ -54,11 +54,11 @@ static int does_not_fit(struct run *r, int32_t device, const char *what, double 
     const double memory = r->context.view.memory[device];
     return err_set(r->err, ERR_INPUT, "%s: machine %s, device %d: %s take %.4g GB and what every device holds %.4g GB; of "
                    "its %.4g GB nine tenths are for weights: choose more or larger devices, %s", r->where,
-                   r->topology->name, device, what, experts / 1e9, memory_fixed(r) / 1e9, memory / 1e9,
+                   r->topology->name, device, what, experts / 1e9, device_memory_fixed(r) / 1e9, memory / 1e9,
                    r->offloading ? "or a smaller cache" : "fewer replicas, or an offload policy");
 }
 
-int memory_check(struct run *r, const struct moe_placement *p)
+int device_memory_check(struct run *r, const struct moe_placement *p)
 {
     const int32_t n_devices = r->topology->n_devices;
     if (r->graph.keep_items) /* a real machine: what its processes hold is its own to check */
