@@ -8,6 +8,7 @@
 
 #include "host.h"
 #include "host_model.h"
+#include "host_need.h"
 #include "host_rank.h"
 
 #include <cblas.h>
@@ -15,9 +16,6 @@
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
-
-/* Bytes that mean nothing travel in pieces, so that no buffer grows with them. */
-enum { PIECE = 1 << 22 };
 
 /* ---- what ranks agree on ---- */
 
@@ -165,7 +163,7 @@ static int exchange_rows(struct host *h, const struct moe_graph *g, const struct
 
 static int slice(double left)
 {
-    return left > PIECE ? PIECE : left > 0 ? (int)left : 0;
+    return left > HOST_PIECE ? HOST_PIECE : left > 0 ? (int)left : 0;
 }
 
 /* As many bytes as the parts of each pair say, in rounds of at most one piece. What arrives is not looked at. */
@@ -175,7 +173,7 @@ static int exchange_bytes(struct host *h, const struct moe_graph *g, const struc
     int *n_out = h->count, *out_at = n_out + n, *n_in = out_at + n, *in_at = n_in + n;
     double *bytes = calloc(n * n, sizeof *bytes), most = 0; /* [source][destination] */
     if (!h->piece)
-        h->piece = calloc(n + 1, PIECE); /* sent, and one from each */
+        h->piece = calloc(n + 1, HOST_PIECE); /* sent, and one from each */
     if (!bytes || !h->piece) {
         free(bytes);
         return err_set(e, ERR_MEMORY, "rank %d: out of memory for an exchange", h->rank);
@@ -186,14 +184,14 @@ static int exchange_bytes(struct host *h, const struct moe_graph *g, const struc
         *pair += p->src == p->dst ? 0 : p->bytes;
         most = fmax(most, *pair);
     }
-    for (double sent = 0; sent < most; sent += PIECE) {
+    for (double sent = 0; sent < most; sent += HOST_PIECE) {
         for (size_t r = 0; r < n; r++) {
             n_out[r] = slice(bytes[me * n + r] - sent);
             n_in[r] = slice(bytes[r * n + me] - sent);
             out_at[r] = 0;
-            in_at[r] = (int)r * PIECE;
+            in_at[r] = (int)r * HOST_PIECE;
         }
-        MPI_Alltoallv(h->piece, n_out, out_at, MPI_BYTE, h->piece + PIECE, n_in, in_at, MPI_BYTE, MPI_COMM_WORLD);
+        MPI_Alltoallv(h->piece, n_out, out_at, MPI_BYTE, h->piece + HOST_PIECE, n_in, in_at, MPI_BYTE, MPI_COMM_WORLD);
     }
     free(bytes);
     return 0;

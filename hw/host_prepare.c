@@ -4,6 +4,7 @@
 
 #include "host_rank.h"
 #include "host_model.h"
+#include "host_need.h"
 
 #include <limits.h>
 #include <stdlib.h>
@@ -114,39 +115,27 @@ static void reserve(struct pool *p, size_t need, struct err *e)
 /* Makes sure that everything this rank will touch is there: weights, rows, buffers. */
 static int reserve_step(struct host *h, const struct moe_graph *g, struct err *e)
 {
-    size_t d = (size_t)h->model->d_model, n_rows = (size_t)h->n_own * ((size_t)h->model->n_layers + 1);
-    size_t most_sent = 0, most_rows = 0, most_hidden = 0;
+    const size_t d = (size_t)h->model->d_model;
+    struct host_step all[h->n_ranks], *need = &all[h->rank];
+    host_count(h->model, g, h->n_ranks, all);
     for (int32_t id = 0; id < g->n_tasks; id++) {
         const struct task *t = &g->task[id];
-        size_t sent = 0;
-        for (int32_t i = 0; t->kind == TASK_EXCHANGE && i < t->n; i++) {
-            const struct moe_part *p = &g->part[t->first + i];
-            if (p->src == p->dst || t->payload == MOE_PAY_BYTES)
-                continue;
-            sent += p->src == h->rank ? (size_t)p->n_items : 0;
-            n_rows += p->dst == h->rank ? (size_t)p->n_items : 0;
-        }
-        most_sent = sent > most_sent ? sent : most_sent;
         for (int32_t i = 0; t->kind == TASK_EXPERTS && t->device == h->rank && i < t->n; i++) {
             int32_t expert = g->expert[t->first + i];
-            size_t rows = (size_t)g->rows[t->first + i];
-            size_t hidden = rows * (size_t)host_width(h->model, t->layer, expert);
             float **w = &h->weights[(size_t)t->layer * (size_t)h->model->n_experts + (size_t)expert];
-            n_rows += rows;
-            most_rows = rows > most_rows ? rows : most_rows;
-            most_hidden = hidden > most_hidden ? hidden : most_hidden;
             if (!*w && !(*w = host_weights(h->model, t->layer, expert)))
                 return err_set(e, ERR_MEMORY, "rank %d: out of memory for the weights of layer %d, expert %d",
                                h->rank, t->layer, expert);
         }
     }
-    if (n_rows > INT_MAX) /* MPI counts rows in int */
-        return err_set(e, ERR_INPUT, "rank %d: %zu rows in one step, expected at most %d", h->rank, n_rows, INT_MAX);
-    reserve(&h->rows, n_rows * d, e);
-    reserve(&h->send, most_sent * d, e);
-    reserve(&h->gathered, most_rows * d, e);
-    reserve(&h->gate, most_hidden, e);
-    reserve(&h->up, most_hidden, e);
+    if (need->rows > INT_MAX) /* MPI counts rows in int */
+        return err_set(e, ERR_INPUT, "rank %d: %zu rows in one step, expected at most %d", h->rank, need->rows,
+                       INT_MAX);
+    reserve(&h->rows, need->rows * d, e);
+    reserve(&h->send, need->sent * d, e);
+    reserve(&h->gathered, need->gathered * d, e);
+    reserve(&h->gate, need->hidden, e);
+    reserve(&h->up, need->hidden, e);
     return e->code;
 }
 
