@@ -6,8 +6,6 @@
 #include "config.h"
 
 #include "rank.h"
-#include "machine.h"
-#include "registry.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -18,46 +16,9 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-enum { MAX_RANKS = 256 }; /* processes on this machine */
-
 extern char **environ;
 
 struct launch { char dir[200], spec[220], result[220], log[220]; };
-
-bool rank_wanted(const json_t *spec)
-{
-    const char *executor = json_string_value(json_object_get(json_object_get(spec, "machine"), "executor"));
-    return executor && !strcmp(executor, "host");
-}
-
-static int count_ranks(const json_t *spec, struct err *e)
-{
-    const json_t *machine = json_object_get(spec, "machine");
-    const char *file = json_string_value(json_object_get(machine, "file"));
-    struct topology *t = NULL;
-    if (topology_build(&t, json_object_get(machine, "description"), file ? file : "machine", e) < 0)
-        return e->code;
-    int n = t->n_devices;
-    topology_free(t);
-    if (n > MAX_RANKS)
-        return err_set(e, ERR_INPUT, "machine host: %d devices, expected at most %d: each is a process here", n,
-                       MAX_RANKS);
-    return n;
-}
-
-/* A policy written in a scenario lives in the process that runs the scenario. */
-static int check_policies(const json_t *spec, struct err *e)
-{
-    for (int kind = 0; kind < MOE_N_KINDS; kind++) {
-        const json_t *list = json_object_get(json_object_get(spec, "policies"), kind_name[kind]);
-        for (size_t i = 0; i < json_array_size(list); i++)
-            if (json_object_get(json_array_get(list, i), "lua"))
-                return err_set(e, ERR_INPUT, "machine host: %s %s is written in Lua, which ranks do not load: write it "
-                               "in C, or use machine flow", kind_name[kind],
-                               json_string_value(json_object_get(json_array_get(list, i), "name")));
-    }
-    return 0;
-}
 
 static int open_launch(struct launch *l, json_t *spec, struct err *e)
 {
@@ -188,11 +149,8 @@ json_t *rank_launch(json_t *spec, struct err *e)
     json_t *result = NULL;
     pid_t pid;
     int status;
-    if (getenv("OMPI_COMM_WORLD_RANK") || getenv("PMIX_RANK") || getenv("PMI_RANK"))
-        err_set(e, ERR_INPUT, "machine host: this is an MPI rank already; start moelab without mpirun");
-    int n_ranks = e->code ? 0 : count_ranks(spec, e);
-    if (n_ranks <= 0 || check_policies(spec, e) < 0 || open_launch(&l, spec, e) < 0 ||
-        spawn(&l, n_ranks, &pid, e) < 0) {
+    int n_ranks = rank_number(spec, e);
+    if (n_ranks < 0 || open_launch(&l, spec, e) < 0 || spawn(&l, n_ranks, &pid, e) < 0) {
         err_prefix(e, "%s", where);
         goto out;
     }

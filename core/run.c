@@ -97,7 +97,11 @@ static int open_machine(struct run *r, const json_t *m, bool verify)
         return err_prefix(r->err, "%s", r->where);
     executor = executor ? executor : "flow";
     if (!strcmp(executor, "host")) {
-        if (machine_open_host(&r->machine, r->topology, &r->model, verify, r->err) < 0)
+        /* rank_check.c counts what ranks will hold: decisions alone, in a process that is no rank. */
+        r->recording = json_is_true(json_object_get(m, "counting"));
+        if (r->recording)
+            r->machine = (struct machine){ .topology = r->topology, .model = &r->model, .precision = PREC_FP32 };
+        else if (machine_open_host(&r->machine, r->topology, &r->model, verify, r->err) < 0)
             return err_prefix(r->err, "%s: machine host", r->where);
         r->graph.keep_items = true;
     } else if (!strcmp(executor, "flow") || !strcmp(executor, "simgrid")) {
@@ -323,6 +327,8 @@ json_t *run_result(const struct run *r)
                           "tokens", r->workload.n_tokens);
     if (r->machine.verify)
         json_object_set_new(o, "verified", json_real(r->machine.max_error));
+    if (r->machine.peak_memory > 0)
+        json_object_set_new(o, "peak_memory", json_integer((json_int_t)r->machine.peak_memory));
     if (r->offloading)
         json_object_set_new(o, "cache_experts", json_integer(r->context.cache_objects));
     return o;

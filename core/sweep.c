@@ -38,6 +38,7 @@ struct state {
     size_t n_started, n_done, n_failed, n_total;
     double began;
     bool bad_input;
+    bool checking;      /* whether runs on machine host can go on; nothing runs yet */
     const struct sweep_options *options;
     struct err *err;
 };
@@ -51,13 +52,17 @@ static double now_s(void)
 
 /* ---- the child ---- */
 
-static json_t *answer(json_t *spec)
+/* found: what the check left, or null. */
+static json_t *answer(json_t *spec, bool checking, const json_t *found)
 {
     struct run run;
     struct err e = { 0 };
     json_t *o = NULL;
-    if (rank_wanted(spec)) {
-        o = rank_launch(spec, &e);
+    double needed = json_number_value(json_object_get(found, "memory_needed"));
+    if (checking) {
+        o = rank_check(spec, &needed, &e) == 0 ? json_object() : NULL;
+    } else if (rank_wanted(spec)) {
+        o = rank_check_again(spec, needed, &e) == 0 ? rank_launch(spec, &e) : NULL;
     } else {
         if (run_open(&run, spec, &e) == 0 && run_go(&run) == 0)
             o = run_result(&run);
@@ -66,12 +71,14 @@ static json_t *answer(json_t *spec)
     if (!o)
         return json_pack("{s:s, s:s, s:b}", "status", "failed", "error", e.text, "bad_input", e.code != ERR_RUN);
     json_object_set_new(o, "status", json_string("ok"));
+    if (needed > 0)
+        json_object_set_new(o, "memory_needed", json_integer((json_int_t)needed));
     return o;
 }
 
-static void child(json_t *spec, int fd)
+static void child(const struct state *s, size_t index, int fd)
 {
-    json_t *o = answer(spec);
+    json_t *o = answer(json_array_get(s->specs, index), s->checking, json_array_get(s->results, index));
     char *text = json_dumps(o, JSON_COMPACT | JSON_SORT_KEYS | JSON_REAL_PRECISION(17));
     size_t n = text ? strlen(text) : 0;
     for (size_t at = 0; at < n;) {
@@ -92,7 +99,7 @@ static void show_progress(const struct state *s, bool last)
     if (!s->options->progress)
         return;
     double took = now_s() - s->began, rate = took > 0 ? (double)s->n_done / took : 0;
-    fprintf(stderr, "\r\033[K%zu of %zu runs", s->n_done, s->n_total);
+    fprintf(stderr, "\r\033[K%zu of %zu runs%s", s->n_done, s->n_total, s->checking ? " checked" : "");
     if (s->n_failed)
         fprintf(stderr, ", %zu failed", s->n_failed);
     if (rate > 0 && !last)
@@ -121,7 +128,7 @@ static int start(struct state *s, struct job *j)
         prctl(PR_SET_PDEATHSIG, SIGKILL);
         close(fd[0]);
         policy_note_to(&s->note[slot]);
-        child(json_array_get(s->specs, s->n_started), fd[1]);
+        child(s, s->n_started, fd[1]);
         exit(0); /* through atexit: sanitizers report leaks there */
     }
     close(fd[1]);
@@ -252,10 +259,33 @@ static int jobs_for(json_t *specs, int wanted)
     return wanted > 0 ? wanted : 1;
 }
 
+/* Whether a run is none of this pass: the check is for machine host, and what failed it does not run. */
+static bool passed_over(const struct state *s, size_t index)
+{
+    return s->checking ? !rank_wanted(json_array_get(s->specs, index))
+                       : json_object_get(json_array_get(s->results, index), "error") != NULL;
+}
+
+static void pass(struct state *s)
+{
+    s->n_started = s->n_done = 0;
+    s->began = now_s();
+    while (s->n_done < s->n_started || (s->n_started < s->n_total && !s->err->code)) {
+        for (int i = 0; i < s->n_jobs && !s->err->code; i++) {
+            for (; s->n_started < s->n_total && passed_over(s, s->n_started); s->n_done++)
+                s->n_started++;
+            if (!s->job[i].pid && s->n_started < s->n_total)
+                start(s, &s->job[i]);
+        }
+        if (running(s) > 0)
+            watch(s);
+    }
+}
+
 int sweep(json_t *specs, const struct sweep_options *options, json_t **results, struct err *e)
 {
     struct state s = { .specs = specs, .results = json_array(), .n_jobs = jobs_for(specs, options->jobs),
-                       .n_total = json_array_size(specs), .began = now_s(), .options = options, .err = e };
+                       .n_total = json_array_size(specs), .options = options, .err = e };
     size_t shared = sizeof(struct policy_note) * (size_t)s.n_jobs;
     s.job = calloc((size_t)s.n_jobs, sizeof *s.job);
     void *map = mmap(NULL, shared, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
@@ -266,13 +296,13 @@ int sweep(json_t *specs, const struct sweep_options *options, json_t **results, 
     s.note = map;
     for (size_t i = 0; i < s.n_total; i++)
         json_array_append_new(s.results, json_null());
-    while (s.n_done < s.n_started || (s.n_started < s.n_total && !e->code)) {
-        for (int i = 0; i < s.n_jobs && s.n_started < s.n_total && !e->code; i++)
-            if (!s.job[i].pid)
-                start(&s, &s.job[i]);
-        if (running(&s) > 0)
-            watch(&s);
-    }
+    /* All runs on machine host are checked before the first begins: one that is too large need not wait its turn. */
+    rank_warn(specs);
+    s.checking = true;
+    pass(&s);
+    s.checking = false;
+    if (!e->code)
+        pass(&s);
     show_progress(&s, true);
 out:
     if (map != MAP_FAILED)

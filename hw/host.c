@@ -10,6 +10,7 @@
 #include "host_model.h"
 #include "host_need.h"
 #include "host_rank.h"
+#include "memory.h"
 
 #include <cblas.h>
 #include <limits.h>
@@ -348,6 +349,10 @@ static int host_run(struct machine *m, struct moe_graph *g, struct err *e)
                 agree(h, e);
             }
         }
+    }
+    if (!e->code) {
+        m->peak_memory = memory_peak();
+        MPI_Allreduce(MPI_IN_PLACE, &m->peak_memory, 1, MPI_DOUBLE, MPI_SUM, MPI_COMM_WORLD);
     }
     h->step++;
     graph_order_free(&o);

@@ -9,7 +9,7 @@
 #include "graph.h"
 #include "machine.h"
 
-enum { HOST_ABI = 1 };
+enum { HOST_ABI = 2 };
 
 struct host_module {
     uint32_t abi, size;                  /* first for ever: HOST_ABI, sizeof(struct host_module) */

@@ -122,6 +122,7 @@ struct machine {
     int32_t rank;     /* the device that this process is */
     bool verify;      /* compare every output with a plain reference, outside the times */
     double max_error; /* largest so far, relative */
+    double peak_memory; /* bytes that all ranks together held at most, or 0 */
     void *priv;
 };
 
