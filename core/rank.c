@@ -9,6 +9,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <signal.h>
 #include <spawn.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -89,30 +90,67 @@ static int spawn(struct launch *l, int n_ranks, pid_t *pid, struct err *e)
     return code ? err_set(e, ERR_IO, "machine host: mpirun: %s", strerror(code)) : 0;
 }
 
-/* The line in which mpirun says how a rank ended, or the first that is no frame. */
-static void last_words(const struct launch *l, char *text, size_t room)
+static bool is_frame(const char *line)
+{
+    return strspn(line, "-") >= 40;
+}
+
+/* What the log says. mpirun puts its own words between two lines of dashes: that it ends the others, how to see more of
+ * its help. `ended`: how the first rank that failed ended, if mpirun says so; `first`: the first line outside frames,
+ * which a rank has written, or the first inside. */
+struct words { char ended[200], first[400]; bool outside; };
+
+static void read_ending(const char *line, int *rank, struct words *w)
+{
+    int number;
+    char name[64];
+    const char *process = strstr(line, "process rank "), *signal = strstr(line, "exited on signal ");
+    if (w->ended[0])
+        return;
+    if (process && signal && sscanf(process, "process rank %d", rank) == 1 &&
+        sscanf(signal, "exited on signal %d (%63[^)])", &number, name) == 2)
+        snprintf(w->ended, sizeof w->ended, "rank %d was ended by signal %d (%s)%s", *rank, number, name,
+                 number == SIGKILL ? "; the kernel does that when memory runs out" : "");
+    sscanf(line, " Process name: [[%*d,%*d],%d]", rank); /* the line before that of its code */
+    if (*rank >= 0 && sscanf(line, " Exit code: %d", &number) == 1)
+        snprintf(w->ended, sizeof w->ended, "rank %d ended with exit code %d", *rank, number);
+}
+
+static void read_log(const struct launch *l, struct words *w)
 {
     char line[400];
+    bool framed = false;
+    int rank = -1;
     FILE *f = fopen(l->log, "r");
-    text[0] = '\0';
+    *w = (struct words){ .ended = "" };
     while (f && fgets(line, sizeof line, f)) {
         line[strcspn(line, "\n")] = '\0';
-        bool ended = strstr(line, "exited on signal") != NULL;
-        if (ended || (!text[0] && line[0] && line[0] != '-'))
-            snprintf(text, room, "%s", line);
-        if (ended)
-            break;
+        if (framed)
+            read_ending(line, &rank, w);
+        if (is_frame(line)) {
+            framed = !framed;
+        } else if (line[0] && (!w->first[0] || (!framed && !w->outside))) {
+            snprintf(w->first, sizeof w->first, "%s", line);
+            w->outside = !framed;
+        }
     }
     if (f)
         fclose(f);
 }
 
-static void show_log(const struct launch *l)
+/* frames: mpirun's own words too. */
+static void show_log(const struct launch *l, bool frames)
 {
     char line[400];
+    bool framed = false, whole = true; /* whole: what is read next begins a line */
     FILE *f = fopen(l->log, "r");
-    while (f && fgets(line, sizeof line, f))
-        fputs(line, stderr);
+    while (f && fgets(line, sizeof line, f)) {
+        bool frame = whole && is_frame(line);
+        if (frames || (!framed && !frame))
+            fputs(line, stderr);
+        framed ^= frame;
+        whole = strchr(line, '\n') != NULL;
+    }
     if (f)
         fclose(f);
 }
@@ -125,15 +163,15 @@ static json_t *read_result(const struct launch *l, const char *where, int status
     if (error) {
         err_set(e, (int)json_integer_value(json_object_get(o, "code")), "%s", error);
     } else if (!o || !WIFEXITED(status) || WEXITSTATUS(status) != 0) {
-        char words[400];
-        last_words(l, words, sizeof words);
-        show_log(l);
+        struct words words;
+        read_log(l, &words);
         if (WIFSIGNALED(status))
-            snprintf(words, sizeof words, "mpirun: %s", strsignal(WTERMSIG(status)));
+            snprintf(words.ended, sizeof words.ended, "mpirun: %s", strsignal(WTERMSIG(status)));
+        show_log(l, !words.ended[0] && !words.outside); /* mpirun's words when there are no others */
         err_set(e, ERR_RUN, "%s: machine host: the ranks ended without a result: %s", where,
-                words[0] ? words : "they said nothing");
+                words.ended[0] ? words.ended : words.first[0] ? words.first : "they said nothing");
     } else {
-        show_log(l); /* warnings */
+        show_log(l, true); /* warnings */
     }
     if (e->code) {
         json_decref(o);

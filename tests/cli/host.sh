@@ -91,9 +91,41 @@ EOF
 export MOELAB_PLUGIN_PATH=$work
 placement on-one ''
 ok "a device without experts" "$moelab" run on-one.lua
+
+# What mpirun says between lines of dashes is not for the user, who has not called it, unless nobody else says a word.
+# told N: the last command said N lines, the last of which counts failed runs, and none of them is mpirun's
+told()
+{
+    ok "... in $1 lines, without mpirun's own" test "$(wc -l <err)" = "$1" -a \
+        "$(grep -Eci -- '-----|primary job|mpirun|MPI_ABORT|orte' err)" = 0
+}
 rank='const char *rank = getenv("OMPI_COMM_WORLD_RANK");' # NULL in the process that counts what ranks will hold
-placement dies "$rank if (rank) kill(getpid(), SIGKILL);"
-run_expect 1 'dies.lua:2: machine host: the ranks ended without a result: .*signal 9' "$moelab" run dies.lua
+placement dies "$rank if (rank && *rank == 49) kill(getpid(), SIGKILL);"
+run_expect 1 'dies.lua:2: machine host: the ranks ended without a result: rank 1 was ended by signal 9 \(Killed\)' \
+    "$moelab" run dies.lua
+told 2
+placement aborts "$rank if (rank && *rank == 49) abort();"
+run_expect 1 'aborts.lua:2: .*: rank 1 was ended by signal 6 \(Aborted\)' "$moelab" run aborts.lua
+ok "... without mpirun's own" test "$(grep -Ec -- '-----|noticed' err)" = 0 # handlers may have printed more
+placement leaves "$rank if (rank && *rank == 49) _exit(3);"
+run_expect 1 'leaves.lua:2: .*: rank 1 ended with exit code 3' "$moelab" run leaves.lua
+told 2
+placement speaks "$rank if (rank && *rank == 49) { write(2, \"my last words\\n\", 14); _exit(3); }"
+run_expect 1 '^my last words' "$moelab" run speaks.lua
+told 3
 placement differs "$rank device = rank && *rank == 49;" # on device 1 for rank 1 alone
 run_expect 1 'rank 1 decided otherwise than rank 0' "$moelab" run differs.lua
+told 2
+placement crashes 'kill(getpid(), SIGKILL);'
+run_expect 1 'placement crashes, in place: crashed: Killed' "$moelab" run crashes.lua
+told 2
+
+# An mpirun that does not come to start a rank.
+mkdir bin
+line=$(printf -- '-%.0s' {1..74})
+printf '#!/bin/sh\nprintf "%%s\\n" "%s" "There are not enough slots available" "for two." "%s" >&2\nexit 1\n' \
+    "$line" "$line" >bin/mpirun
+chmod +x bin/mpirun
+run_expect 1 'plain.lua:2: .*: There are not enough slots available' env PATH="$work/bin:$PATH" "$moelab" run plain.lua
+ok "... and the rest of what it said" test "$(grep -c "^for two" err)" = 1
 plan
