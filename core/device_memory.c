@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
- * device_memory.c - what a device's memory has to hold: attention, gates and shared experts of every layer, the experts that
- * placement puts there (or, with offload, its cache), and a tenth kept for activations and KV cache. */
+ * device_memory.c - what a device's memory has to hold: attention, gates and shared experts of every layer, the experts
+ * that placement puts there (or, with offload, its cache), and a tenth kept for activations and KV cache. */
 #include "config.h"
 
 #include "run.h"
@@ -52,8 +52,8 @@ static int check_hosts(struct run *r, const struct moe_placement *p)
 static int does_not_fit(struct run *r, int32_t device, const char *what, double experts)
 {
     const double memory = r->context.view.memory[device];
-    return err_set(r->err, ERR_INPUT, "%s: machine %s, device %d: %s take %.4g GB and what every device holds %.4g GB; of "
-                   "its %.4g GB nine tenths are for weights: choose more or larger devices, %s", r->where,
+    return err_set(r->err, ERR_INPUT, "%s: machine %s, device %d: %s take %.4g GB and what every device holds %.4g GB; "
+                   "of its %.4g GB nine tenths are for weights: choose more or larger devices, %s", r->where,
                    r->topology->name, device, what, experts / 1e9, device_memory_fixed(r) / 1e9, memory / 1e9,
                    r->offloading ? "or a smaller cache" : "fewer replicas, or an offload policy");
 }

@@ -187,7 +187,8 @@ static int open_policies(struct run *r, const json_t *spec)
 {
     const json_t *policies = json_object_get(spec, "policies");
     const json_t *cache = json_object_get(spec, "cache");
-    if (policy_context_init(&r->context, &r->model, r->topology, r->precision, device_memory_fixed(r), r->seed, r->err) < 0)
+    if (policy_context_init(&r->context, &r->model, r->topology, r->precision, device_memory_fixed(r), r->seed,
+                            r->err) < 0)
         return r->err->code;
     r->context.machine = &r->machine;
     if (cache && !(json_is_number(cache) && json_number_value(cache) > 0 && json_number_value(cache) <= 1))

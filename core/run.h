@@ -90,8 +90,8 @@ static inline double run_expert_bytes(const struct run *r)
 int pipeline_step(struct run *, int32_t step);
 /* That the tasks which dispatch appended do the layer's work: layout_check.c */
 int layout_check(struct run *, const struct moe_batch *, int32_t first_task, int64_t first_edge);
-double device_memory_fixed(const struct run *);               /* bytes on every device beside routed experts: device_memory.c */
-int64_t device_memory_objects(const struct run *);      /* what fits beside that on the smallest device */
+double device_memory_fixed(const struct run *);    /* bytes on every device beside routed experts: device_memory.c */
+int64_t device_memory_objects(const struct run *); /* experts that fit beside them on the smallest device */
 /* That every device holds what is placed there, or its cache; ERR_INPUT with the figures. */
 int device_memory_check(struct run *, const struct moe_placement *);
 int placement_start(struct run *);                     /* placement_stage.c */
