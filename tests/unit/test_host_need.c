@@ -36,8 +36,8 @@ static void keep_routes(struct moe_graph *g)
 static void first_step(struct moe_graph *g)
 {
     static const int64_t one[] = { 1 }, three[] = { 3 }, stay[] = { 0, 2 };
-    static const struct moe_part there[] = { { 0, 0, 80, 2, stay }, { 0, 1, 40, 1, one }, { 1, 0, 40, 1, three } };
-    static const struct moe_part back[] = { { 1, 0, 40, 1, one }, { 0, 1, 40, 1, three } };
+    static const struct moe_part there[] = { { 0, 0, 80, 2, stay, 0 }, { 0, 1, 40, 1, one, 0 }, { 1, 0, 40, 1, three, 0 } };
+    static const struct moe_part back[] = { { 1, 0, 40, 1, one, 0 }, { 0, 1, 40, 1, three, 0 } };
     graph_reset(g);
     keep_routes(g);
     lay_exchange(g, MOE_PAY_HIDDEN, 3, there);
@@ -136,12 +136,12 @@ static void pieces(void **state)
     struct host_step c[2];
     struct moe_graph g = { .n_devices = 2, .keep_items = true };
     keep_routes(&g);
-    lay_exchange(&g, MOE_PAY_BYTES, 3, (struct moe_part[]){ { 0, 1, 1e6, 0, NULL }, { 1, 0, 1e9, 0, NULL },
-                                                            { 0, 0, 1e9, 0, NULL } });
+    lay_exchange(&g, MOE_PAY_BYTES, 3, (struct moe_part[]){ { 0, 1, 1e6, 0, NULL, 0 }, { 1, 0, 1e9, 0, NULL, 0 },
+                                                            { 0, 0, 1e9, 0, NULL, 0 } });
     host_count(&small, &g, 2, c);
     assert_true(c[0].piece == HOST_PIECE && c[1].piece == 1e6);
     for (int i = 0; i < 3; i++)
-        lay_exchange(&g, MOE_PAY_BYTES, 1, (struct moe_part[]){ { 1, 0, 1e9, 0, NULL } });
+        lay_exchange(&g, MOE_PAY_BYTES, 1, (struct moe_part[]){ { 1, 0, 1e9, 0, NULL, 0 } });
     host_count(&small, &g, 2, c);
     assert_true(c[0].piece == 2.0 * HOST_PIECE && c[1].piece == 1e6);
     struct err e = { 0 };
