@@ -1,12 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0
- *
- * cmd_trace.c - `moelab trace info|check|import|synth`.
- *
- * Each verb has one table of options, which feeds the parser, its limits and the help.
- */
+ * cmd_trace.c - `moelab trace info|check|import|synth`. */
 #include "config.h"
 
 #include "cmd.h"
+#include "cmd_options.h"
 #include "moelab.h"
 #include "routing.h"
 
@@ -16,143 +13,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-
-enum option_type { OPTION_END, OPTION_FLAG, OPTION_INT, OPTION_SEED, OPTION_REAL, OPTION_TEXT };
-
-struct option {
-    enum option_type type;
-    const char *name, *argument, *help;
-    void *out;       /* bool, int32_t, uint64_t, double, const char * */
-    double min, max; /* OPTION_INT; a real's range is checked by what uses it */
-    bool given;
-};
-
-/* clang-format off */
-#define FLAG(name, help, out) { OPTION_FLAG, name, NULL, help, out, 0, 0, false }
-#define TEXT(name, argument, help, out) { OPTION_TEXT, name, argument, help, out, 0, 0, false }
-#define REAL(name, argument, help, out) { OPTION_REAL, name, argument, help, out, 0, 0, false }
-#define SEED(name, argument, help, out) { OPTION_SEED, name, argument, help, out, 0, 0, false }
-#define INT(name, argument, help, out, min, max) { OPTION_INT, name, argument, help, out, min, max, false }
-/* clang-format on */
-
-struct verb {
-    const char *name, *positional, *summary, *example;
-    int (*run)(int argc, char **argv, const struct verb *, struct err *);
-};
-
-/* ---- options ---- */
-
-static void print_help(const struct verb *v, const struct option *o)
-{
-    printf("usage: moelab trace %s [options]%s%s\n%s\n", v->name, *v->positional ? " " : "", v->positional, v->summary);
-    for (; o->type != OPTION_END; o++) {
-        char left[64];
-        snprintf(left, sizeof left, "--%s %s", o->name, o->argument ? o->argument : "");
-        printf("  %-22s %s\n", left, o->help);
-    }
-    printf("  %-22s %s\n\nexample: %s\n", "--help", "this text", v->example);
-}
-
-static int bad_value(const struct option *o, const char *text, const char *expected, struct err *err)
-{
-    return err_set(err, ERR_INPUT, "--%s: found \"%s\", expected %s", o->name, text, expected);
-}
-
-static int set_option(struct option *o, const char *text, struct err *err)
-{
-    char *end = NULL, range[64];
-    errno = 0;
-    o->given = true;
-    switch (o->type) {
-    case OPTION_INT: {
-        long long x = strtoll(text, &end, 10);
-        snprintf(range, sizeof range, "an integer in %.0f..%.0f", o->min, o->max);
-        if (end == text || *end || errno || (double)x < o->min || (double)x > o->max)
-            return bad_value(o, text, range, err);
-        *(int32_t *)o->out = (int32_t)x;
-        return 0;
-    }
-    case OPTION_SEED: {
-        unsigned long long x = strtoull(text, &end, 10);
-        if (end == text || *end || errno || x > INT64_MAX || strchr(text, '-'))
-            return bad_value(o, text, "an integer in 0..2^63-1", err);
-        *(uint64_t *)o->out = x;
-        return 0;
-    }
-    case OPTION_REAL:
-        *(double *)o->out = strtod(text, &end);
-        return end == text || *end ? bad_value(o, text, "a number", err) : 0;
-    default:
-        *(const char **)o->out = text;
-        return 0;
-    }
-}
-
-static int unknown_option(const char *text, const struct option *options, struct err *err)
-{
-    enum { MAX_OPTIONS = 24 };
-    char flags[MAX_OPTIONS][40];
-    const char *names[MAX_OPTIONS + 1] = { "--help" };
-    int n = 1;
-    for (; options->type != OPTION_END && n <= MAX_OPTIONS; options++, n++) {
-        snprintf(flags[n - 1], sizeof flags[0], "--%s", options->name);
-        names[n] = flags[n - 1];
-    }
-    const char *near = cmd_nearest_option(text, names, n);
-    return err_set(err, ERR_INPUT, "unknown option %s%s%s%s; see --help", text, near ? "; did you mean " : "",
-                   near ? near : "", near ? "?" : "");
-}
-
-/* Sets options and, unless dir is NULL, the one positional argument. Returns 1 when help was asked for and given. */
-static int parse(int argc, char **argv, const struct verb *v, struct option *options, const char **dir, struct err *err)
-{
-    for (int i = 1; i < argc; i++) {
-        char *text = argv[i], *value = NULL;
-        struct option *o = options;
-        int rc;
-        if (!cmd_is_option(text)) {
-            if (!dir || *dir)
-                return err_set(err, ERR_INPUT, "unexpected argument \"%s\"; see --help", text);
-            *dir = text;
-            continue;
-        }
-        if (!strcmp(text, "--help")) {
-            print_help(v, options);
-            return 1;
-        }
-        if (text[1] != '-')
-            return unknown_option(text, options, err);
-        size_t n = strcspn(text + 2, "=");
-        for (; o->type != OPTION_END; o++)
-            if (strlen(o->name) == n && !memcmp(o->name, text + 2, n))
-                break;
-        if (o->type == OPTION_END)
-            return unknown_option(text, options, err);
-        if (o->type == OPTION_FLAG) {
-            if (text[2 + n])
-                return err_set(err, ERR_INPUT, "--%s takes no value", o->name);
-            *(bool *)o->out = o->given = true;
-            continue;
-        }
-        value = text[2 + n] ? text + 3 + n : i + 1 < argc ? argv[++i] : NULL;
-        if (!value)
-            return err_set(err, ERR_INPUT, "--%s needs a value: %s", o->name, o->argument);
-        if ((rc = set_option(o, value, err)) < 0)
-            return rc;
-    }
-    if (dir && !*dir)
-        return err_set(err, ERR_INPUT, "no %s given; usage: moelab trace %s [options] %s", v->positional, v->name,
-                       v->positional);
-    return 0;
-}
-
-static bool is_given(const struct option *options, const char *name)
-{
-    for (; options->type != OPTION_END; options++)
-        if (!strcmp(options->name, name))
-            return options->given;
-    return false;
-}
 
 /* ---- info ---- */
 
@@ -280,7 +140,7 @@ static int run_info(int argc, char **argv, const struct verb *v, struct err *err
     struct option options[] = { FLAG("json", "one JSON object", &as_json), { .type = OPTION_END } };
     struct trace t;
     json_t *d = NULL;
-    int rc = parse(argc, argv, v, options, &dir, err);
+    int rc = options_parse(argc, argv, v, options, &dir, err);
     if (rc != 0)
         return rc;
     if ((rc = trace_open(&t, dir, err)) < 0)
@@ -330,7 +190,7 @@ static int run_check(int argc, char **argv, const struct verb *v, struct err *er
     struct option options[] = { { .type = OPTION_END } };
     struct trace t;
     int64_t n_agree;
-    int rc = parse(argc, argv, v, options, &dir, err);
+    int rc = options_parse(argc, argv, v, options, &dir, err);
     if (rc != 0)
         return rc;
     if ((rc = trace_open(&t, dir, err)) < 0)
@@ -370,7 +230,7 @@ static int run_import(int argc, char **argv, const struct verb *v, struct err *e
         TEXT("model", "NAME", "the model's name, for trace.json", &how.model),
         { .type = OPTION_END },
     };
-    int rc = parse(argc, argv, v, options, &how.input, err);
+    int rc = options_parse(argc, argv, v, options, &how.input, err);
     if (rc != 0)
         return rc;
     if (strcmp(how.format, "vllm"))
@@ -401,17 +261,17 @@ static int imitate(struct trace_synth *p, const char *like, const struct option 
     int rc = trace_open(&t, like, err);
     if (rc < 0)
         return rc;
-    if (!is_given(options, "layers"))
+    if (!options_given(options, "layers"))
         p->n_layers = t.n_layers;
-    if (!is_given(options, "experts"))
+    if (!options_given(options, "experts"))
         p->n_experts = t.n_experts;
-    if (!is_given(options, "top-k"))
+    if (!options_given(options, "top-k"))
         p->top_k = t.top_k;
-    if (!is_given(options, "requests"))
+    if (!options_given(options, "requests"))
         p->n_requests = t.n_requests;
-    if (!is_given(options, "tokens") && t.n_requests)
+    if (!options_given(options, "tokens") && t.n_requests)
         p->tokens_per_request = (int32_t)((t.n_tokens + t.n_requests - 1) / t.n_requests);
-    if (!is_given(options, "drift"))
+    if (!options_given(options, "drift"))
         p->drift = -1;
     rc = trace_synth_like(p, &t, &report, err);
     trace_close(&t);
@@ -457,15 +317,15 @@ static int run_synth(int argc, char **argv, const struct verb *v, struct err *er
         { .type = OPTION_END },
     };
     static const char *const fitted[] = { "skew", "stickiness", "affinity" };
-    int rc = parse(argc, argv, v, options, NULL, err);
+    int rc = options_parse(argc, argv, v, options, NULL, err);
     if (rc != 0)
         return rc;
     if (!out)
         return err_set(err, ERR_INPUT, "--out DIR is required");
     for (size_t i = 0; like && i < sizeof fitted / sizeof *fitted; i++)
-        if (is_given(options, fitted[i]))
+        if (options_given(options, fitted[i]))
             return err_set(err, ERR_INPUT, "--%s: --like sets it; give one or the other", fitted[i]);
-    if (like && is_given(options, "drift") && !(p.drift >= 0)) /* -1 would ask trace_synth_like to choose */
+    if (like && options_given(options, "drift") && !(p.drift >= 0)) /* -1 would ask trace_synth_like to choose */
         return err_set(err, ERR_INPUT, "--drift: found %g, expected 0 to 1", p.drift);
     if (like && (rc = imitate(&p, like, options, err)) < 0)
         return rc;

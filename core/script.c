@@ -14,132 +14,12 @@
 #include "registry.h"
 
 #include <errno.h>
-#include <math.h>
-#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/time.h>
-#include <sys/wait.h>
 #include <unistd.h>
 
 enum { MAX_SCRIPT_BYTES = 1 << 30, MAX_TEXT_BYTES = 1 << 26 };
-
-/* ---- leaving from within a signal handler ---- */
-
-/* What a scenario that is cut short would leave behind. Handlers read it; the process that set it is its owner. */
-static struct { volatile pid_t owner; char part[440], synth[300]; } leftovers;
-
-/* Only what is safe in a handler: _Fork, exec, waitpid. */
-static void remove_leftovers(void)
-{
-    if (leftovers.owner != getpid())
-        return; /* a run: its parent cleans up */
-    pid_t pid = _Fork();
-    if (pid == 0) {
-        execl("/bin/rm", "rm", "-rf", "--", leftovers.part, leftovers.synth, (char *)NULL);
-        _exit(127);
-    }
-    if (pid > 0)
-        waitpid(pid, NULL, 0);
-}
-
-static void on_end(int signal_number)
-{
-    static const char text[] = "moelab: a policy, or moelab itself, crashed outside of a run\n";
-    bool crashed = signal_number != SIGINT && signal_number != SIGTERM && signal_number != SIGHUP;
-    if (crashed && leftovers.owner == getpid() && write(STDERR_FILENO, text, sizeof text - 1) < 0) {
-        /* nobody to tell */
-    }
-    remove_leftovers();
-    signal(signal_number, SIG_DFL);
-    raise(signal_number);
-}
-
-/* From here to watch_leftovers(NULL) an interrupt or a crash leaves nothing half-written. Whoever has a handler of
- * his own (nohup, a sanitizer) keeps it. */
-static void watch_leftovers(const char *part)
-{
-    static const int ends[] = { SIGINT, SIGTERM, SIGHUP, SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT };
-    leftovers.owner = 0;
-    snprintf(leftovers.part, sizeof leftovers.part, "%s", part ? part : "");
-    leftovers.synth[0] = '\0';
-    leftovers.owner = part ? getpid() : 0;
-    for (size_t i = 0; i < sizeof ends / sizeof *ends; i++) {
-        void (*before)(int) = signal(ends[i], part ? on_end : SIG_DFL);
-        if (before != SIG_DFL && before != on_end)
-            signal(ends[i], before);
-    }
-}
-
-void script_watch_synth(const char *dir)
-{
-    snprintf(leftovers.synth, sizeof leftovers.synth, "%s", dir);
-}
-
-/* ---- time ---- */
-
-static lua_State *volatile clocked; /* NULL: no clock */
-static volatile sig_atomic_t clock_rings;
-static double clock_seconds;
-static struct itimerval clock_left; /* while paused */
-
-/* The hook stays, so that a script that catches the error meets it again at once. */
-static void on_clock(lua_State *L, lua_Debug *ar)
-{
-    (void)ar;
-    script_error(L, "the script did not end within %g s (--run-timeout)", clock_seconds);
-}
-
-/* First ring: stop at the next Lua instruction. Second: the script is inside one long call of a library. */
-static void ring(int signal_number)
-{
-    (void)signal_number;
-    if (!clocked)
-        return;
-    if (clock_rings++ == 0) {
-        lua_sethook(clocked, on_clock, LUA_MASKCOUNT | LUA_MASKCALL | LUA_MASKRET, 1);
-        return;
-    }
-    static const char text[] = "moelab: the script did not end within --run-timeout, and is inside one call of a "
-                               "library\n";
-    if (write(STDERR_FILENO, text, sizeof text - 1) < 0) {
-        /* nobody to tell */
-    }
-    remove_leftovers();
-    _exit(2);
-}
-
-static void clock_start(lua_State *L, double seconds)
-{
-    struct sigaction action = { .sa_handler = ring, .sa_flags = SA_RESTART };
-    if (!(seconds > 0))
-        return;
-    clocked = L;
-    clock_rings = 0;
-    clock_seconds = seconds;
-    sigaction(SIGALRM, &action, NULL);
-    struct itimerval t = { .it_value = { (time_t)seconds, (suseconds_t)(fmod(seconds, 1) * 999999) + 1 },
-                           .it_interval = { 0, 500000 } };
-    setitimer(ITIMER_REAL, &t, NULL);
-}
-
-void script_clock_pause(void)
-{
-    setitimer(ITIMER_REAL, &(struct itimerval){ 0 }, &clock_left);
-}
-
-void script_clock_resume(void)
-{
-    setitimer(ITIMER_REAL, &clock_left, NULL);
-}
-
-static void clock_stop(lua_State *L)
-{
-    setitimer(ITIMER_REAL, &(struct itimerval){ 0 }, NULL);
-    clocked = NULL;
-    lua_sethook(L, NULL, 0, 0);
-}
 
 /* ---- the sandbox ---- */
 
@@ -471,14 +351,14 @@ int script_run(const char *path, const struct script_options *options, json_t **
     if (access(path, R_OK) < 0)
         err_set(&s.err, ERR_INPUT, "%s: cannot be read", path);
     else if (read_overrides(&s) == 0 && record_open(&s.record, options->out ? options->out : out, &s.err) == 0) {
-        watch_leftovers(s.record.part);
+        script_watch(s.record.part);
         L = new_state(&s, options->unsafe);
         if (!L)
             err_set(&s.err, ERR_MEMORY, "out of memory for Lua");
         else if (open_modules(L, options->unsafe), load_text(L, path, &s.err) == 0) {
-            clock_start(L, options->timeout_s);
+            script_clock_start(L, options->timeout_s);
             int status = lua_pcall(L, 0, 0, 0);
-            clock_stop(L);
+            script_clock_stop(L, NULL);
             if (status == LUA_ERRMEM)
                 err_set(&s.err, ERR_MEMORY, "%s: the script holds more than %d MiB", path, MAX_SCRIPT_BYTES >> 20);
             else if (status != LUA_OK)
@@ -494,7 +374,7 @@ int script_run(const char *path, const struct script_options *options, json_t **
     if (L)
         lua_close(L);
     remove_synthetic(&s);
-    watch_leftovers(NULL);
+    script_watch(NULL);
     json_decref(s.overrides);
     if (claims)
         *claims = json_incref(s.claims);
@@ -581,16 +461,9 @@ int script_machine(const char *name, json_t **description, char *file, size_t ro
     if (status != LUA_OK) {
         fail_unquoted(file, lua_tostring(L, -1), false, e);
     } else if (!e->code) {
-        lua_State *caller = clocked; /* a scenario, whose clock goes on */
-        if (caller)
-            clocked = L;
-        else
-            clock_start(L, none.timeout_s);
+        lua_State *caller = script_clock_start(L, none.timeout_s);
         run_machine(&s, L, file, description, e);
-        if (caller)
-            clocked = caller;
-        else
-            clock_stop(L);
+        script_clock_stop(L, caller);
     }
     lua_close(L);
     return e->code;

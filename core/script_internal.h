@@ -47,10 +47,17 @@ const char *script_text(lua_State *, int index);
 /* File and line of the innermost function from `level` on that is not the prelude's. */
 void script_where(lua_State *, int level, const char **file, int *line);
 
-/* The clock on a script's own time: paused while runs go on. */
-void script_clock_pause(void);
-void script_clock_resume(void);
-/* This directory goes with the scenario, even if a signal ends it. */
+/* ---- script_signal.c ---- */
+
+/* From here to script_watch(NULL) an interrupt or a crash leaves nothing half-written: neither this directory nor the
+ * one of script_watch_synth. Whoever has a handler of his own (nohup, a sanitizer) keeps it. */
+void script_watch(const char *part);
 void script_watch_synth(const char *dir);
+/* The clock on a script's own time. Where one runs already, its time goes on, on this state: the state it ran on is
+ * returned, to be given back to script_clock_stop. */
+lua_State *script_clock_start(lua_State *, double seconds);
+void script_clock_stop(lua_State *, lua_State *before);
+void script_clock_pause(void); /* while runs go on */
+void script_clock_resume(void);
 
 #endif
