@@ -71,7 +71,8 @@ static int unknown_option(const char *text, const struct option *options, struct
                    near ? near : "", near ? "?" : "");
 }
 
-int options_parse(int argc, char **argv, const struct verb *v, struct option *options, const char **dir, struct err *err)
+int options_parse(int argc, char **argv, const struct verb *v, struct option *options, const char **dir,
+                  struct err *err)
 {
     for (int i = 1; i < argc; i++) {
         char *text = argv[i], *value = NULL;

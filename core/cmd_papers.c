@@ -180,8 +180,8 @@ int cmd_reproduce(int argc, char **argv)
     for (int i = 1; i < argc; i++) {
         if (!strcmp(argv[i], "--help") || !strcmp(argv[i], "-h")) {
             puts("usage: moelab reproduce [NAME | --all] [--json]\n\n"
-                 "Runs scenarios/papers/NAME.lua (or all of them) and prints published against ours: signed error, class,\n"
-                 "tolerance, verdict. Exit code 1 if a row of class E or A fails.\n\n"
+                 "Runs scenarios/papers/NAME.lua (or all of them) and prints published against ours: signed error,\n"
+                 "class, tolerance, verdict. Exit code 1 if a row of class E or A fails.\n\n"
                  "Example:\n  moelab reproduce eplb");
             return 0;
         }

@@ -21,14 +21,17 @@ static const struct { uint32_t bit; const char *name; } needs_name[] = {
 
 /* What is built into the core rather than loaded. */
 static const struct { const char *kind, *name, *summary, *source; } builtin[] = {
-    { "workload", "decode", "continuous batching over recorded requests, one token per request and step", "field practice" },
+    { "workload", "decode", "continuous batching over recorded requests, one token per request and step",
+      "field practice" },
     { "workload", "prefill", "whole prompts, a fixed number of tokens per device and step", "field practice" },
     { "workload", "synth", "made-up routing: popularity skew, stickiness, layer affinity, drift", "doc/traces.md" },
-    { "metric", "routing-consistency", "SRP and SCH of a trace, with what unrelated routing would give (eval metric srp|sch)",
+    { "metric", "routing-consistency",
+      "SRP and SCH of a trace, with what unrelated routing would give (eval metric srp|sch)",
       "moe-lrc, 2025, arXiv 2505.16056" },
     { "metric", "overlap", "experts shared by consecutive tokens (eval metric overlap)", "field practice" },
     { "metric", "max-vio", "largest / mean load - 1 (eval metric max-vio)", "Wang et al., 2024, arXiv 2408.15664" },
-    { "metric", "affinity", "how far a layer's experts tell the next layer's (eval metric affinity)", "field practice" },
+    { "metric", "affinity", "how far a layer's experts tell the next layer's (eval metric affinity)",
+      "field practice" },
 };
 
 enum { N_BUILTIN = sizeof builtin / sizeof *builtin };
@@ -149,7 +152,8 @@ int cmd_plugins(int argc, char **argv)
         if (!strcmp(argv[i], "--help") || !strcmp(argv[i], "-h")) {
             puts("usage: moelab plugins [show NAME] [--json]\n\n"
                  "Lists every policy, workload and metric by kind; `show` gives one's parameters.\n"
-                 "Searched: $MOELAB_PLUGIN_PATH (DIR/NAME.so, DIR/KIND/NAME.so), the build tree, the install directory.\n\n"
+                 "Searched: $MOELAB_PLUGIN_PATH (DIR/NAME.so, DIR/KIND/NAME.so), the build tree,\n"
+                 "the install directory.\n\n"
                  "Example:\n  moelab plugins show eplb");
             return 0;
         }

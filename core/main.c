@@ -72,7 +72,8 @@ static void help(FILE *to)
     for (int i = 0; i < N_COMMANDS; i++)
         if (commands[i].summary)
             fprintf(to, "  %-10s %s\n", commands[i].name, commands[i].summary);
-    fprintf(to, "\nmoelab COMMAND --help says more. Example:\n  moelab run scenarios/quickstart.lua --out results/quickstart\n");
+    fprintf(to, "\nmoelab COMMAND --help says more. Example:\n"
+                "  moelab run scenarios/quickstart.lua --out results/quickstart\n");
 }
 
 /* What was printed has to have arrived: a full disk is an error. */

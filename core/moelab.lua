@@ -71,7 +71,9 @@ function moe.policy(t)
       n = n + 1
     end
   end
-  if n == 0 then fail(text_of(where), "moe.policy %s: no hook; expected %s", t.name, table.concat(keys_of(hooks), ", ")) end
+  if n == 0 then
+    fail(text_of(where), "moe.policy %s: no hook; expected %s", t.name, table.concat(keys_of(hooks), ", "))
+  end
   if t.kind == "offload" and not (t.insert and t.evict) then
     fail(text_of(where), "moe.policy %s: %s is missing", t.name, t.insert and "evict" or "insert")
   end
@@ -244,7 +246,9 @@ end
 
 local function machine_spec(v, run, where)
   if type(v) == "string" then v = setmetatable({ name = v, options = {}, where = where }, Machine) end
-  if not is(v, Machine) then fail(at_key(where, "machine"), "machine: expected moe.machine \"NAME\", found %s", type(v)) end
+  if not is(v, Machine) then
+    fail(at_key(where, "machine"), "machine: expected moe.machine \"NAME\", found %s", type(v))
+  end
   local description, file = native.machine(v.name)
   if not description then fail(text_of(v.where), "%s", file) end
   return { executor = run.executor, tier = run.tier, file = file, description = merge(description, v.options) }
@@ -253,7 +257,9 @@ end
 local function model_spec(v, where)
   if type(v) == "string" then v = setmetatable({ name = v, options = {}, where = where }, Model) end
   if type(v) == "table" and not is(v, Model) then v = setmetatable({ options = v, where = where }, Model) end
-  if not is(v, Model) then fail(at_key(where, "model"), "model: expected a name or a table of sizes, found %s", type(v)) end
+  if not is(v, Model) then
+    fail(at_key(where, "model"), "model: expected a name or a table of sizes, found %s", type(v))
+  end
   check_keys(v.where, "model", v.options, model_keys)
   local sizes = {}
   if v.name then
@@ -280,7 +286,8 @@ local function workload_spec(v, where)
   elseif type(spec.trace) == "string" then
     spec.trace = find_trace(spec.trace, at_key(v.where, "trace") .. ": workload.trace")
   else
-    fail(at_key(v.where, "trace"), "workload.trace: expected a directory or moe.synth {...}, found %s", type(spec.trace))
+    fail(at_key(v.where, "trace"), "workload.trace: expected a directory or moe.synth {...}, found %s",
+         type(spec.trace))
   end
   return spec
 end

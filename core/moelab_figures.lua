@@ -21,7 +21,8 @@ local function check_metric(where, what, name)
   local metric, part = tostring(name):match("^([%w_]+)%.?([%w_]*)$")
   if not metric or not metric_unit[metric] then
     local near = metric and native.nearest(metric, keys_of(metric_unit))
-    fail(text_of(where), "%s: no metric \"%s\"%s", what, tostring(name), near and "; did you mean \"" .. near .. "\"?" or "")
+    fail(text_of(where), "%s: no metric \"%s\"%s", what, tostring(name),
+         near and "; did you mean \"" .. near .. "\"?" or "")
   end
   if part ~= "" and not ({ mean = 1, p50 = 1, p99 = 1, min = 1, max = 1 })[part] then
     fail(text_of(where), "%s: \"%s\": expected mean, p50, p99, min or max after the dot", what, name)

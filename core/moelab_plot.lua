@@ -1,6 +1,6 @@
 -- SPDX-License-Identifier: Apache-2.0
 --
--- moelab_plot.lua - runs:plot: the data, a gnuplot script that anyone can run again, and the picture. Part of moelab.lua.
+-- moelab_plot.lua - runs:plot: the data, a gnuplot script that anyone can run again, the picture. Part of moelab.lua.
 local native, check, figures, Runs = ...
 local fail, here, at_key, options_of = check.fail, check.here, check.at_key, check.options_of
 

@@ -201,8 +201,11 @@ function Runs:table(o)
     end
     rows[#rows + 1] = row
   end
-  if o.ceiling and o.best and o.cols and #axes == 1 then rows[#rows + 1] = reached(groups, cells, columns, winners, o) end
-  local text = (o.title and o.title .. "\n" or "") .. (caption and "  " .. caption .. "\n" or "") .. lay_out(rows, #axes)
+  if o.ceiling and o.best and o.cols and #axes == 1 then
+    rows[#rows + 1] = reached(groups, cells, columns, winners, o)
+  end
+  local text = (o.title and o.title .. "\n" or "") .. (caption and "  " .. caption .. "\n" or "") ..
+               lay_out(rows, #axes)
   if o.best then text = text .. "  * best" .. (o.best == "min" and " (least)" or " (most)") .. "\n" end
   if missing then text = text .. "  - no figure: the run failed or the figure does not apply\n" end
   if not native.option("quiet") then print(text) end

@@ -399,7 +399,8 @@ static int l_table_of(lua_State *L)
  * message remain the line and what Lua expected, not the words that it found there. */
 static int fail_unquoted(const char *file, const char *text, bool ran, struct err *e)
 {
-    static const char *const plain[] = { "'", "<name>", "unexpected symbol", "unfinished ", "malformed ", "syntax error" };
+    static const char *const plain[] = { "'", "<name>", "unexpected symbol", "unfinished ", "malformed ",
+                                         "syntax error" };
     const char *rest = text ? text : "";
     size_t n = strlen(file) < LUA_IDSIZE ? strlen(file) : LUA_IDSIZE - 1; /* Lua shortens the names of chunks */
     int line = 0, at = 0;

@@ -151,7 +151,8 @@ static int n_policy(lua_State *L)
     struct param_set set;
     snprintf(who, sizeof who, "%s: %s %s", luaL_checkstring(L, 4), kind_name[kind], name);
     json_t *params = script_to_json(L, 3);
-    if (registry_load((enum moe_kind)kind, name, who, &plugin, &e) == 0 && param_fill(&set, plugin, params, who, &e) == 0)
+    if (registry_load((enum moe_kind)kind, name, who, &plugin, &e) == 0 &&
+        param_fill(&set, plugin, params, who, &e) == 0)
         param_free(&set);
     json_decref(params);
     return e.code ? script_raise(L, &e) : 0;
@@ -215,7 +216,8 @@ static int n_synth(lua_State *L)
         .n_requests = (int32_t)field_number(L, 1, "requests", 64, 1, 1e6),
         .tokens_per_request = (int32_t)field_number(L, 1, "tokens_per_request", 128, 1, 1e6),
         .skew = field_number(L, 1, "skew", 0.5, 0, 10), .stickiness = field_number(L, 1, "stickiness", 0.25, 0, 1),
-        .affinity = field_number(L, 1, "affinity", 0.25, 0, 1), .drift = field_number(L, 1, "drift", model ? -1 : 0, -1, 1),
+        .affinity = field_number(L, 1, "affinity", 0.25, 0, 1),
+        .drift = field_number(L, 1, "drift", model ? -1 : 0, -1, 1),
         .logits = lua_toboolean(L, -1), .seed = (uint64_t)field_number(L, 1, "seed", 1, 0, 9e15),
     };
     lua_pop(L, 2);
@@ -370,10 +372,11 @@ static int n_add_policy(lua_State *L)
 void script_push_natives(lua_State *L)
 {
     static const luaL_Reg all[] = {
-        { "part", script_part }, { "where", n_where }, { "key_line", n_key_line }, { "nearest", n_nearest }, { "fail", n_fail },
-        { "machine", n_machine }, { "policy", n_policy }, { "trace", n_trace }, { "synth", n_synth },
-        { "run", n_run }, { "eval", n_eval }, { "write", n_write }, { "draw", n_draw }, { "claim", n_claim },
-        { "overrides", n_overrides }, { "option", n_option }, { "metrics", n_metrics }, { "has", n_has }, { "add_policy", n_add_policy }, { NULL, NULL },
+        { "part", script_part }, { "where", n_where }, { "key_line", n_key_line }, { "nearest", n_nearest },
+        { "fail", n_fail }, { "machine", n_machine }, { "policy", n_policy }, { "trace", n_trace },
+        { "synth", n_synth }, { "run", n_run }, { "eval", n_eval }, { "write", n_write }, { "draw", n_draw },
+        { "claim", n_claim }, { "overrides", n_overrides }, { "option", n_option }, { "metrics", n_metrics },
+        { "has", n_has }, { "add_policy", n_add_policy }, { NULL, NULL },
     };
     luaL_newlib(L, all);
 }

@@ -25,7 +25,8 @@ seconds() { # command...: best wall time of three
   for _ in 1 2 3; do
     local t0=$EPOCHREALTIME
     "$@" >/dev/null 2>&1 || return 1
-    best=$(awk -v a="$t0" -v b="$EPOCHREALTIME" -v best="$best" 'BEGIN { d = b - a; print best == "" || d < best ? d : best }')
+    best=$(awk -v a="$t0" -v b="$EPOCHREALTIME" -v best="$best" '
+        BEGIN { d = b - a; print best == "" || d < best ? d : best }')
   done
   echo "$best"
 }
@@ -36,9 +37,11 @@ line "EPLB, 58 x 256 experts, 288 replicas, 32 devices" "<5" ms \
   "$("$moelab" eval placement eplb --input "$dir/eplb.json" --repeat 5 | json seconds | awk '{ print 1e3 * $1 }')"
 for policy in lru:100 belady:20; do
   line "${policy%:*}, standard Zipf stream, 1536 of 15360 objects" ">${policy#*:}" "M req/s" \
-    "$("$moelab" eval offload "${policy%:*}" --keys "$dir/zipf.npy" --capacity 1536 --repeat 5 | json requests_per_s | awk '{ print $1 / 1e6 }')"
+    "$("$moelab" eval offload "${policy%:*}" --keys "$dir/zipf.npy" --capacity 1536 --repeat 5 |
+        json requests_per_s | awk '{ print $1 / 1e6 }')"
 done
 w1=(eval machine star-50GBps --pattern alltoall --bytes-per-rank 16777216 --n 1024 --tier bound)
-line "W1 (uniform all-to-all, 16 MiB per rank), N = 1024, bound" "<0.05" s "$("$moelab" "${w1[@]}" --repeat 3 | json seconds)"
+line "W1 (uniform all-to-all, 16 MiB per rank), N = 1024, bound" "<0.05" s \
+    "$("$moelab" "${w1[@]}" --repeat 3 | json seconds)"
 line "... its memory" "<100" MB \
   "$("$tool" rss "$moelab" "${w1[@]}")"

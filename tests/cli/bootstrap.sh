@@ -35,7 +35,8 @@ counted()
 counted 0 '2 passed, 0 failed, 1 skipped' 'PASS: tests/a 1 - x' 'PASS: tests/b 1 - x' 'SKIP: tests/b 2 - y'
 counted 1 '1 passed, 2 failed, 0 skipped' 'PASS: tests/a 1 - x' 'FAIL: tests/a 2 - y' 'FAIL: tests/a 3 - z' \
     'ERROR: tests/a - exited with status 1'
-counted 1 '1 passed, 1 failed, 0 skipped' 'PASS: tests/a 1 - x' 'ERROR: tests/a - exited with status 139 (terminated by signal 11?)'
+counted 1 '1 passed, 1 failed, 0 skipped' 'PASS: tests/a 1 - x' \
+    'ERROR: tests/a - exited with status 139 (terminated by signal 11?)'
 counted 1 '0 passed, 2 failed, 0 skipped' 'FAIL: tests/a 1 - x' 'ERROR: tests/a - exited with status 1' \
     'ERROR: tests/b - exited with status 1'
 counted 1 '0 passed, 2 failed, 0 skipped' 'FAIL: tests/a 1 - x' 'ERROR: tests/a - exited with status 1' \

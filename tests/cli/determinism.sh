@@ -39,7 +39,8 @@ ok "four at a time" "$moelab" run x.lua --out four --jobs 4
 ok "... the same files" diff -r one four
 mkdir elsewhere && cp x.lua tiny.lua elsewhere
 ok "from elsewhere, in another locale, without a terminal or TMPDIR" \
-    env -C elsewhere -u TERM LC_ALL=C.UTF-8 TMPDIR="$work" COLUMNS=7 TZ=Asia/Tokyo "$moelab" run "$work/elsewhere/x.lua" --jobs 3
+    env -C elsewhere -u TERM LC_ALL=C.UTF-8 TMPDIR="$work" COLUMNS=7 TZ=Asia/Tokyo "$moelab" run \
+        "$work/elsewhere/x.lua" --jobs 3
 ok "... the same files" diff -r one elsewhere/results/x
 
 for file in runs.jsonl manifest.json p.dat p.gp c.dat t.txt random.txt; do

@@ -21,7 +21,8 @@ refused()
 # refused_with REGEX KEYS [OPTION...]: the same for the tiny experiment with these keys, which begin on line 3.
 refused_with()
 {
-    printf 'local moe, tiny = require "moelab", require "tiny"\nlocal x = tiny.experiment {\n%s\n}\nx:run()\n' "$2" >x.lua
+    printf 'local moe, tiny = require "moelab", require "tiny"\nlocal x = tiny.experiment {\n%s\n}\nx:run()\n' "$2" \
+        >x.lua
     refused "$1" x.lua "${@:3}"
 }
 
@@ -174,7 +175,8 @@ refused_text 'x\.lua:2: the script did not end within 0\.2 s \(--run-timeout\)' 
 refused_text 'did not end within 0\.2 s' 'while true do pcall(function() while true do end end) end' --run-timeout 0.2
 refused_text 'did not end within --run-timeout, and is inside one call' \
     'string.find(("a"):rep(1e5), (".-"):rep(20) .. "b")' --run-timeout 0.2
-refused_text 'did not end within --run-timeout' 'xpcall(function() while true do end end, function() while true do end end)' \
+refused_text 'did not end within --run-timeout' \
+    'xpcall(function() while true do end end, function() while true do end end)' \
     --run-timeout 0.2
 refused_text 'x\.lua: the script holds more than 1024 MiB' 'return ("x"):rep((1 << 31) - 99)'
 refused_text 'x\.lua: the script holds more than 1024 MiB' 'local s = "xx" while true do s = s .. s end'

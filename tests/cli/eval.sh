@@ -22,7 +22,8 @@ refuse()
 
 # ---- router ----------------------------------------------------------------------------------------------------------
 
-check '^\{"n_tokens":2,"n_experts":3,"offsets":\[0,2,4\],"experts":\[2,1,0,2\],"weights":\[0.7310585[0-9]*,0.2689414[0-9]*,0.5,0.5\],"load":\[1,1,2\],"max_vio":0.5,"seconds":[0-9.e-]+\}$' \
+check '^\{"n_tokens":2,"n_experts":3,"offsets":\[0,2,4\],"experts":\[2,1,0,2\],"weights":\[0.7310585[0-9]*,0.2689414'\
+'[0-9]*,0.5,0.5\],"load":\[1,1,2\],"max_vio":0.5,"seconds":[0-9.e-]+\}$' \
     '{ "logits": [[0, 1, 2], [3, 0, 3]], "top_k": 2 }' router softmax-top-k
 check '"experts":\[2,2\],' '{ "logits": [[2, 1, 0], [2, 1, 0]], "bias": [0, 0, 5] }' router softmax-top-k --top-k 1
 check '"experts":\[1,0\],"weights":\[0.25,1.0\],' \
@@ -34,15 +35,18 @@ printf '\0\0\0\0\1\0\0\0' | npy expected.npy '<i4' '2,'
 ok "experts.npy holds the experts" cmp <(tail -c 8 routes/experts.npy) <(tail -c 8 expected.npy)
 ok "all four arrays are written" test "$(cd routes && echo *)" = "experts.npy load.npy offsets.npy weights.npy"
 printf '\0\0\200\077\0\0\0\0\0\0\300\177\0\0\200\077' | npy nan.npy '<f4' '2, 2'
-run_expect 2 'nan.npy\[1,0\]: found NaN, expected a finite number' "$moelab" eval router softmax-top-k --logits nan.npy --top-k 1
+run_expect 2 'nan.npy\[1,0\]: found NaN, expected a finite number' "$moelab" eval router softmax-top-k \
+    --logits nan.npy --top-k 1
 refuse 'input.json: logits: given twice' '{ "logits": [[1]] }' router softmax-top-k --logits logits.npy --top-k 1
-refuse 'input.json: logits\[1\]: found 1 elements, expected 2' '{ "logits": [[1, 2], [3]] }' router softmax-top-k --top-k 1
+refuse 'input.json: logits\[1\]: found 1 elements, expected 2' '{ "logits": [[1, 2], [3]] }' router softmax-top-k \
+    --top-k 1
 refuse 'input.json: logits\[0\]\[1\]: expected a number' '{ "logits": [[1, "2"]] }' router softmax-top-k --top-k 1
 refuse 'input.json: logit: unknown key for a router; did you mean "logits"' '{ "logit": [[1]] }' router softmax-top-k
 refuse 'input.json: recorded: is missing: router replay needs it' '{ "logits": [[1]] }' router replay --top-k 1
 refuse 'input.json: top_k: is missing' '{ "logits": [[1]] }' router softmax-top-k
 refuse 'input.json: top_k: 3 is more than the 2 experts' '{ "logits": [[1, 2]], "top_k": 3 }' router softmax-top-k
-refuse 'input.json: bias: found 1 elements, expected 2' '{ "logits": [[1, 2]], "bias": [0] }' router softmax-top-k --top-k 1
+refuse 'input.json: bias: found 1 elements, expected 2' '{ "logits": [[1, 2]], "bias": [0] }' router softmax-top-k \
+    --top-k 1
 refuse 'unknown parameter "renormalize"; did you mean "renormalise"' '{ "logits": [[1]] }' \
     router softmax-top-k --top-k 1 --set renormalize=true
 refuse 'input.json:1:[0-9]+: ' '{ "logits": [[NaN]] }' router softmax-top-k --top-k 1
@@ -50,14 +54,16 @@ refuse 'input.json:1:[0-9]+: ' '{ "logits": [[NaN]] }' router softmax-top-k --to
 # ---- balancer --------------------------------------------------------------------------------------------------------
 
 routes='"routes": { "offsets": [0, 1, 2, 3, 4], "experts": [0, 0, 0, 1], "weights": [0.1, 0.3, 0.2, 0.4] }'
-check '^\{"routes":\{"offsets":\[0,0,1,2,3\],"experts":\[0,0,1\],"weights":\[[0-9.,]*\]\},"dropped":1,"rerouted":0,"max_vio":\{"before":0.5,"after":0.33[0-9]*\},"seconds":' \
+check '^\{"routes":\{"offsets":\[0,0,1,2,3\],"experts":\[0,0,1\],"weights":\[[0-9.,]*\]\},'\
+'"dropped":1,"rerouted":0,"max_vio":\{"before":0.5,"after":0.33[0-9]*\},"seconds":' \
     "{ $routes, \"capacity_factor\": 1 }" balancer capacity
 check '"offsets":\[0,1,2,2,3\].*"dropped":1' "{ $routes, \"capacity_factor\": 1 }" balancer capacity --set drop=position
 check '"dropped":2' '{ "logits": [[1, 0], [1, 0], [1, 0], [1, 0]], "capacity_factor": 1 }' balancer capacity --top-k 1
 check '"max_vio":\{"before":1.0,"after":1.0\}' '{ "load": [[3, 1], [8, 0]] }' balancer none
 refuse 'nothing to balance: expected load, logits or routes' '{}' balancer none
 refuse 'balancer capacity changes routes: expected routes or logits' '{ "load": [1, 2] }' balancer capacity
-check 'warning: input.json: capacity_factor: balancer none has no capacity' '{ "load": [1, 2], "capacity_factor": 1 }' balancer none
+check 'warning: input.json: capacity_factor: balancer none has no capacity' \
+    '{ "load": [1, 2], "capacity_factor": 1 }' balancer none
 refuse 'capacity_factor: given twice' "{ $routes, \"capacity_factor\": 1 }" balancer capacity --set factor=2
 refuse 'load\[1\]: found 2.5, expected a whole number' '{ "load": [1, 2.5] }' balancer none
 refuse 'routes: token 0: expert 1 twice' '{ "routes": { "offsets": [0, 2], "experts": [1, 1] } }' balancer capacity
@@ -69,10 +75,13 @@ refuse 'routes.offsets: expected to start at 0 and to end at the number of exper
 # ---- placement -------------------------------------------------------------------------------------------------------
 
 # The example of the reference's README (github.com/deepseek-ai/EPLB).
-eplb='"load": [[90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86], [20, 107, 104, 64, 19, 197, 187, 157, 172, 86, 16, 27]],
+eplb='"load": [[90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86],
+             [20, 107, 104, 64, 19, 197, 187, 157, 172, 86, 16, 27]],
     "replicas": 16, "groups": 4, "nodes": 2, "devices": 8'
 phy2log='[[5,6,5,7,8,4,3,4,10,9,10,2,0,1,11,1],[7,10,6,8,6,11,8,9,2,4,5,1,5,0,3,1]]'
-check "^\{\"phy2log\":${phy2log//[/\\[},\"phy2dev\":\[\[0,0,1,1,2,2,3,3,4,4,5,5,6,6,7,7\],.*\"logcnt\":\[\[1,2,1,1,2,2,1,1,1,1,2,1\],.*\"balancedness\":\[0.82772[0-9]*,0.80501[0-9]*\],\"cross_device\":null,\"cross_node\":null,\"migrated_bytes\":null,\"seconds\":" \
+check "^\{\"phy2log\":${phy2log//[/\\[},\"phy2dev\":\[\[0,0,1,1,2,2,3,3,4,4,5,5,6,6,7,7\],.*"\
+"\"logcnt\":\[\[1,2,1,1,2,2,1,1,1,1,2,1\],.*\"balancedness\":\[0.82772[0-9]*,0.80501[0-9]*\],"\
+"\"cross_device\":null,\"cross_node\":null,\"migrated_bytes\":null,\"seconds\":" \
     "{ $eplb }" placement eplb
 check '"migrated_bytes":0.0,' "{ $eplb, \"current\": $phy2log }" placement eplb
 # Experts 0, 1 on device 0 and 2, 3 on device 1; 0 -> 2 crosses, 3 -> 2 does not; expert 1 comes from device 1.
@@ -86,12 +95,15 @@ mkdir sub && mv load.npy sub && echo '{ "load": "load.npy", "devices": 2 }' >sub
 run_expect 0 '"balancedness":\[0.66[0-9]*\]' "$moelab" eval placement contiguous --input sub/input.json
 refuse 'load: no.npy: No such file' '{ "load": "no.npy", "devices": 2 }' placement contiguous
 refuse 'load\[0\]\[1\]: found -2, expected a number from 0' '{ "load": [[1, -2]], "devices": 2 }' placement contiguous
-refuse 'replicas: found 3, but placement contiguous places one replica' '{ "load": [[1, 2]], "replicas": 3, "devices": 1 }' \
+refuse 'replicas: found 3, but placement contiguous places one replica' \
+    '{ "load": [[1, 2]], "replicas": 3, "devices": 1 }' \
     placement contiguous
-refuse 'replicas = 5 is not a multiple of the 2 devices' '{ "load": [[1, 2, 3, 4]], "replicas": 5, "devices": 2 }' placement eplb
+refuse 'replicas = 5 is not a multiple of the 2 devices' '{ "load": [[1, 2, 3, 4]], "replicas": 5, "devices": 2 }' \
+    placement eplb
 refuse 'replicas = 33 is not a multiple of the 8 devices' \
     '{ "load": [[1, 2, 3, 4, 5, 6, 7, 8]], "replicas": 33, "devices": 8 }' placement eplb
-echo 'require("moelab").eval("placement", "eplb", { input = { load = { { 1, 2 } }, replicas = 33, devices = 8 } })' >uneven.lua
+echo 'require("moelab").eval("placement", "eplb", { input = { load = { { 1, 2 } }, replicas = 33, devices = 8 } })' \
+    >uneven.lua
 run_expect 2 'replicas = 33 is not a multiple of the 8 devices' "$moelab" run uneven.lua --out uneven
 refuse '3 devices cannot be alike on 2 nodes' '{ "load": [[1, 2, 3]], "nodes": 2, "devices": 3 }' placement contiguous
 refuse 'transitions: found 2 elements, expected 1|transitions\[0\]' \
@@ -101,13 +113,15 @@ refuse 'devices: is missing' '{ "load": [[1, 2]] }' placement contiguous
 # ---- dispatch --------------------------------------------------------------------------------------------------------
 
 # 1 MB and 2 MB there and back: the exchange takes 2e6 / 50e9 s and 500 ns.
-check '"phase":"dispatch_a2a","start":[^}]*"seconds":4.04999[0-9]*e-5|"phase":"dispatch_a2a","start":[^}]*"seconds":4.05[0-9]*e-5' \
+check '"phase":"dispatch_a2a","start":[^}]*"seconds":4.04999[0-9]*e-5|'\
+'"phase":"dispatch_a2a","start":[^}]*"seconds":4.05[0-9]*e-5' \
     '{ "bytes": [[0, 1e6], [2e6, 0]], "machine": "star-50GBps", "tier": "exact" }' dispatch flat
 check '"bytes_intra_node":0.0,"bytes_inter_node":6000000.0,"bound_s":' \
     '{ "bytes": [[0, 1e6], [2e6, 0]], "machine": "star-50GBps", "tier": "bound" }' dispatch flat
 # 3 rows of 2 x 100 bytes from device 0 to the experts of device 1, and back; those that stay cost nothing.
 check '"bytes_intra_node":1200.0,"bytes_inter_node":0.0,' \
-    '{ "tokens_by": [[4, 4, 1, 2], [0, 0, 9, 9]], "machine": "dgx-h100", "expert": { "d_model": 100, "d_expert": 64 } }' \
+    '{ "tokens_by": [[4, 4, 1, 2], [0, 0, 9, 9]], "machine": "dgx-h100",
+       "expert": { "d_model": 100, "d_expert": 64 } }' \
     dispatch flat
 check '"bytes_intra_node":0.0,"bytes_inter_node":800.0,' \
     '{ "routes": { "offsets": [0, 2, 4], "experts": [0, 3, 1, 2] }, "device": [0, 1], "devices": 2, "nodes": 2,
@@ -123,15 +137,18 @@ refuse '12 devices are no whole number of nodes of machine dgx-h100' \
 
 # 0 1 2 0 1 3 0 in two places: LRU misses every time, Belady keeps 0.
 printf '\0\0\1\0\2\0\0\0\1\0\3\0\0\0' | npy keys.npy '<u2' '7,'
-run_expect 0 '^\{"requests":7,"misses":7,"hit_rate":0.0,"prefetched":0,"wasted_prefetches":0,"bytes_loaded":70.0,"requests_per_s":[0-9.e+]+,"seconds":[0-9.e-]+\}$' \
+run_expect 0 '^\{"requests":7,"misses":7,"hit_rate":0.0,"prefetched":0,"wasted_prefetches":0,'\
+'"bytes_loaded":70.0,"requests_per_s":[0-9.e+]+,"seconds":[0-9.e-]+\}$' \
     "$moelab" eval offload lru --keys keys.npy --capacity-bytes 25 --expert-bytes 10 --prefetch none
 run_expect 0 '"requests":7,"misses":5,' "$moelab" eval offload belady --keys keys.npy --capacity 2 --repeat 3
 run_expect 2 'expected either --keys or --trace' "$moelab" eval offload lru --capacity 2
 run_expect 2 'expected either --capacity or --capacity-bytes' "$moelab" eval offload lru --keys keys.npy
 run_expect 2 'logits.npy: .*expected .*u2' "$moelab" eval offload lru --keys logits.npy --capacity 2
 run_expect 2 'offload none: .*does not fit' "$moelab" eval offload none --keys keys.npy --capacity 2
-run_expect 2 'prefetch: found "all", expected none' "$moelab" eval offload lru --keys keys.npy --capacity 2 --prefetch all
-run_expect 0 '"requests":[0-9]+,"misses":[0-9]+' "$moelab" eval offload lru --trace "$top_srcdir/scenarios/traces/tiny-moe" --capacity 64
+run_expect 2 'prefetch: found "all", expected none' "$moelab" eval offload lru --keys keys.npy --capacity 2 \
+    --prefetch all
+run_expect 0 '"requests":[0-9]+,"misses":[0-9]+' "$moelab" eval offload lru \
+    --trace "$top_srcdir/scenarios/traces/tiny-moe" --capacity 64
 # libCacheSim's figures on the recorded trace.
 if [ -d "$shared/traces/gpt-oss-20b" ]; then
     for row in "lru 77 737664" "lru 192 296811" "lru 384 72454" "lfu 192 450444" "lfu 384 190531" \
@@ -148,14 +165,16 @@ fi
 
 uniform=(--pattern alltoall --bytes-per-rank 16777216)
 for tier in bound flow exact; do
-    run_expect 0 '^\{"makespan_s":0.0003308014[0-9]*,"bound_s":0.0003303014[0-9]*,"finish_s":\[(0.0003308014[0-9]*,){63}0.0003308014[0-9]*\],"seconds":' \
+    run_expect 0 '^\{"makespan_s":0.0003308014[0-9]*,"bound_s":0.0003303014[0-9]*,'\
+'"finish_s":\[(0.0003308014[0-9]*,){63}0.0003308014[0-9]*\],"seconds":' \
         "$moelab" eval machine star-50GBps "${uniform[@]}" --n 64 --tier $tier
 done
 run_expect 0 '"makespan_s":0.004456608[0-9]*,"bound_s":0.004456108[0-9]*,' \
     "$moelab" eval machine star-50GBps "${uniform[@]}" --n 64 --weights zipf1
 # 1000 bytes from 0 to 1 alone; what stays on its device is no traffic.
 printf '\0\0\0\0\0\x40\x8f\x40\0\0\0\0\0\x40\x8f\x40\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0' | npy traffic.npy '<f8' '2, 2'
-run_expect 0 '"makespan_s":5.2[0-9]*e-7,"bound_s":2[0-9.]*e-8,"finish_s":\[0.0,5.2[0-9]*e-7\],"links":\[\{"name":"gpu0.nic.out","bytes":1000.0,"utilization":0.038[0-9]*\},\{"name":"gpu1.nic.in",[^}]*\}\],' \
+run_expect 0 '"makespan_s":5.2[0-9]*e-7,"bound_s":2[0-9.]*e-8,"finish_s":\[0.0,5.2[0-9]*e-7\],'\
+'"links":\[\{"name":"gpu0.nic.out","bytes":1000.0,"utilization":0.038[0-9]*\},\{"name":"gpu1.nic.in",[^}]*\}\],' \
     "$moelab" eval machine star-50GBps --traffic traffic.npy --links
 run_expect 2 'traffic: .*shape.*3' "$moelab" eval machine star-50GBps --traffic traffic.npy --n 3
 run_expect 2 'needs --n and --bytes-per-rank' "$moelab" eval machine star-50GBps --pattern alltoall --n 4
@@ -167,7 +186,8 @@ run_expect 2 '12 devices are no whole number of nodes' "$moelab" eval machine dg
 
 run_expect 0 '"metric":"srp","value":0.[0-9]*,"floor":0.[0-9]*,' "$moelab" eval metric srp \
     --trace "$top_srcdir/scenarios/traces/tiny-moe" --segment 16
-run_expect 2 'unknown metric "spr"; did you mean "srp"\?' "$moelab" eval metric spr --trace "$top_srcdir/scenarios/traces/tiny-moe"
+run_expect 2 'unknown metric "spr"; did you mean "srp"\?' "$moelab" eval metric spr \
+    --trace "$top_srcdir/scenarios/traces/tiny-moe"
 run_expect 2 'no router named "softmax-topk"; did you mean "softmax-top-k"' "$moelab" eval router softmax-topk
 run_expect 2 'no placement named "elpb"; did you mean "eplb"\?' "$moelab" eval placement elpb
 run_expect 2 'no placement named "round"; did you mean "round-robin"\?' "$moelab" eval placement round
@@ -184,5 +204,6 @@ run_expect 2 'expected a kind and a name' "$moelab" eval router
 for kind in router balancer placement dispatch offload machine metric; do
     run_expect 0 "moelab eval $kind" "$moelab" eval $kind --help
 done
-ok "input from standard input" bash -c "echo '{\"load\": [[1, 2]], \"devices\": 1}' | '$moelab' eval placement contiguous --input -"
+ok "input from standard input" bash -c \
+    "echo '{\"load\": [[1, 2]], \"devices\": 1}' | '$moelab' eval placement contiguous --input -"
 plan

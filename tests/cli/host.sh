@@ -31,7 +31,8 @@ local moe = require "moelab"
 moe.experiment {
   model = { layers = 2, experts = 8, top_k = 2, d_model = 16, d_expert = 8, n_heads = 1, d_head = 16 },
   machine = moe.machine "star-50GBps" { nodes = 2 }, executor = "host", verify = true,
-  workload = moe.decode { trace = moe.synth { layers = 2, experts = 8, top_k = 2, requests = 4, tokens_per_request = 60 },
+  workload = moe.decode { trace = moe.synth { layers = 2, experts = 8, top_k = 2, requests = 4,
+                                              tokens_per_request = 60 },
                           batch_per_device = 8, steps = 6 },
   $2
 }:run()

@@ -79,7 +79,8 @@ run_expect()
 npy()
 {
     # Magic, version 1.0, a header of 118 bytes (128 in all), then the data.
-    printf '\x93NUMPY\x01\x00\x76\x00%-117s\n' "{'descr': '$2', 'fortran_order': ${FORTRAN:-False}, 'shape': ($3), }" >"$1"
+    printf '\x93NUMPY\x01\x00\x76\x00%-117s\n' "{'descr': '$2', 'fortran_order': ${FORTRAN:-False}, 'shape': ($3), }" \
+        >"$1"
     cat >>"$1"
 }
 

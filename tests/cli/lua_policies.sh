@@ -9,7 +9,8 @@ cd "$work" || exit 99
 # same FIGURE: every run of results/ has the same one.
 same()
 {
-    ok "$1: the same in all runs" test "$(grep -Eo "\"$1\":(\"[^\"]*\"|\{[^}]*\})" results/runs.jsonl | sort -u | wc -l)" = 1
+    ok "$1: the same in all runs" test \
+        "$(grep -Eo "\"$1\":(\"[^\"]*\"|\{[^}]*\})" results/runs.jsonl | sort -u | wc -l)" = 1
 }
 
 # ---- twins ----
@@ -43,7 +44,8 @@ local twice = moe.policy {
 }
 local x = tiny.experiment { placement = moe.each { "contiguous", mine } }
 local runs = x:run()
-assert(moe.value(tiny.experiment { placement = twice }:run().list[1], "a2a_s") == 0, "everything everywhere still travels")
+assert(moe.value(tiny.experiment { placement = twice }:run().list[1], "a2a_s") == 0,
+       "everything everywhere still travels")
 EOF
 ok "a placement, and one with replicas" "$moelab" run x.lua --out results
 sed -i '$d' results/runs.jsonl
@@ -114,7 +116,8 @@ local mine = moe.policy {
   end,
 }
 local never = moe.policy {
-  kind = "offload", name = "never", insert = function() return false end, evict = function() error "nothing to evict" end,
+  kind = "offload", name = "never", insert = function() return false end,
+  evict = function() error "nothing to evict" end,
 }
 local function cached(offload)
   return tiny.experiment {
@@ -140,7 +143,8 @@ fails()
     [ "$2" = router ] && other=replay
     [ "$2" = balancer ] && other=none more='router = "softmax-top-k",'
     [ "$2" = offload ] && other=lru more='machine = "rtx4090-pcie4", cache = 0.25,'
-    printf 'local moe, tiny = require "moelab", require "tiny"\nlocal mine = moe.policy { kind = "%s", name = "mine",\n%s }\n
+    printf 'local moe, tiny = require "moelab", require "tiny"
+local mine = moe.policy { kind = "%s", name = "mine",\n%s }\n
 local one = { placement = "contiguous", %s }\none["%s"] = moe.each { mine, "%s" }\ntiny.experiment(one):run()\n' \
         "$2" "$3" "$more" "$2" "$other" >x.lua
     run_expect 1 "run 1 of \"tiny\" failed: $1" "$moelab" run x.lua --out results --run-timeout "${timeout-60}"
@@ -168,9 +172,17 @@ fails 'router mine, step 0, layer 0: token 0: expert 3 twice' router \
 fails 'router mine, step 0, layer 0: token 0: expert 9, expected 0 to 7' router \
     'route = function(b) local r = {} for t = 0, b.n_tokens - 1 do r[t] = { experts = { 9 } } end return r end'
 fails 'router mine, step 0, layer 0: token 0: expert 3 has a weight that is not finite' router \
-    'route = function(b) local r = {} for t = 0, b.n_tokens - 1 do r[t] = { experts = { 3 }, weights = { 0/0 } } end return r end'
+    'route = function(b)
+         local r = {}
+         for t = 0, b.n_tokens - 1 do r[t] = { experts = { 3 }, weights = { 0/0 } } end
+         return r
+     end'
 fails 'router mine: route: token 0: weight 1 of its list is not a number' router \
-    'route = function(b) local r = {} for t = 0, b.n_tokens - 1 do r[t] = { experts = { 3 }, weights = {} } end return r end'
+    'route = function(b)
+         local r = {}
+         for t = 0, b.n_tokens - 1 do r[t] = { experts = { 3 }, weights = {} } end
+         return r
+     end'
 fails 'balancer mine: adjust: expected a table of numbers' balancer 'adjust = function() end'
 fails 'balancer mine: adjust: expert 2: expected a number, found string' balancer \
     'adjust = function() return { [2] = "x" } end'

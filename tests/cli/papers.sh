@@ -47,7 +47,7 @@ run_expect 0 'not claimed' env MOELAB_DATA_PATH="$work/data" "$moelab" reproduce
 # All of the metric can be read, in 120 columns; what is no figure is a dash.
 cat >data/scenarios/papers/fake.lua <<'LUA'
 require("moelab").claim { paper = "fake", class = "S", published = -1.23456e-05, tolerance = 0.001,
-                          metric = "largest of the loads of devices over their mean, after half of all requests, in per cent" }
+  metric = "largest of the loads of devices over their mean, after half of all requests, in per cent" }
 LUA
 run_expect 0 '^  metric +published +ours +error  class tolerance  verdict$' \
     env MOELAB_DATA_PATH="$work/data" "$moelab" reproduce fake
@@ -59,5 +59,6 @@ ok "every figure, in 120 columns" "$moelab" reproduce --all
 cp out table
 ok "... and no wider" bash -c "! grep -E '.{121}' table"
 claims Z 2.5
-run_expect 2 'fake.lua:1: paper.claim: class: expected E, A, S or X' env MOELAB_DATA_PATH="$work/data" "$moelab" reproduce fake
+run_expect 2 'fake.lua:1: paper.claim: class: expected E, A, S or X' env MOELAB_DATA_PATH="$work/data" "$moelab" \
+    reproduce fake
 plan

@@ -60,7 +60,8 @@ run_expect 0 'left out: .*bad\.so' "$moelab" plugins
 
 # ---- in a run: what the other runs and the results say of it ----
 
-printf 'require "tiny".experiment {\nrouter = require "moelab".each { "replay", "bad", "softmax-top-k" }, placement = "contiguous" }:run()\n' >x.lua
+printf 'require "tiny".experiment {\n%s, placement = "contiguous" }:run()\n' \
+    'router = require "moelab".each { "replay", "bad", "softmax-top-k" }' >x.lua
 # fails REGEX SOURCE FLAG...: of three runs, the second.
 fails()
 {
@@ -92,12 +93,14 @@ fails 'router bad: route returned -3 without saying why' bad_router.c -DFAULT_SI
 fails 'router bad: out of memory for' bad_router.c -DFAULT_MEMORY
 fails 'router bad: will not begin with 8 experts' bad_router.c -DFAULT_INIT
 
-printf 'require "tiny".experiment {\nplacement = require "moelab".each { "contiguous", "bad", "round-robin" } }:run()\n' >x.lua
+printf 'require "tiny".experiment {\n%s }:run()\n' \
+    'placement = require "moelab".each { "contiguous", "bad", "round-robin" }' >x.lua
 fails 'placement bad: layer 0, expert 7: placed on device 7, expected 0 to 3' bad_others.c -DKIND_placement \
     -DFAULT_DEVICE
 fails 'placement bad: layer 0, expert 7: placed by 0 in all, expected 1 or more' bad_others.c -DKIND_placement \
     -DFAULT_MISSING
-printf 'local moe = require "moelab"\nrequire "tiny".experiment { machine = "rtx4090-pcie4", cache = 0.25, placement = "contiguous",
+printf 'local moe = require "moelab"\nrequire "tiny".experiment { machine = "rtx4090-pcie4", cache = 0.25,
+placement = "contiguous",
 offload = moe.each { "lru", "bad", "lfu" } }:run()\n' >x.lua
 fails 'offload bad' bad_others.c -DKIND_offload -DFAULT_RANGE
 fails 'offload bad' bad_others.c -DKIND_offload -DFAULT_PINNED

@@ -39,6 +39,7 @@ ok "nothing is left beside the results" test ! -e results.part -a ! -e results.o
 ok "no run is below its bound" bash -c \
     "! grep -o '\"over_bound\":{[^}]*}' results/runs.jsonl | grep -Eo '\"min\":[0-9.e+-]+' | cut -d: -f2 |
      awk '{ if (\$1 < 1 - 1e-9) { print; found = 1 } } END { exit !found }'"
-ok "no policy is above Belady" awk '!/^#/ { for (i = 2; i < 8; i += 2) if ($i > $8 + 1e-9) exit 1; n++ } END { exit n != 6 }' \
+ok "no policy is above Belady" awk \
+    '!/^#/ { for (i = 2; i < 8; i += 2) if ($i > $8 + 1e-9) exit 1; n++ } END { exit n != 6 }' \
     results/offload-hits.dat
 plan

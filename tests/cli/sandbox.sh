@@ -37,7 +37,8 @@ for _, k in ipairs { "os", "io", "debug", "package", "coroutine", "load", "loads
 end
 if string.dump or ("").dump then all[#all + 1] = "string.dump" end
 print(#all == 0 and "none" or table.concat(all, ", "))'
-gives '^_G _VERSION assert error getmetatable ipairs math next pairs pcall print rawequal rawget rawlen rawset require select setmetatable string table tonumber tostring type utf8 warn xpcall$' \
+gives '^_G _VERSION assert error getmetatable ipairs math next pairs pcall print rawequal rawget '\
+'rawlen rawset require select setmetatable string table tonumber tostring type utf8 warn xpcall$' \
     'local all = {} for k in pairs(_G) do all[#all + 1] = k end table.sort(all) print(table.concat(all, " "))'
 gives '^table	function$' 'print(type(os), type(string.dump))' --unsafe
 
@@ -47,7 +48,8 @@ mkdir sub
 printf 'return "sub"\n' >sub/inner.lua
 printf 'return "outside"\n' >../moelab-outside.$$.lua
 gives '^sub$' 'print(require "sub.inner")'
-for name in ../moelab-outside.$$ /etc/passwd sub/inner ..sub.inner sub..inner sub. .sub "" 'lfs' 'moelab\0x' "$work/sub/inner"; do
+for name in ../moelab-outside.$$ /etc/passwd sub/inner ..sub.inner sub..inner sub. .sub "" 'lfs' 'moelab\0x' \
+    "$work/sub/inner"; do
     refuses 'x\.lua:1: module ".*" not found|a string with a NUL in it' "require \"$name\""
 done
 rm ../moelab-outside.$$.lua
@@ -114,7 +116,8 @@ run_expect 2 'secret: hunter2: unknown key' "$moelab" eval placement eplb --inpu
 
 runs "labels and titles that mean something to gnuplot" 'local moe, tiny = require "moelab", require "tiny"
 local touch = "`touch pwned`\n; system \"touch pwned\" \\\" \" \\"
-local runs = tiny.experiment { name = touch, placement = moe.each { moe.label(touch, "contiguous"), "round-robin" } }:run()
+local placement = moe.each { moe.label(touch, "contiguous"), "round-robin" }
+local runs = tiny.experiment { name = touch, placement = placement }:run()
 runs:plot { x = "placement", y = "step_s", file = "a.png", title = touch, xlabel = touch, ylabel = touch }
 runs:plot { x = "placement", y = "step_s", group = "placement", file = "b.png" }
 runs:table { rows = "placement", value = "step_s", title = touch, file = "a.txt" }'
@@ -163,16 +166,18 @@ gives '^false$' 'print(getmetatable(""))'
 refuses 'cannot change a protected metatable|table expected' 'setmetatable("", {})'
 
 # Options that are something else each time they are read, and results that scenarios change.
-refuses 'runs:plot.title: expected|runs:plot: x is missing|runs:plot.*expected' 'local moe, tiny = require "moelab", require "tiny"
-local title = setmetatable({}, { __tostring = function() return "`touch pwned`" end, __concat = function() return "`touch pwned`" end,
-                                 __index = { gsub = function() return "`touch pwned`" end } })
+refuses 'runs:plot.title: expected|runs:plot: x is missing|runs:plot.*expected' \
+    'local moe, tiny = require "moelab", require "tiny"
+local function touch() return "`touch pwned`" end
+local title = setmetatable({}, { __tostring = touch, __concat = touch, __index = { gsub = touch } })
 tiny.experiment():run():plot { x = "placement", y = "step_s", file = "a.png", title = title }'
 refuses 'runs:plot: x is missing' 'local moe, tiny = require "moelab", require "tiny"
 local n = 0
 tiny.experiment():run():plot(setmetatable({}, { __index = function(_, k) n = n + 1 return "`touch pwned`" end }))'
 runs "results changed by the scenario" 'local moe, tiny = require "moelab", require "tiny"
 local runs = tiny.experiment():run()
-local text = setmetatable({}, { __tostring = function() return "`touch pwned`" end, __index = { gsub = function() return "`touch pwned`" end } })
+local function touch() return "`touch pwned`" end
+local text = setmetatable({}, { __tostring = touch, __index = { gsub = touch } })
 runs.name = text
 runs.axis.placement.labels[1] = text
 runs:plot { x = "placement", y = "step_s", file = "a.png" }'

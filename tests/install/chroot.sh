@@ -60,7 +60,8 @@ run_inside()
 
 inside "chown -R nobody ."
 expected=2 run_inside nobody "setpriv --reuid=nobody --clear-groups ./bootstrap"
-ok "without root it prints the line to type" grep -q '^apt-get install .*liblua5.4-dev' "$top_builddir/chroot-nobody.log"
+ok "without root it prints the line to type" grep -q '^apt-get install .*liblua5.4-dev' \
+    "$top_builddir/chroot-nobody.log"
 inside "chown -R root ."
 run_inside run "./bootstrap run"
 quickstart=$root/home/moelab/results/quickstart

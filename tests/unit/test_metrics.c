@@ -9,8 +9,8 @@ static uint64_t draw(uint64_t *s)
 
 /* A layer as dispatch "flat" lays it out: attention - permute - exchange - experts - exchange - combine, with the
  * experts in `chunks` tasks one after another. Rows from s to d: rows(s, d); every device has as many tokens. */
-static void flat_layer(struct moe_graph *g, int32_t n, int chunks, int64_t (*rows)(uint64_t *, int32_t, int32_t), uint64_t *seed,
-                       int32_t *entry)
+static void flat_layer(struct moe_graph *g, int32_t n, int chunks, int64_t (*rows)(uint64_t *, int32_t, int32_t),
+                       uint64_t *seed, int32_t *entry)
 {
     struct err e = { 0 };
     struct moe_part *there = malloc(sizeof *there * (size_t)(n * n)), *back = malloc(sizeof *back * (size_t)(n * n));

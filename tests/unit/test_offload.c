@@ -116,8 +116,8 @@ static const struct moe_plugin miser_plugin = TEST_POLICY(MOE_OFFLOAD, "miser",
                                                                            .evict = miser_evict });
 
 /* Step 1: layer 0 has both its experts and computes the second while layer 1's attention and gate run, for longer than
- * those take; layer 1's first load wants its slot, and the second the slot of the first. Each waits for the last use, not
- * only for the gate and the copy stream. */
+ * those take; layer 1's first load wants its slot, and the second the slot of the first. Each waits for the last use,
+ * not only for the gate and the copy stream. */
 static void slots_are_free_after_their_last_use(void **state)
 {
     static const uint8_t expert[8] = { 0, 1, 2, 3, 0, 1, 2, 3 };
@@ -131,7 +131,8 @@ static void slots_are_free_after_their_last_use(void **state)
     assert_true(padded > before && load > before + one && load > one);
     test_ok(placement_start(r), &e);
     test_ok(pipeline_step(r, 0), &e);
-    assert_near(test_metric(r, METRIC_step_s, 0), before + 4 * load + padded, 1e-9); /* nothing to wait for: no victims */
+    /* Nothing to wait for: no victims. */
+    assert_near(test_metric(r, METRIC_step_s, 0), before + 4 * load + padded, 1e-9);
     test_ok(pipeline_step(r, 1), &e);
     assert_near(test_metric(r, METRIC_hit_rate, 1), 0.5, 1e-12);
     const double began = nth(r, TASK_COMPUTE, 0, 0)->start;
