@@ -62,8 +62,9 @@ HOT enum cache_result make_room(struct cache *c, const struct moe_access *a, uin
     if (c->capacity == 0 || c->n_pinned == c->n_resident)
         return CACHE_BYPASSED;
     if (!ops->evict) {
-        err_set(c->policy->context->err, ERR_RUN, "offload %s: keeps every expert resident, and there is room for %lld: "
-                "layer %d, expert %d does not fit", c->policy->plugin->name, (long long)c->capacity, a->layer, a->expert);
+        err_set(c->policy->context->err, ERR_RUN, "offload %s: keeps every expert resident, and there is room for "
+                "%lld: layer %d, expert %d does not fit", c->policy->plugin->name, (long long)c->capacity, a->layer,
+                a->expert);
         return CACHE_ERROR;
     }
     uint32_t out = UINT32_MAX;

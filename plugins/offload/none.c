@@ -5,8 +5,8 @@
  * Differs: nothing
  * Cost:    nothing
  *
- * There is nothing to decide, so there are no hooks: a policy that neither inserts nor evicts tells the core that all is
- * resident, and the core refuses the run when it does not fit. */
+ * There is nothing to decide, so there are no hooks: a policy that neither inserts nor evicts tells the core that all
+ * is resident, and the core refuses the run when it does not fit. */
 #include <moelab.h>
 
 const struct moe_plugin moe_plugin = {

@@ -120,6 +120,13 @@ refused_with 'moe.synth: skew: expected a number' \
     'workload = moe.decode { trace = moe.synth { layers = 2, experts = 8, top_k = 2, skew = "much" } }'
 refused_with 'top_k.*9.*8|9 .*8 experts' \
     'workload = moe.decode { trace = moe.synth { layers = 2, experts = 8, top_k = 9 } }'
+refused_with 'machine rtx4090-pcie4, device 0: its experts take 653.9 GB .* fewer replicas' \
+    'model = "deepseek-v3", machine = "rtx4090-pcie4",
+     workload = moe.decode { trace = moe.synth { layers = 58, experts = 256, top_k = 8, requests = 4 }, steps = 1 }'
+refused_with 'node 0: its devices. experts take 653.9 GB and host memory has 128 GB' \
+    'model = "deepseek-v3", machine = "rtx4090-pcie4", offload = "lru",
+     workload = moe.decode { trace = moe.synth { layers = 58, experts = 256, top_k = 8, requests = 4 }, steps = 1 }'
+refused_with 'cache: offload none keeps every expert resident and has none' 'cache = 0.5'
 refused_with 'the model has 2 layers, 8 experts, top_k 2; the trace .* has 8 layers, 32 experts, top_k 4' \
     'workload = moe.decode { trace = "traces/tiny-moe" }'
 refused_text 'nested more than 32 deep' $'local t = {}\nt.t = t\ntiny.experiment { model = t }'

@@ -159,8 +159,8 @@ static int make_room(struct policy *policy, const struct moe_access *a, const st
     const struct moe_env *env = &policy->host->env;
     uint32_t victim = UINT32_MAX;
     if (policy->plugin->ops.offload.evict == NULL)
-        return env->host->fail(env, MOE_EFAIL, "layer %d expert %d does not fit beside the %lld experts there is room for",
-                               a->layer, a->expert, (long long)env->cache_objects);
+        return env->host->fail(env, MOE_EFAIL, "layer %d expert %d does not fit beside the %lld experts there is room "
+                               "for", a->layer, a->expert, (long long)env->cache_objects);
     int rc = policy->plugin->ops.offload.evict(policy->state, 0, a, pinned, &victim);
     policy_host_end_hook(policy->host);
     if (rc != MOE_OK)

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0
  * test_device_memory.c - what does not fit is refused, to the byte. Sizes by hand:
- *   an expert is 3 x 1000 x 1000 bytes; attention with 8 heads of 100 takes 2 x 800,000 + 2 x 800,000 bytes a layer, the
- *   gate 4 x 1000: two layers hold 6.408e6 bytes beside 8 experts of 24e6; nine tenths of the memory are for weights. */
+ *   an expert is 3 x 1000 x 1000 bytes; attention with 8 heads of 100 takes 2 x 800,000 + 2 x 800,000 bytes a layer,
+ *   the gate 4 x 1000: two layers hold 6.408e6 bytes beside 8 experts of 24e6; nine tenths of the memory are for
+ *   weights. */
 #include "core_test.h"
 
 static const double fixed = 2 * (3.2e6 + 4e3), expert = 3e6;
@@ -37,7 +38,8 @@ static void all_resident(void **state)
 {
     const double least = (fixed + 8 * expert) / 0.9;
     expect(spec_with(*state, least * (1 + 1e-9), 1e6), NULL, NULL);
-    expect(spec_with(*state, least * (1 - 1e-9), 1e6), "its experts take 0.024 GB", "fewer replicas, or an offload policy");
+    expect(spec_with(*state, least * (1 - 1e-9), 1e6), "its experts take 0.024 GB",
+           "fewer replicas, or an offload policy");
 }
 
 static void cached(void **state)

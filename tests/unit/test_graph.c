@@ -85,9 +85,11 @@ static void refuses(void **state)
                           &e), "-1 rows");
     REFUSED(graph_experts(&g, &(struct moe_expert_work){ .n = 1, .expert = expert, .rows = rows }, &e), "fraction 0");
     REFUSED(graph_experts(&g, &(struct moe_expert_work){ .n = -1, .fraction = 1 }, &e), "-1 experts");
-    REFUSED(graph_exchange(&g, &(struct moe_exchange){ MOE_PAY_BYTES, 1, &(struct moe_part){ 0, 2, 1, 0, NULL, 0 } }, &e),
+    REFUSED(graph_exchange(&g, &(struct moe_exchange){ MOE_PAY_BYTES, 1, &(struct moe_part){ 0, 2, 1, 0, NULL, 0 } },
+                           &e),
             "device 2");
-    REFUSED(graph_exchange(&g, &(struct moe_exchange){ MOE_PAY_BYTES, 1, &(struct moe_part){ 0, 1, -1, 0, NULL, 0 } }, &e),
+    REFUSED(graph_exchange(&g, &(struct moe_exchange){ MOE_PAY_BYTES, 1, &(struct moe_part){ 0, 1, -1, 0, NULL, 0 } },
+                           &e),
             "-1 bytes");
     REFUSED(graph_exchange(&g, &(struct moe_exchange){ MOE_PAY_BYTES, -1, NULL }, &e), "-1 parts");
     assert_int_equal(g.n_tasks, 0);

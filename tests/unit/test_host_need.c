@@ -36,7 +36,8 @@ static void keep_routes(struct moe_graph *g)
 static void first_step(struct moe_graph *g)
 {
     static const int64_t one[] = { 1 }, three[] = { 3 }, stay[] = { 0, 2 };
-    static const struct moe_part there[] = { { 0, 0, 80, 2, stay, 0 }, { 0, 1, 40, 1, one, 0 }, { 1, 0, 40, 1, three, 0 } };
+    static const struct moe_part there[] = { { 0, 0, 80, 2, stay, 0 }, { 0, 1, 40, 1, one, 0 },
+                                             { 1, 0, 40, 1, three, 0 } };
     static const struct moe_part back[] = { { 1, 0, 40, 1, one, 0 }, { 0, 1, 40, 1, three, 0 } };
     graph_reset(g);
     keep_routes(g);

@@ -139,7 +139,8 @@ static int swap_due(void *self, const struct moe_stats *stats, bool *rebalance)
 }
 
 static const struct moe_plugin swap_plugin =
-    TEST_POLICY(MOE_PLACEMENT, "swap", .needs = MOE_NEEDS_COACTIVATION, .state_size = sizeof(struct swapper), .init = test_keep_env,
+    TEST_POLICY(MOE_PLACEMENT, "swap", .needs = MOE_NEEDS_COACTIVATION, .state_size = sizeof(struct swapper),
+                .init = test_keep_env,
                 .ops.placement = { .place = swap_place, .due = swap_due });
 
 /* Every token goes to both experts, so both placements cost the same; after step 1 both experts change places: 3e6 B

@@ -104,7 +104,7 @@ static void profiled_counts(void **state)
     assert_true(transitions[0 * 4 + 3] == 2); /* 0 then 3: tokens 0 and 3 */
     assert_true(transitions[2 * 4 + 0] == 2); /* 2 then 0: tokens 1 and 2 */
     assert_true(transitions[0 * 4 + 0] == 0);
-    /* layer 0: 01 once, 12 once, 23 once, 02 once, 13 once; layer 1: 23, 03, 01, 13, 02. Both ways, never with itself. */
+    /* Layer 0: 01 12 23 02 13; layer 1: 23 03 01 13 02. Counted both ways, never with itself. */
     const double pairs[] = { 0, 1, 1, 0, 1, 0, 1, 1, 1, 1, 0, 1, 0, 1, 1, 0,
                              0, 1, 1, 1, 1, 0, 0, 1, 1, 0, 0, 1, 1, 1, 1, 0 };
     assert_memory_equal(p.coactivation, pairs, sizeof pairs);
@@ -252,7 +252,8 @@ static void recorded_layers_repeat(void **state)
         test_ok(workload_batch(&w, 0, layer, MOE_NEEDS_RECORDED | MOE_NEEDS_PREVIOUS_LOGITS, &b, &e), &e);
         assert_int_equal(b.layer, layer);
         for (int32_t i = 0; i < 4; i++)
-            assert_int_equal(b.recorded->expert[i], npy_int(&w.trace.experts, (w.row[i / 2] * 2 + layer / 3) * 2 + i % 2));
+            assert_int_equal(b.recorded->expert[i],
+                             npy_int(&w.trace.experts, (w.row[i / 2] * 2 + layer / 3) * 2 + i % 2));
         for (int x = 0; layer > 0 && x < 8; x++)
             assert_true((double)b.previous_logits[x] ==
                         npy_real(&w.trace.logits, (w.row[x / 4] * 2 + (layer - 1) / 3) * 4 + x % 4));
