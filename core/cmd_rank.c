@@ -51,8 +51,10 @@ int cmd_rank(int argc, char **argv)
         _exit(err_exit_code(e.code));
     }
     int32_t rank = run.machine.rank;
-    if (rank == 0)
+    if (rank == 0) {
         result = run_result(&run);
+        json_object_set_new(result, "spec", run_resolve(&run));
+    }
     run_close(&run);
     int code = rank == 0 && write_result(result, argv[2]) < 0 ? 2 : 0;
     json_decref(result);

@@ -127,17 +127,17 @@ local function find_trace(name, where)
   return found
 end
 
-local synthesised = {} -- parameters as text -> directory: equal workloads share a trace
+local synthesised = {} -- parameters as text -> directory and what it was made of: equal workloads share a trace
 
--- The directory of a synthetic trace with these (unfolded) parameters.
+-- The directory of a synthetic trace with these (unfolded) parameters, and all of them with defaults filled in.
 local function synth_dir(synth, label)
   if not synthesised[label] then
     local options = { where = text_of(synth.where) }
     for k, v in pairs(synth.options) do options[k] = v end
     if options.like then options.like = find_trace(options.like, at_key(synth.where, "like")) end
-    synthesised[label] = native.synth(options)
+    synthesised[label] = { native.synth(options) }
   end
-  return synthesised[label]
+  return table.unpack(synthesised[label])
 end
 
 local workload_keys = {}
@@ -282,7 +282,7 @@ local function workload_spec(v, where)
   local spec = { kind = v.kind }
   for k, x in pairs(v.options) do spec[k] = x end
   if is(spec.trace, Synth) then
-    spec.synth, spec.trace = spec.trace.options, synth_dir(spec.trace, label_of(spec.trace))
+    spec.trace, spec.synth = synth_dir(spec.trace, label_of(spec.trace))
   elseif type(spec.trace) == "string" then
     spec.trace = find_trace(spec.trace, at_key(v.where, "trace") .. ": workload.trace")
   else

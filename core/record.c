@@ -5,7 +5,6 @@
 #include "record.h"
 #include "revision.h"
 #include "sha256.h"
-#include "trace.h"
 
 #include <dirent.h>
 #include <errno.h>
@@ -18,7 +17,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-enum { SCHEMA = 1 }; /* of runs.jsonl and manifest.json: raised when a key's meaning changes */
+enum { SCHEMA = 2 }; /* of runs.jsonl and manifest.json: raised when a key's meaning changes */
 
 static int make_parents(const char *path, struct err *e)
 {
@@ -58,7 +57,7 @@ static bool is_empty(const char *path)
     return n <= 2;
 }
 
-static const char *base_name(const char *path)
+const char *record_base_name(const char *path)
 {
     const char *slash = strrchr(path, '/');
     return slash ? slash + 1 : path;
@@ -102,7 +101,7 @@ int record_open(struct record *r, const char *out, struct err *e)
     size_t n = strlen(r->out);
     while (n > 1 && r->out[n - 1] == '/')
         r->out[--n] = '\0';
-    const char *last = base_name(r->out);
+    const char *last = record_base_name(r->out);
     if (!*last || !strcmp(last, ".") || !strcmp(last, ".."))
         return err_set(e, ERR_INPUT, "--out \"%s\": expected the name of a directory to make", out);
     snprintf(r->part, sizeof r->part, "%s.part", r->out);
@@ -145,81 +144,29 @@ int record_file(struct record *r, const char *name, const char *text, size_t n, 
     return put(r, name, "w", text, n, e);
 }
 
-/* The trace's key in the manifest, where its checksum is: its last name, and "NAME (2)" for the second so called. */
-static const char *trace_name(struct record *r, const char *dir, struct err *e)
-{
-    const char *known = json_string_value(json_object_get(r->trace_names, dir));
-    char name[300], hex[65] = "";
-    struct trace t;
-    if (known || trace_open(&t, dir, e) < 0)
-        return known;
-    snprintf(name, sizeof name, "%.250s", base_name(dir));
-    for (int i = 2; json_object_get(r->traces, name); i++)
-        snprintf(name, sizeof name, "%.250s (%d)", base_name(dir), i);
-    trace_checksum(&t, hex, e);
-    json_object_set_new(r->traces, name,
-                        json_pack("{s:s, s:i, s:i, s:i, s:I}", "sha256", hex, "layers", t.n_layers, "experts",
-                                  t.n_experts, "top_k", t.top_k, "tokens", (json_int_t)t.n_tokens));
-    trace_close(&t);
-    json_object_set_new(r->trace_names, dir, json_string(name));
-    return json_string_value(json_object_get(r->trace_names, dir));
-}
-
-/* A spec for the manifest: big and machine-dependent things by name, listed once elsewhere. */
-static json_t *slim_spec(struct record *r, json_t *spec, struct err *e)
-{
-    json_t *s = json_deep_copy(spec), *machine = json_object_get(s, "machine"), *w = json_object_get(s, "workload");
-    json_t *description = json_object_get(machine, "description");
-    const char *file = json_string_value(json_object_get(machine, "file"));
-    const char *trace = json_string_value(json_object_get(w, "trace"));
-    if (description) {
-        char key[200];
-        json_t *nodes = json_object_get(description, "nodes");
-        for (int i = 0;; i++) { /* one file may appear with several sets of figures */
-            snprintf(key, sizeof key, "%s, %lld nodes%.*s", file ? base_name(file) : "machine",
-                     (long long)json_integer_value(nodes), i, "''''''''''''''''");
-            json_t *known = json_object_get(r->machines, key);
-            if (!known)
-                json_object_set(r->machines, key, description);
-            if (!known || json_equal(known, description) || i == 16)
-                break;
-        }
-        json_object_set_new(machine, "description", json_string(key));
-        if (file)
-            json_object_set_new(machine, "file", json_string(base_name(file)));
-    }
-    if (trace) {
-        const char *name = trace_name(r, trace, e);
-        if (name)
-            json_object_set_new(w, "trace", json_string(name));
-    }
-    const char *where = json_string_value(json_object_get(s, "where"));
-    if (where)
-        json_object_set_new(s, "where", json_string(base_name(where)));
-    return s;
-}
-
 int record_runs(struct record *r, const char *experiment, json_t *specs, json_t *axes, json_t *results, struct err *e)
 {
+    const int first = r->n_runs;
     json_t *kept = json_array();
     for (size_t i = 0; i < json_array_size(results) && !e->code; i++) {
         json_t *result = json_array_get(results, i);
         json_t *line = json_pack("{s:i, s:i, s:s, s:O}", "schema", SCHEMA, "run", r->n_runs++, "experiment",
                                  experiment, "axes", json_array_get(axes, i));
-        json_t *spec = slim_spec(r, json_array_get(specs, i), e);
-        json_t *policies = json_object_get(result, "policies");
-        if (policies) /* with every default filled in */
-            json_object_set(spec, "policies", policies);
-        json_array_append_new(kept, spec);
+        json_t *resolved = json_object_get(result, "spec");
+        json_array_append_new(kept, record_spec(r, resolved ? resolved : json_array_get(specs, i), e));
+        json_object_del(result, "spec"); /* which the manifest keeps, once for all runs where they share it */
         json_object_update(line, result);
-        json_object_del(line, "policies");
         char *text = json_dumps(line, JSON_COMPACT | JSON_SORT_KEYS | JSON_REAL_PRECISION(17));
         if (!text || put(r, "runs.jsonl", "a", text, strlen(text), e) < 0 || put(r, "runs.jsonl", "a", "\n", 1, e) < 0)
             err_set(e, ERR_MEMORY, "out of memory for results");
         free(text);
         json_decref(line);
     }
-    json_array_append_new(r->experiments, json_pack("{s:s, s:o}", "name", experiment, "runs", kept));
+    json_t *common = record_common(kept);
+    for (size_t i = 0; i < json_array_size(kept); i++)
+        json_object_set_new(json_array_get(kept, i), "run", json_integer(first + (json_int_t)i));
+    json_array_append_new(r->experiments,
+                          json_pack("{s:s, s:o, s:o}", "name", experiment, "common", common, "runs", kept));
     return e->code;
 }
 
@@ -244,7 +191,7 @@ int record_commit(struct record *r, const char *scenario, const json_t *override
     if (sha256_file(scenario, hex, e) < 0)
         return e->code;
     json_t *m = json_pack("{s:i, s:s, s:s, s:{s:s, s:s}, s:O, s:O, s:O, s:O}", "schema", SCHEMA, "moelab",
-                          PACKAGE_VERSION, "revision", MOELAB_REVISION, "scenario", "file", base_name(scenario),
+                          PACKAGE_VERSION, "revision", MOELAB_REVISION, "scenario", "file", record_base_name(scenario),
                           "sha256", hex, "overrides", overrides, "machines", r->machines, "traces", r->traces,
                           "experiments", r->experiments);
     char *text = json_dumps(m, JSON_INDENT(1) | JSON_SORT_KEYS | JSON_REAL_PRECISION(17));

@@ -23,6 +23,13 @@ int record_open(struct record *, const char *out, struct err *);
 int record_file(struct record *, const char *name, const char *text, size_t n, struct err *);
 /* Appends one line per run to runs.jsonl, and what the runs were made of to the manifest. */
 int record_runs(struct record *, const char *experiment, json_t *specs, json_t *axes, json_t *results, struct err *);
+/* A specification without this machine's paths: its machine and its trace are named, and listed once in the record. */
+json_t *record_spec(struct record *, const json_t *spec, struct err *);
+/* Takes out of a list of tables what all of them hold, and returns it. Each table laid over it, table by table, is
+ * what it was. */
+json_t *record_common(json_t *list);
+/* What follows the last slash. */
+const char *record_base_name(const char *path);
 /* Writes manifest.json and puts the directory in its place. */
 int record_commit(struct record *, const char *scenario, const json_t *overrides, struct err *);
 /* Removes what was written. Harmless after record_commit. */

@@ -11,7 +11,8 @@
  *   policies   kind -> list of {name, params}; one each but for balancers
  *   cache      share of all experts that one device holds; absent: what its memory holds
  *   warmup     steps left out of the figures
- *   verify     machine host: compare every layer's output with a plain computation of it */
+ *   verify     machine host: compare every layer's output with a plain computation of it
+ * Defaults are filled in here and in workload.c; resolve.c says what they came to. */
 #include "config.h"
 
 #include "run.h"
@@ -96,6 +97,7 @@ static int open_machine(struct run *r, const json_t *m, bool verify)
     if (topology_build(&r->topology, json_object_get(m, "description"), file ? file : "machine", r->err) < 0)
         return err_prefix(r->err, "%s", r->where);
     executor = executor ? executor : "flow";
+    r->tier = N_NET_TIERS;
     if (!strcmp(executor, "host")) {
         /* rank_check.c counts what ranks will hold: decisions alone, in a process that is no rank. */
         r->recording = json_is_true(json_object_get(m, "counting"));
@@ -117,6 +119,7 @@ static int open_machine(struct run *r, const json_t *m, bool verify)
                            r->topology->name, precision_name[r->precision]);
         if (machine_open_sim(&r->machine, r->topology, &r->model, r->precision, (enum net_tier)k, r->err) < 0)
             return err_prefix(r->err, "%s: machine %s", r->where, executor);
+        r->tier = (enum net_tier)k;
     } else {
         const char *near = err_nearest(executor, executors, 3);
         return err_set(r->err, ERR_INPUT, "%s: machine.executor: no executor named \"%s\"; %s%s", r->where, executor,
@@ -304,28 +307,15 @@ int run_go(struct run *r)
     return 0;
 }
 
-static void add_policy(json_t *to, const struct policy *p)
-{
-    json_t *list = json_object_get(to, kind_name[p->plugin->kind]);
-    if (!list)
-        json_object_set_new(to, kind_name[p->plugin->kind], list = json_array());
-    json_array_append_new(list, json_pack("{s:s, s:O}", "name", p->plugin->name, "params", p->params.values));
-}
-
 json_t *run_result(const struct run *r)
 {
-    json_t *policies = json_object();
     char hash[20];
     snprintf(hash, sizeof hash, "%016llx", (unsigned long long)r->decisions);
-    add_policy(policies, &r->router);
-    for (int i = 0; i < r->n_balancers; i++)
-        add_policy(policies, &r->balancer[i]);
-    add_policy(policies, &r->placement);
-    add_policy(policies, &r->dispatch);
-    add_policy(policies, &r->offload);
-    json_t *o = json_pack("{s:o, s:s, s:o, s:s, s:i, s:i}", "metrics", metrics_json(&r->metrics), "decisions", hash,
-                          "policies", policies, "machine", r->machine.ops->name, "devices", r->topology->n_devices,
-                          "tokens", r->workload.n_tokens);
+    json_t *o = json_pack("{s:o, s:s, s:s, s:i, s:i}", "metrics", metrics_json(&r->metrics), "decisions", hash,
+                          "machine", r->machine.ops->name, "devices", r->topology->n_devices, "tokens",
+                          r->workload.n_tokens);
+    if (r->tier < N_NET_TIERS)
+        json_object_set_new(o, "tier", json_string(net_tier_name[r->tier]));
     if (r->machine.verify)
         json_object_set_new(o, "verified", json_real(r->machine.max_error));
     if (r->machine.peak_memory > 0)

@@ -26,6 +26,7 @@ struct run {
     struct topology *topology;
     struct machine machine;
     bool machine_open;
+    enum net_tier tier;        /* of a simulated machine; N_NET_TIERS: it has none */
     uint64_t seed;
     struct policy_context context;
 
@@ -75,8 +76,10 @@ struct run {
 int run_open(struct run *, json_t *spec, struct err *);
 /* Runs all steps. */
 int run_go(struct run *);
-/* {"metrics": {...}, "decisions": "...", "policies": {... parameters filled in ...}} */
+/* {"metrics": {...}, "decisions": "...", "machine": "flow", ...} */
 json_t *run_result(const struct run *);
+/* The specification with every default filled in, of a run that is open: resolve.c. */
+json_t *run_resolve(const struct run *);
 void run_close(struct run *);
 
 /* Stored bytes of one whole expert. */

@@ -195,8 +195,21 @@ static double field_number(lua_State *L, int table, const char *key, double def,
     return 0;
 }
 
-/* synth(table) -> directory of a trace that lives as long as the scenario. table.where starts messages; with
- * table.like (a trace directory) skew, stickiness, affinity and drift are fitted to it. */
+/* Pushes what a synthetic trace was made of, defaults and what was fitted filled in. */
+static void push_synth(lua_State *L, const struct trace_synth *t, const char *like)
+{
+    json_t *o = json_pack("{s:i, s:i, s:i, s:i, s:i, s:f, s:f, s:f, s:f, s:b, s:I}", "layers", t->n_layers, "experts",
+                          t->n_experts, "top_k", t->top_k, "requests", t->n_requests, "tokens_per_request",
+                          t->tokens_per_request, "skew", t->skew, "stickiness", t->stickiness, "affinity", t->affinity,
+                          "drift", t->drift, "logits", t->logits, "seed", (json_int_t)t->seed);
+    if (like)
+        json_object_set_new(o, "like", json_string(like));
+    script_push_json(L, o);
+    json_decref(o);
+}
+
+/* synth(table) -> directory of a trace that lives as long as the scenario, what it was made of. table.where starts
+ * messages; with table.like (a trace directory) skew, stickiness, affinity and drift are fitted to it. */
 static int n_synth(lua_State *L)
 {
     struct script *s = script_of(L);
@@ -220,7 +233,7 @@ static int n_synth(lua_State *L)
         .drift = field_number(L, 1, "drift", model ? -1 : 0, -1, 1),
         .logits = lua_toboolean(L, -1), .seed = (uint64_t)field_number(L, 1, "seed", 1, 0, 9e15),
     };
-    lua_pop(L, 2);
+    lua_pop(L, 2); /* the table keeps the string */
     if (model) {
         trace_synth_like(&t, &like, NULL, &e);
         trace_close(&like);
@@ -242,7 +255,8 @@ static int n_synth(lua_State *L)
         return script_raise(L, &e);
     s->n_synth++;
     lua_pushstring(L, dir);
-    return 1;
+    push_synth(L, &t, model);
+    return 2;
 }
 
 /* eval(kind, name, options) -> what `moelab eval` prints, as a table */

@@ -57,21 +57,24 @@ static json_t *answer(json_t *spec, bool checking, const json_t *found)
 {
     struct run run;
     struct err e = { 0 };
-    json_t *o = NULL;
+    json_t *o = NULL, *resolved = NULL;
     double needed = json_number_value(json_object_get(found, "memory_needed"));
     if (checking) {
         o = rank_check(spec, &needed, &e) == 0 ? json_object() : NULL;
     } else if (rank_wanted(spec)) {
         o = rank_check_again(spec, needed, &e) == 0 ? rank_launch(spec, &e) : NULL;
     } else {
-        if (run_open(&run, spec, &e) == 0 && run_go(&run) == 0)
+        if (run_open(&run, spec, &e) == 0 && (resolved = run_resolve(&run)) && run_go(&run) == 0)
             o = run_result(&run);
         run_close(&run);
     }
     if (!o)
-        return json_pack("{s:s, s:s, s:b}", "status", "failed", "error", e.text, "bad_input", e.code != ERR_RUN);
-    json_object_set_new(o, "status", json_string("ok"));
-    if (needed > 0)
+        o = json_pack("{s:s, s:s, s:b}", "status", "failed", "error", e.text, "bad_input", e.code != ERR_RUN);
+    else
+        json_object_set_new(o, "status", json_string("ok"));
+    if (resolved)
+        json_object_set_new(o, "spec", resolved);
+    if (needed > 0 && e.code == 0)
         json_object_set_new(o, "memory_needed", json_integer((json_int_t)needed));
     return o;
 }

@@ -11,7 +11,8 @@
 struct sweep_options { int jobs; double timeout_s; bool progress; };
 
 /* specs: array of run specifications. results (new array): per run {"status": "ok", "metrics": ..., ...} or
- * {"status": "failed", "error": "..."}. Bad input in any run stops the sweep with ERR_INPUT and no results. */
+ * {"status": "failed", "error": "..."}; with "spec", what run_resolve() made of it, unless the run ended before or
+ * without a word. Bad input in any run stops the sweep with ERR_INPUT and no results. */
 int sweep(json_t *specs, const struct sweep_options *, json_t **results, struct err *);
 
 #endif
