@@ -93,7 +93,7 @@ static void judge(json_t *row)
     json_object_set_new(row, "verdict", json_string(verdict));
 }
 
-enum { METRIC_WIDTH = 53 }; /* leaves room for the rest in 120 columns */
+enum { METRIC_WIDTH = 38 }; /* leaves room for the rest in 120 columns */
 
 /* All of a metric's text, on as many lines as it takes, without the end of the last one. */
 static void print_metric(const char *text)
@@ -123,17 +123,53 @@ static const char *number_text(const json_t *o, const char *key, const char *for
 static void print_rows(const json_t *rows)
 {
     const char *paper = NULL;
-    printf("  %-*s %11s %11s %11s  %-5s %9s  %s\n", METRIC_WIDTH, "metric", "published", "ours", "error", "class",
-           "tolerance", "verdict");
+    printf("  %-*s %-14s %11s %11s %11s  %-5s %9s  %s\n", METRIC_WIDTH, "metric", "expected is", "expected", "ours",
+           "error", "class", "tolerance", "verdict");
     for (size_t i = 0; i < json_array_size(rows); i++) {
         const json_t *r = json_array_get(rows, i);
         char text[4][32];
         if (!paper || strcmp(paper, text_of(r, "paper")))
             printf("%s\n", paper = text_of(r, "paper"));
         print_metric(text_of(r, "metric"));
-        printf(" %11s %11s %11s  %-5s %9s  %s\n", number_text(r, "published", "%.6g", 1, text[0]),
+        printf(" %-14s %11s %11s %11s  %-5s %9s  %s\n", text_of(r, "basis"), number_text(r, "published", "%.6g", 1, text[0]),
                number_text(r, "ours", "%.6g", 1, text[1]), number_text(r, "error", "%+.2g", 100, text[2]),
                text_of(r, "class"), number_text(r, "tolerance", "%.3g", 100, text[3]), text_of(r, "verdict"));
+    }
+}
+
+/* Published figures, and what is checked against something else: never added up. */
+static void print_summary(const json_t *rows)
+{
+    static const char *const basis[] = { "published", "closed form", "definition", "reference code", "expectation" };
+    const char *lead = "hold: ";
+    for (size_t b = 0; b < sizeof basis / sizeof *basis; b++) {
+        int n = 0, n_hold = 0, n_claimed = 0;
+        for (size_t i = 0; i < json_array_size(rows); i++) {
+            const json_t *r = json_array_get(rows, i);
+            if (strcmp(text_of(r, "basis"), basis[b]))
+                continue;
+            n++;
+            n_claimed += strcmp(text_of(r, "verdict"), "not claimed") != 0;
+            n_hold += !strcmp(text_of(r, "verdict"), "holds");
+        }
+        if (n == 0 && b > 0)
+            continue;
+        printf("%s%d of %d %s%s", lead, n_hold, n_claimed, basis[b], b == 0 ? " figures" : "");
+        if (n > n_claimed)
+            printf(" (%d more not claimed)", n - n_claimed);
+        lead = b == 0 ? "; checks: " : ", ";
+    }
+    putchar('\n');
+}
+
+/* The keys of a row in JSON are fixed: what the figure is goes into the metric's text. */
+static void name_basis(json_t *rows)
+{
+    size_t i;
+    json_t *row;
+    json_array_foreach(rows, i, row) {
+        json_object_set_new(row, "metric", json_sprintf("%s [%s]", text_of(row, "metric"), text_of(row, "basis")));
+        json_object_del(row, "basis");
     }
 }
 
@@ -180,8 +216,11 @@ int cmd_reproduce(int argc, char **argv)
     for (int i = 1; i < argc; i++) {
         if (!strcmp(argv[i], "--help") || !strcmp(argv[i], "-h")) {
             puts("usage: moelab reproduce [NAME | --all] [--json]\n\n"
-                 "Runs scenarios/papers/NAME.lua (or all of them) and prints published against ours: signed error,\n"
-                 "class, tolerance, verdict. Exit code 1 if a row of class E or A fails.\n\n"
+                 "Runs scenarios/papers/NAME.lua (or all of them) and prints what is expected against ours: signed\n"
+                 "error, class, tolerance, verdict. What is expected is a published figure (\"published\"), or else a\n"
+                 "closed form, a definition, what reference code gives, or an expectation of ours: the last line counts\n"
+                 "them apart, and --json names it in brackets after the metric. Exit code 1 if a row of class E or A\n"
+                 "fails.\n\n"
                  "Example:\n  moelab reproduce eplb");
             return 0;
         }
@@ -212,10 +251,12 @@ int cmd_reproduce(int argc, char **argv)
                 code = 1;
         }
         if (as_json) {
+            name_basis(rows);
             json_dumpf(rows, stdout, JSON_INDENT(1) | JSON_REAL_PRECISION(17));
             putchar('\n');
         } else {
             print_rows(rows);
+            print_summary(rows);
         }
     }
     json_decref(rows);
