@@ -131,9 +131,10 @@ static void print_rows(const json_t *rows)
         if (!paper || strcmp(paper, text_of(r, "paper")))
             printf("%s\n", paper = text_of(r, "paper"));
         print_metric(text_of(r, "metric"));
-        printf(" %-14s %11s %11s %11s  %-5s %9s  %s\n", text_of(r, "basis"), number_text(r, "published", "%.6g", 1, text[0]),
-               number_text(r, "ours", "%.6g", 1, text[1]), number_text(r, "error", "%+.2g", 100, text[2]),
-               text_of(r, "class"), number_text(r, "tolerance", "%.3g", 100, text[3]), text_of(r, "verdict"));
+        printf(" %-14s %11s %11s %11s  %-5s %9s  %s\n", text_of(r, "basis"),
+               number_text(r, "published", "%.6g", 1, text[0]), number_text(r, "ours", "%.6g", 1, text[1]),
+               number_text(r, "error", "%+.2g", 100, text[2]), text_of(r, "class"),
+               number_text(r, "tolerance", "%.3g", 100, text[3]), text_of(r, "verdict"));
     }
 }
 

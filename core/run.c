@@ -270,6 +270,12 @@ static void close_policies(struct run *r)
     policy_context_free(&r->context);
 }
 
+static void step_done(struct run *r)
+{
+    if (r->progress)
+        r->progress->step++;
+}
+
 /* Decisions do not depend on time, so the accesses of a first pass without the machine are those of the run.
  * Policies that learn are opened anew in between. */
 static int record_accesses(struct run *r)
@@ -277,9 +283,11 @@ static int record_accesses(struct run *r)
     r->recording = true;
     if (placement_start(r) < 0)
         return r->err->code;
-    for (int32_t step = 0; step < r->workload.n_steps; step++)
+    for (int32_t step = 0; step < r->workload.n_steps; step++) {
         if (pipeline_step(r, step) < 0)
             return r->err->code;
+        step_done(r);
+    }
     r->recording = false;
     metrics_free(&r->metrics);
     r->decisions = UINT64_C(0xcbf29ce484222325);
@@ -294,7 +302,10 @@ static int record_accesses(struct run *r)
 
 int run_go(struct run *r)
 {
-    if (r->offloading && (r->offload.plugin->needs & MOE_NEEDS_NEXT_USE) && record_accesses(r) < 0)
+    bool twice = r->offloading && (r->offload.plugin->needs & MOE_NEEDS_NEXT_USE);
+    if (r->progress)
+        r->progress->n_steps = twice ? 2 * r->workload.n_steps : r->workload.n_steps;
+    if (twice && record_accesses(r) < 0)
         return r->err->code;
     if (placement_start(r) < 0)
         return r->err->code;
@@ -303,6 +314,7 @@ int run_go(struct run *r)
             return r->err->code;
         if (step + 1 == r->n_warmup)
             metrics_free(&r->metrics);
+        step_done(r);
     }
     return 0;
 }

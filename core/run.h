@@ -17,6 +17,9 @@ struct attention_shape { int32_t n_heads, n_kv_heads, d_head; };
 /* Accesses of one device, recorded by a first pass for policies that know the next use. */
 struct sequence { uint32_t *key; int64_t n, room; int64_t *next; int64_t at; };
 
+/* n_steps: of both passes where the accesses are recorded first. */
+struct run_progress { volatile int32_t step, n_steps; };
+
 struct run {
     json_t *spec;              /* what it was opened from */
     char where[256];           /* "FILE:LINE", starts messages */
@@ -68,6 +71,7 @@ struct run {
     bool recording;            /* first pass: decisions only */
     int32_t n_warmup;          /* steps left out of the figures */
 
+    struct run_progress *progress; /* written as steps end, for whoever watches; NULL: nobody */
     uint64_t decisions;        /* hash over every route and device chosen */
     struct err *err;
 };
@@ -80,6 +84,9 @@ int run_go(struct run *);
 json_t *run_result(const struct run *);
 /* The specification with every default filled in, of a run that is open: resolve.c. */
 json_t *run_resolve(const struct run *);
+/* Seconds that those who wait for an open run will wait, 0: not long; text: what it is that takes so long. Dispatch
+ * in one exchange each way is assumed; it is for a warning, not for a result. forecast.c. */
+double run_forecast(const struct run *, char *text, size_t room);
 void run_close(struct run *);
 
 /* Stored bytes of one whole expert. */

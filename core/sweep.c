@@ -11,6 +11,7 @@
 #include <math.h>
 #include <poll.h>
 #include <signal.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -26,15 +27,23 @@ struct job {
     size_t index;
     char *text;
     size_t n, room;
-    double deadline;
+    double began, deadline;
     bool timed_out;
 };
+
+/* Shared with the children. */
+struct board {
+    atomic_flag warned; /* of runs that take long: once is enough */
+    struct slot { struct policy_note note; struct run_progress progress; } slot[];
+};
+
+enum { LONG_S = 30 }; /* a run that is expected to take longer is announced */
 
 struct state {
     json_t *specs, *results;
     struct job *job;
     int n_jobs;
-    volatile struct policy_note *note; /* [n_jobs], shared with the children */
+    struct board *board; /* [n_jobs] slots */
     size_t n_started, n_done, n_failed, n_total;
     double began;
     bool bad_input;
@@ -52,20 +61,51 @@ static double now_s(void)
 
 /* ---- the child ---- */
 
-/* found: what the check left, or null. */
-static json_t *answer(json_t *spec, bool checking, const json_t *found)
+static void duration(double s, char text[32])
 {
+    if (s < 120)
+        snprintf(text, 32, "%.0f s", s);
+    else if (s < 7200)
+        snprintf(text, 32, "%.0f min", s / 60);
+    else
+        snprintf(text, 32, "%.1f h", s / 3600);
+}
+
+static void warn_if_long(const struct state *s, const struct run *r)
+{
+    char text[200], takes[32], ends[80] = "";
+    const double timeout = s->options->timeout_s, expected = run_forecast(r, text, sizeof text);
+    if (expected < LONG_S || atomic_flag_test_and_set(&s->board->warned))
+        return;
+    duration(expected, takes);
+    if (timeout > 0 && expected > timeout)
+        snprintf(ends, sizeof ends, " It is ended after %g s: see --run-timeout.", timeout);
+    fprintf(stderr, "%smoelab: %s: run %zu of %zu takes about %s on machine %s: %s.%s "
+            "\"--machine flow --set tier=exact\" agrees with it and takes seconds. Said of the first such run only.\n",
+            s->options->progress ? "\r\033[K" : "", r->where, s->n_started + 1, s->n_total, takes,
+            r->machine.ops->name, text, ends);
+}
+
+static json_t *answer(const struct state *s, struct slot *slot)
+{
+    json_t *spec = json_array_get(s->specs, s->n_started);
     struct run run;
     struct err e = { 0 };
     json_t *o = NULL, *resolved = NULL;
+    const json_t *found = json_array_get(s->results, s->n_started); /* what the check left, or null */
     double needed = json_number_value(json_object_get(found, "memory_needed"));
-    if (checking) {
+    if (s->checking) {
         o = rank_check(spec, &needed, &e) == 0 ? json_object() : NULL;
     } else if (rank_wanted(spec)) {
         o = rank_check_again(spec, needed, &e) == 0 ? rank_launch(spec, &e) : NULL;
     } else {
-        if (run_open(&run, spec, &e) == 0 && (resolved = run_resolve(&run)) && run_go(&run) == 0)
-            o = run_result(&run);
+        if (run_open(&run, spec, &e) == 0) {
+            resolved = run_resolve(&run);
+            warn_if_long(s, &run);
+            run.progress = &slot->progress;
+            if (run_go(&run) == 0)
+                o = run_result(&run);
+        }
         run_close(&run);
     }
     if (!o)
@@ -79,9 +119,9 @@ static json_t *answer(json_t *spec, bool checking, const json_t *found)
     return o;
 }
 
-static void child(const struct state *s, size_t index, int fd)
+static void child(const struct state *s, struct slot *slot, int fd)
 {
-    json_t *o = answer(json_array_get(s->specs, index), s->checking, json_array_get(s->results, index));
+    json_t *o = answer(s, slot);
     char *text = json_dumps(o, JSON_COMPACT | JSON_SORT_KEYS | JSON_REAL_PRECISION(17));
     size_t n = text ? strlen(text) : 0;
     for (size_t at = 0; at < n;) {
@@ -97,18 +137,48 @@ static void child(const struct state *s, size_t index, int fd)
 
 /* ---- the parent ---- */
 
+/* The run that has been under way longest, and the shares of all runs under way that are done, in runs. */
+static double look_at_running(const struct state *s, const struct job **oldest)
+{
+    double done = 0;
+    *oldest = NULL;
+    for (int i = 0; i < s->n_jobs; i++) {
+        const struct run_progress *p = &s->board->slot[i].progress;
+        if (!s->job[i].pid)
+            continue;
+        if (p->n_steps > 0)
+            done += (double)p->step / p->n_steps;
+        if (!*oldest || s->job[i].began < (*oldest)->began)
+            *oldest = &s->job[i];
+    }
+    return done;
+}
+
 static void show_progress(const struct state *s, bool last)
 {
     if (!s->options->progress)
         return;
-    double took = now_s() - s->began, rate = took > 0 ? (double)s->n_done / took : 0;
+    const struct job *oldest;
+    char text[32];
+    double now = now_s(), took = now - s->began, done = (double)s->n_done + look_at_running(s, &oldest);
     fprintf(stderr, "\r\033[K%zu of %zu runs%s", s->n_done, s->n_total, s->checking ? " checked" : "");
     if (s->n_failed)
         fprintf(stderr, ", %zu failed", s->n_failed);
-    if (rate > 0 && !last)
-        fprintf(stderr, ", %.1f/s, %.0f s left", rate, (double)(s->n_total - s->n_done) / rate);
     if (last)
         fprintf(stderr, " in %.1f s\n", took);
+    if (!last && done > 0 && took > 0) {
+        double rate = done / took;
+        duration(((double)s->n_total - done) / rate, text);
+        fprintf(stderr, ", %.1f/%s, %s left", rate >= 0.1 ? rate : 60 * rate, rate >= 0.1 ? "s" : "min", text);
+    }
+    if (!last && oldest && now - oldest->began >= 1) { /* few long runs: that something happens */
+        const struct run_progress *p = &s->board->slot[oldest - s->job].progress;
+        duration(now - oldest->began, text);
+        fprintf(stderr, "; run %zu:", oldest->index + 1);
+        if (p->n_steps > 0)
+            fprintf(stderr, " step %d of %d,", p->step < p->n_steps ? p->step + 1 : p->n_steps, p->n_steps);
+        fprintf(stderr, " %s", text);
+    }
     fflush(stderr);
 }
 
@@ -117,8 +187,8 @@ static int start(struct state *s, struct job *j)
     int fd[2];
     if (pipe2(fd, O_CLOEXEC) < 0)
         return err_set(s->err, ERR_IO, "cannot make a pipe: %s", strerror(errno));
-    int slot = (int)(j - s->job);
-    memset((void *)(uintptr_t)&s->note[slot], 0, sizeof s->note[slot]);
+    struct slot *slot = &s->board->slot[j - s->job];
+    memset(slot, 0, sizeof *slot);
     fflush(NULL);
     pid_t pid = fork();
     if (pid < 0) {
@@ -130,19 +200,19 @@ static int start(struct state *s, struct job *j)
         setpgid(0, 0); /* so that a time-out also ends what the run started */
         prctl(PR_SET_PDEATHSIG, SIGKILL);
         close(fd[0]);
-        policy_note_to(&s->note[slot]);
-        child(s, s->n_started, fd[1]);
+        policy_note_to(&slot->note);
+        child(s, slot, fd[1]);
         exit(0); /* through atexit: sanitizers report leaks there */
     }
     close(fd[1]);
-    *j = (struct job){ .pid = pid, .fd = fd[0], .index = s->n_started++,
+    *j = (struct job){ .pid = pid, .fd = fd[0], .index = s->n_started++, .began = now_s(),
                        .deadline = s->options->timeout_s > 0 ? now_s() + s->options->timeout_s : INFINITY };
     return 0;
 }
 
 static void whose_fault(const struct state *s, const struct job *j, char *text, size_t room)
 {
-    const volatile struct policy_note *n = &s->note[j - s->job];
+    const volatile struct policy_note *n = &s->board->slot[j - s->job].note;
     char kind[sizeof n->kind], name[sizeof n->name], hook[sizeof n->hook];
     for (size_t i = 0; i < sizeof kind; i++)
         kind[i] = n->kind[i];
@@ -214,7 +284,7 @@ static void read_answer(struct state *s, struct job *j)
         finish(s, j);
 }
 
-/* Waits for the next answer or deadline. */
+/* Waits for the next answer or deadline, or until the progress shown is old. */
 static void watch(struct state *s)
 {
     struct pollfd p[s->n_jobs];
@@ -225,14 +295,19 @@ static void watch(struct state *s)
         if (s->job[i].pid) {
             p[n] = (struct pollfd){ .fd = s->job[i].fd, .events = POLLIN };
             of[n++] = &s->job[i];
-            first = fmin(first, s->job[i].deadline);
+            if (!s->job[i].timed_out) /* that one is dying already */
+                first = fmin(first, s->job[i].deadline);
         }
     double left = first - now_s();
     int ms = isinf(first) ? -1 : left <= 0 ? 0 : left > 3600 ? 3600000 : (int)(left * 1000) + 1;
-    if (poll(p, (nfds_t)n, ms) > 0)
-        for (int i = 0; i < n; i++)
-            if (p[i].revents)
-                read_answer(s, of[i]);
+    if (s->options->progress && (ms < 0 || ms > 500))
+        ms = 500;
+    int n_ready = poll(p, (nfds_t)n, ms);
+    if (n_ready == 0)
+        show_progress(s, false);
+    for (int i = 0; i < n && n_ready > 0; i++)
+        if (p[i].revents)
+            read_answer(s, of[i]);
     for (int i = 0; i < n; i++)
         if (of[i]->pid && !of[i]->timed_out && now_s() >= of[i]->deadline) {
             of[i]->timed_out = true;
@@ -289,14 +364,14 @@ int sweep(json_t *specs, const struct sweep_options *options, json_t **results, 
 {
     struct state s = { .specs = specs, .results = json_array(), .n_jobs = jobs_for(specs, options->jobs),
                        .n_total = json_array_size(specs), .options = options, .err = e };
-    size_t shared = sizeof(struct policy_note) * (size_t)s.n_jobs;
+    size_t shared = sizeof(struct board) + sizeof(struct slot) * (size_t)s.n_jobs;
     s.job = calloc((size_t)s.n_jobs, sizeof *s.job);
     void *map = mmap(NULL, shared, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     if (!s.job || !s.results || map == MAP_FAILED) {
         err_set(e, ERR_MEMORY, "out of memory for %d jobs", s.n_jobs);
         goto out;
     }
-    s.note = map;
+    s.board = map;
     for (size_t i = 0; i < s.n_total; i++)
         json_array_append_new(s.results, json_null());
     /* All runs on machine host are checked before the first begins: one that is too large need not wait its turn. */

@@ -91,6 +91,8 @@ struct net; /* state: virtual clock, exchanges under way */
 int net_open(struct net **, const struct topology *, enum net_tier, struct err *);
 /* Whether there is a SimGrid server to start. */
 bool net_simgrid_available(void);
+/* About how long, in seconds of whoever waits, SimGrid takes for an exchange of so many flows that move bytes. */
+double net_simgrid_seconds(double n_flows);
 /* `id` must not be under way. Starts at `now`: not before any time returned, or `until` passed, so far. Every dst
  * named in a flow is reported once, those that get nothing (src == dst, 0 bytes) at `now`. */
 int net_start(struct net *, double now, int64_t id, const struct net_flow *, size_t n, struct err *);

@@ -27,8 +27,10 @@ local function claim(basis, metric, expected, found, tolerance, text)
                 tolerance = tolerance, basis = basis }
 end
 
-claim("definition", "contiguous: experts not on device e * D / E", 0, misplaced("contiguous", function(e) return e * D // E end), 0)
-claim("definition", "round-robin: experts not on device e mod D", 0, misplaced("round-robin", function(e) return e % D end), 0)
+claim("definition", "contiguous: experts not on device e * D / E", 0,
+      misplaced("contiguous", function(e) return e * D // E end), 0)
+claim("definition", "round-robin: experts not on device e mod D", 0,
+      misplaced("round-robin", function(e) return e % D end), 0)
 
 -- Uniform all-to-all: every one of N devices sends b bytes to each other one; a NIC carries (N - 1) b each way.
 local N, rows, d_model = 8, 64, 1024

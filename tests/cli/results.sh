@@ -129,6 +129,36 @@ ok "0 is a figure, 0/0 is none" grep -Eq '^  round-robin +0\.000 \* +-  +0\.000 
 ok "no nan" bash -c "! grep -i -- '-\?nan' missing/t.txt out"
 ok "none but gnuplot's in data" grep -q '^"contiguous"	NaN	0$' missing/p.dat
 
+# ---- runs that take long ----
+
+cat >long.lua <<'EOF2'
+local moe, tiny = require "moelab", require "tiny"
+tiny.experiment { machine = moe.machine "star-50GBps" { nodes = 96 }, placement = moe.each { "contiguous", "round-robin" },
+  model = moe.model "gpt-oss-20b" { layers = 4, experts = 128, top_k = 8 },
+  workload = moe.decode { trace = moe.synth { layers = 4, experts = 128, top_k = 8, requests = 8, tokens_per_request = 64 },
+                          steps = 200 } }:run()
+EOF2
+if [ -x "${MOELAB_LIBEXEC:-$top_builddir/hw}/moelab-simgrid" ]; then
+    run_expect 1 'long.lua:2: run 1 of 2 takes about [0-9.]+ h on machine simgrid: 200 steps of 4 layers' \
+        "$moelab" run long.lua --out long --machine simgrid --run-timeout 1 --jobs 1
+    mv err said
+    ok "... once" test "$(grep -c 'takes about' said)" = 1
+    ok "... and how to do without" grep -q 'ended after 1 s: see --run-timeout.*--machine flow' said
+    ok "nothing else of the time on what is no terminal" test -z "$(grep left said)"
+    printf 'require "tiny".experiment():run()\n' >short.lua
+    run_expect 0 '' "$moelab" run short.lua --out long --machine simgrid
+    ok "short runs: not a word" test ! -s err
+else
+    skip "runs that take long" "SimGrid is not built"
+fi
+if command -v script >/dev/null; then
+    sed -i 's/steps = 200/steps = 4000/' long.lua
+    script -qec "'$moelab' run long.lua --out long --run-timeout 4 --jobs 1" said </dev/null >/dev/null 2>&1
+    ok "a terminal sees the steps of a long run" grep -q '0 of 2 runs, .* left; run 1: step [0-9]* of 4000, [0-9]* s' said
+else
+    skip "progress" "no script(1)"
+fi
+
 # ---- --set ----
 
 printf 'require "tiny".experiment { router = "softmax-top-k" }:run()\n' >x.lua
