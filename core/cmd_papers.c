@@ -219,9 +219,9 @@ int cmd_reproduce(int argc, char **argv)
             puts("usage: moelab reproduce [NAME | --all] [--json]\n\n"
                  "Runs scenarios/papers/NAME.lua (or all of them) and prints what is expected against ours: signed\n"
                  "error, class, tolerance, verdict. What is expected is a published figure (\"published\"), or else a\n"
-                 "closed form, a definition, what reference code gives, or an expectation of ours: the last line counts\n"
-                 "them apart, and --json names it in brackets after the metric. Exit code 1 if a row of class E or A\n"
-                 "fails.\n\n"
+                 "closed form, a definition, what reference code gives, or an expectation of ours: the last line\n"
+                 "counts them apart, and --json names it in brackets after the metric. Exit code 1 if a row of class\n"
+                 "E or A fails.\n\n"
                  "Example:\n  moelab reproduce eplb");
             return 0;
         }

@@ -46,6 +46,7 @@ static void resolve_workload(const struct run *r, json_t *o)
     json_object_set_new(o, "steps", json_integer(w->n_steps));
     json_object_set_new(o, "context", json_integer(w->context));
     json_object_set_new(o, "profile", json_real(w->profile));
+    json_object_set_new(o, "layer_repeat", json_integer(w->layer_repeat));
 }
 
 /* A policy of the scenario itself has no file to load it from again: the scenario's checksum is in the manifest. */

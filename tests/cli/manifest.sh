@@ -17,12 +17,14 @@ tiny.experiment {
   balancer = { moe.plugin("capacity", { factor = 1.25 }), "none" },
   placement = moe.each { "round-robin", moe.plugin("eplb", { replicas = 12, interval = 2 }) },
   workload = moe.prefill { trace = tiny.trace, tokens_per_device = 32, steps = 4, profile = 0.25 },
-  machine = moe.machine "star-50GBps" { nodes = moe.each { 2, 4 }, nic = { bandwidth = 40e9 } }, seed = moe.each { 1, 7 },
+  machine = moe.machine "star-50GBps" { nodes = moe.each { 2, 4 }, nic = { bandwidth = 40e9 } },
+  seed = moe.each { 1, 7 },
 }:run()
 -- As much as the memory holds; as was said; and a policy that knows the future.
 tiny.experiment {
   name = "memory", machine = moe.machine "rtx4090-pcie4" { device = { memory = 100e6 } }, placement = "contiguous",
-  offload = moe.each { "lru", "belady" }, workload = moe.decode { trace = tiny.trace, batch_per_device = 1, steps = 20 },
+  offload = moe.each { "lru", "belady" },
+  workload = moe.decode { trace = tiny.trace, batch_per_device = 1, steps = 20 },
 }:run()
 tiny.experiment {
   name = "cache", machine = "rtx4090-pcie4", placement = "contiguous", offload = "lfu", cache = moe.each { 0.3, 0.5 },
@@ -31,7 +33,8 @@ tiny.experiment {
 -- Routing that was fitted to a trace.
 moe.experiment {
   name = "like", model = moe.model "gpt-oss-20b" { layers = 3, experts = 16, top_k = 2 }, machine = "dgx-h100",
-  workload = moe.decode { trace = moe.synth { like = "traces/tiny-moe", layers = 3, experts = 16, top_k = 2 }, steps = 2 },
+  workload = moe.decode { trace = moe.synth { like = "traces/tiny-moe", layers = 3, experts = 16, top_k = 2 },
+                          steps = 2 },
 }:run()
 -- The trace that ships.
 moe.experiment { name = "trace", model = "tiny-moe", machine = "dgx-h100", placement = "eplb",
@@ -40,7 +43,10 @@ EOF2
 ok "runs" "$moelab" run x.lua --out first
 cp first/manifest.json .
 ok "again, from the manifest" "$moelab" run again.lua --unsafe --out second
-same() { grep -o "\"$1\":[^,}]*" first/runs.jsonl >a && grep -o "\"$1\":[^,}]*" second/runs.jsonl >b && [ -s a ] && cmp a b; }
+same()
+{
+    grep -o "\"$1\":[^,}]*" first/runs.jsonl >a && grep -o "\"$1\":[^,}]*" second/runs.jsonl >b && [ -s a ] && cmp a b
+}
 ok "the same decisions" same decisions
 ok "... of every run" test "$(grep -c . a)" = "$(grep -c . first/runs.jsonl)"
 lines() { sed 's/"axes":{[^}]*},//; s/"experiment":"[^"]*",//' "$1/runs.jsonl"; }
@@ -53,7 +59,8 @@ ok "on the same traces" test -z "$(comm -13 <(sums first) <(sums second) | sed 1
 
 head -n 4 x.lua >y.lua
 ok "nothing given" "$moelab" run y.lua --out bare
-for text in '"weight_bytes": 2' '"act_bytes": 2' '"combine_bytes": 2' '"precision": "bf16"' '"n_kv_heads": 8' '"shared": 0' \
+for text in '"weight_bytes": 2' '"act_bytes": 2' '"combine_bytes": 2' '"precision": "bf16"' '"n_kv_heads": 8' \
+    '"shared": 0' \
     '"kind": "decode"' '"batch_per_device": 64' '"steps": 20' '"context": 1024' '"profile": 0.5' '"executor": "flow"' \
     '"tier": "flow"' '"skew": 0.5' '"stickiness": 0.25' '"affinity": 0.25' '"drift": 0' '"tokens_per_request": 16' \
     '"name": "replay"' '"name": "contiguous"' '"name": "flat"' '"name": "none"' '"seed": 1' '"warmup": 0' \

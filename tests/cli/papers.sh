@@ -28,7 +28,8 @@ ok "... and says what it is compared with" test "$(grep -Ec \
 ok "no other key" test -z \
     "$(grep -Ev '^ *("(paper|metric|published|ours|error|class|tolerance|verdict)":|[][{}])' rows)"
 run_expect 0 '^hold: 2 of 2 published figures; checks: 2 of 2 closed form$' "$moelab" reproduce eplb
-ok "... row by row" grep -Eq 'layer 0: largest / mean device load +(published|closed form) ' out
+cp out table
+ok "... row by row" grep -Eq 'layer 0: largest / mean device load +closed form ' table
 run_expect 0 '^hold: 0 of 0 published figures; checks: ' "$moelab" reproduce caches
 run_expect 2 'no scenario "eplbb" under scenarios/papers; did you mean "eplb"\?' "$moelab" reproduce eplbb
 run_expect 2 'found both' "$moelab" reproduce eplb --all
@@ -39,7 +40,8 @@ cp "$top_srcdir/scenarios/lib/paper.lua" data/scenarios/lib
 claims() # class ours [basis]
 {
     cat >data/scenarios/papers/fake.lua <<LUA
-require("lib.paper").claim { paper = "fake", metric = "m", published = 2.0, ours = $2, class = "$1", tolerance = 0.1, basis = "${3-published}" }
+require("lib.paper").claim { paper = "fake", metric = "m", published = 2.0, ours = $2, class = "$1", tolerance = 0.1,
+  basis = "${3-published}" }
 LUA
 }
 claims E 2.5

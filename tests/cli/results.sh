@@ -133,9 +133,11 @@ ok "none but gnuplot's in data" grep -q '^"contiguous"	NaN	0$' missing/p.dat
 
 cat >long.lua <<'EOF2'
 local moe, tiny = require "moelab", require "tiny"
-tiny.experiment { machine = moe.machine "star-50GBps" { nodes = 96 }, placement = moe.each { "contiguous", "round-robin" },
+tiny.experiment { machine = moe.machine "star-50GBps" { nodes = 96 },
+  placement = moe.each { "contiguous", "round-robin" },
   model = moe.model "gpt-oss-20b" { layers = 4, experts = 128, top_k = 8 },
-  workload = moe.decode { trace = moe.synth { layers = 4, experts = 128, top_k = 8, requests = 8, tokens_per_request = 64 },
+  workload = moe.decode { trace = moe.synth { layers = 4, experts = 128, top_k = 8, requests = 8,
+                                                 tokens_per_request = 64 },
                           steps = 200 } }:run()
 EOF2
 if [ -x "${MOELAB_LIBEXEC:-$top_builddir/hw}/moelab-simgrid" ]; then
@@ -154,7 +156,8 @@ fi
 if command -v script >/dev/null; then
     sed -i 's/steps = 200/steps = 4000/' long.lua
     script -qec "'$moelab' run long.lua --out long --run-timeout 4 --jobs 1" said </dev/null >/dev/null 2>&1
-    ok "a terminal sees the steps of a long run" grep -q '0 of 2 runs, .* left; run 1: step [0-9]* of 4000, [0-9]* s' said
+    ok "a terminal sees the steps of a long run" \
+        grep -q '0 of 2 runs, .* left; run 1: step [0-9]* of 4000, [0-9]* s' said
 else
     skip "progress" "no script(1)"
 fi
