@@ -23,15 +23,15 @@ enum {
 
 static const struct eval_option options[] = {
     { "input", EVAL_INPUT, POLICIES & ~OFFLOAD, 0, 0, "FILE.json", "the input; - is standard input" },
-    { "logits", EVAL_ARRAY, ROUTER | BALANCER, 0, 0, "FILE.npy", "router logits [tokens, experts], f4 or f2" },
+    { "logits", EVAL_ARRAY, ROUTER | BALANCER, 0, 0, "FILE.npy", "router logits [tokens, experts], f4 or f2; or -" },
     { "top_k", EVAL_WHOLE, ROUTER | BALANCER, 1, 1024, "K", "experts per token" },
-    { "keys", EVAL_ARRAY, OFFLOAD, 0, 0, "FILE.npy", "object ids in the order of their use, u2 or u4 [requests]" },
+    { "keys", EVAL_ARRAY, OFFLOAD, 0, 0, "FILE.npy", "object ids in order of use, u2 or u4 [requests]; or -" },
     { "trace", EVAL_TEXT, OFFLOAD | METRIC, 0, 0, "DIR", "recorded routing; objects are layer * experts + expert" },
     { "capacity", EVAL_WHOLE, OFFLOAD | METRIC, 1, INT32_MAX, "N", "objects that the cache holds" },
     { "capacity_bytes", EVAL_REAL, OFFLOAD, 1, 1e18, "B", "bytes that the cache holds; with --expert-bytes" },
     { "expert_bytes", EVAL_REAL, OFFLOAD, 1e-3, 1e15, "B", "bytes of one object (default: 1)" },
     { "prefetch", EVAL_TEXT, OFFLOAD, 0, 0, "none", "a plain cache: nothing is brought in early" },
-    { "traffic", EVAL_ARRAY, MACHINE, 0, 0, "FILE.npy", "bytes from source to destination, f8 [N, N]" },
+    { "traffic", EVAL_ARRAY, MACHINE, 0, 0, "FILE.npy", "bytes from source to destination, f8 [N, N]; or -" },
     { "pattern", EVAL_TEXT, MACHINE, 0, 0, "alltoall", "traffic by name; with --bytes-per-rank and --n" },
     { "bytes_per_rank", EVAL_REAL, MACHINE, 0, 1e18, "B", "bytes that every device sends, its own share included" },
     { "n", EVAL_WHOLE, MACHINE, 1, 65536, "N", "devices" },
@@ -41,7 +41,8 @@ static const struct eval_option options[] = {
     { "layer", EVAL_WHOLE, METRIC, 0, 1000, "L", "one layer (default: all)" },
     { "segment", EVAL_WHOLE, METRIC, 1, 1 << 20, "M", "consecutive tokens looked at together" },
     { "set", EVAL_TABLE, POLICIES, 0, 0, "KEY=VALUE", "a parameter of the policy; may be repeated" },
-    { "seed", EVAL_WHOLE, POLICIES, 0, 9007199254740992.0, "N", "seed of the policy's randomness (default: 1)" },
+    { "seed", EVAL_WHOLE, POLICIES | MACHINE | METRIC, 0, 9007199254740992.0, "N",
+      "seed of randomness, where there is any (default: 1)" },
     { "repeat", EVAL_WHOLE, POLICIES | MACHINE, 1, 1 << 20, "N", "run so many times; the best time is reported" },
     { NULL, EVAL_FLAG, 0, 0, 0, NULL, NULL },
 };

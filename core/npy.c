@@ -284,8 +284,27 @@ static int align_data(struct npy *a, size_t offset, struct err *err)
     return 0;
 }
 
+/* What comes through standard input, in a file that can be mapped, as often as it is opened: a pipe runs dry once. */
+static int open_standard_input(struct err *err)
+{
+    static FILE *copy;
+    char buffer[1 << 16];
+    if (!copy) {
+        if (!(copy = tmpfile()))
+            return err_set(err, ERR_IO, "standard input: cannot make a temporary file: %s", strerror(errno));
+        for (size_t n; (n = fread(buffer, 1, sizeof buffer, stdin)) > 0;)
+            if (fwrite(buffer, 1, n, copy) < n)
+                return err_set(err, ERR_IO, "standard input: cannot keep it in a temporary file: %s", strerror(errno));
+        if (ferror(stdin) || fflush(copy) != 0)
+            return err_set(err, ERR_IO, "standard input: %s", strerror(errno));
+    }
+    int fd = fcntl(fileno(copy), F_DUPFD_CLOEXEC, 0);
+    return fd < 0 ? err_set(err, ERR_IO, "standard input: %s", strerror(errno)) : fd;
+}
+
 int npy_open(struct npy *a, const char *path, struct err *err)
 {
+    const bool piped = !strcmp(path, "-");
     struct stat st;
     size_t offset = 0;
     int rc = 0, fd = -1;
@@ -293,9 +312,12 @@ int npy_open(struct npy *a, const char *path, struct err *err)
     if (strlen(path) >= sizeof a->path)
         return err_set(err, ERR_INPUT, "%s: path of %zu bytes, expected fewer than %zu", path, strlen(path),
                        sizeof a->path);
+    path = piped ? "standard input" : path;
     memcpy(a->path, path, strlen(path) + 1);
     /* O_NONBLOCK: a FIFO given by mistake must be refused, not waited for. */
-    fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    fd = piped ? open_standard_input(err) : open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    if (piped && fd < 0)
+        return err->code;
     if (fd < 0 || fstat(fd, &st) < 0) {
         rc = err_set(err, ERR_INPUT, "%s: %s", path, strerror(errno));
         goto out;

@@ -22,8 +22,9 @@ struct npy {
     size_t map_bytes;
 };
 
-/* Refuses: no such file, truncated or trailing bytes, bad magic or header, Fortran order, big endian, object or
- * structured dtypes, more than 4 dimensions, sizes that overflow. Messages name the file, found and expected. */
+/* path "-": standard input, however often it is opened. Refuses: no such file, truncated or trailing bytes, bad magic
+ * or header, Fortran order, big endian, object or structured dtypes, more than 4 dimensions, sizes that overflow.
+ * Messages name the file, found and expected. */
 int npy_open(struct npy *, const char *path, struct err *);
 void npy_close(struct npy *);
 /* dtypes: a list such as "u1|u2" (kind and bytes); shape: n_dims entries, -1 for any. */

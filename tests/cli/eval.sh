@@ -141,6 +141,11 @@ run_expect 0 '^\{"requests":7,"misses":7,"hit_rate":0.0,"prefetched":0,"wasted_p
 '"bytes_loaded":70.0,"requests_per_s":[0-9.e+]+,"seconds":[0-9.e-]+\}$' \
     "$moelab" eval offload lru --keys keys.npy --capacity-bytes 25 --expert-bytes 10 --prefetch none
 run_expect 0 '"requests":7,"misses":5,' "$moelab" eval offload belady --keys keys.npy --capacity 2 --repeat 3
+piped() { cat keys.npy | "$moelab" eval offload belady --keys - --capacity 2 --repeat 3 --seed 4; }
+ok "keys through a pipe, as often as asked" test "$(piped | grep -c '"requests":7,"misses":5,')" = 1
+run_expect 2 'standard input: empty file, expected a .npy file' \
+    "$moelab" eval offload lru --keys - --capacity 2 </dev/null
+run_expect 2 'standard input: .*found' "$moelab" eval offload lru --keys - --capacity 2 <"$0"
 run_expect 2 'expected either --keys or --trace' "$moelab" eval offload lru --capacity 2
 run_expect 2 'expected either --capacity or --capacity-bytes' "$moelab" eval offload lru --keys keys.npy
 run_expect 2 'logits.npy: .*expected .*u2' "$moelab" eval offload lru --keys logits.npy --capacity 2
