@@ -182,7 +182,7 @@ static int copy_routes(struct eval_job *j, const struct moe_routes *from, struct
 static int route_before(struct eval_job *j, struct work *w)
 {
     const struct moe_plugin *plugin;
-    struct moe_cost own = { 0, 0 };
+    struct moe_cost own = { 0, 0, 0 };
     int32_t room = 0;
     if (!w->batch.router_logits)
         return 0;

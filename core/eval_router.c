@@ -18,7 +18,7 @@ struct work {
 static int route_once(struct eval_job *j, struct work *w, double *best)
 {
     struct policy p;
-    struct moe_cost own = { 0, 0 };
+    struct moe_cost own = { 0, 0, 0 };
     if (job_open_policy(j, &p) < 0 || routes_begin(&w->routes, w->batch.n_tokens, &w->room, j->err) < 0)
         goto out;
     double start = job_clock();

@@ -76,9 +76,16 @@ static int check_place(const struct moe_graph *g, int32_t device, int32_t stream
     return 0;
 }
 
+static int check_fused(bool fused, struct err *e)
+{
+    return fused ? err_set(e, ERR_RUN, "fused task: this version's machines model kernels of their own alone") : 0;
+}
+
 int32_t graph_compute(struct moe_graph *g, const struct moe_work *w, struct err *e)
 {
     if (check_place(g, w->device, w->stream, e) < 0)
+        return ERR_RUN;
+    if (check_fused(w->fused, e) < 0)
         return ERR_RUN;
     if (!(w->flops >= 0) || !(w->bytes >= 0) || !isfinite(w->flops + w->bytes))
         return err_set(e, ERR_RUN, "compute task with flops %g, bytes %g", w->flops, w->bytes);
@@ -92,6 +99,8 @@ int32_t graph_experts(struct moe_graph *g, const struct moe_expert_work *w, stru
         return ERR_RUN;
     struct task t = { .kind = TASK_EXPERTS, .op = MOE_OP_EXPERTS, .device = w->device, .stream = w->stream,
                       .first = g->n_experts, .n = w->n, .first_item = g->n_items, .fraction = w->fraction };
+    if (check_fused(w->fused, e) < 0)
+        return ERR_RUN;
     if (w->n < 0)
         return err_set(e, ERR_RUN, "experts task with %d experts", w->n);
     if (!(w->fraction > 0 && w->fraction <= 1))

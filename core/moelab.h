@@ -9,8 +9,8 @@
  * Rules for every hook
  *   - returns 0, or a negative enum moe_err after env->host->fail(); the first failure of a run is the one reported
  *   - all state is per run: no globals, clocks, rand(), printf, exit, threads
- *   - may be called in any order for different layers; entropy comes from moe_rand(), which depends on the
- *     run's seed and on what is asked, never on the order of calls
+ *   - within a step, layers come in order (of each micro-batch, if there are several); no other order is promised.
+ *     Entropy comes from moe_rand(), which depends on the run's seed and on what is asked, never on the order of calls
  *   - pointers passed in are valid until the hook returns; memory from host->alloc() lives as long as the run
  *
  * Letters: T tokens, E logical experts of the layer, K top_k, L MoE layers, D devices, N nodes, H hidden width.
@@ -67,7 +67,10 @@ enum moe_needs {
     MOE_LOCAL = 1 << 12,           /* decides from its own device's tokens alone */
     MOE_NEEDS_PREVIOUS_LOGITS = 1 << 13, /* batch->previous_logits */
     MOE_NEEDS_TRANSITIONS = 1 << 14,     /* placement: stats->transitions, also while the run goes on */
-    MOE_NEEDS_COACTIVATION = 1 << 15     /* placement: stats->coactivation */
+    MOE_NEEDS_COACTIVATION = 1 << 15,    /* placement: stats->coactivation */
+    MOE_NEEDS_SALIENCY = 1 << 16,        /* placement: stats->saliency */
+    MOE_NEEDS_SIMILARITY = 1 << 17,      /* placement: stats->similarity */
+    MOE_OWN_GATE = 1 << 18               /* router: `own` is all that deciding costs; there is no gate of 2 T H E */
 };
 
 enum moe_phase { MOE_PREFILL, MOE_DECODE, MOE_TRAIN };
@@ -115,6 +118,7 @@ struct moe_model {
     double combine_bytes;         /* the same in combine */
     const int32_t *layer_experts; /* [L] or NULL: E in every layer */
     const double *expert_width;   /* [L][E] share of d_expert or NULL: 1 everywhere */
+    const double *expert_bytes;   /* [L][E] stored or NULL: width x moe_expert_bytes(); less in factored experts */
 };
 
 struct moe_topology {
@@ -221,7 +225,7 @@ enum moe_form {
     MOE_MERGED  /* tokens go through experts merged from several: route i adds expert[i] to merged expert slot[i] */
 };
 
-enum moe_skip { MOE_SKIP_ATTENTION = 1, MOE_SKIP_EXPERTS = 2 };
+enum moe_half { MOE_HALF_ATTENTION = 1, MOE_HALF_EXPERTS = 2 }; /* of a layer; bits */
 
 /* The core owns offset, expert and weight (host->routes_reserve). The others are the policy's: from host->alloc or its
  * state, valid until the next call of the same hook. */
@@ -236,8 +240,8 @@ struct moe_routes {
     int32_t *layer;       /* [n] or NULL: MoE layer whose expert this is (pools shared by layers); NULL: the batch's */
     int32_t n_slots, *slot; /* [n] of MOE_SLOTS and MOE_MERGED, 0 to n_slots - 1; a slot's routes name one expert in the
                                first form, one merged expert in the second */
-    uint8_t *skip;        /* [T] or NULL: enum moe_skip, what a token leaves out of this layer (depth routers) */
-    bool again;           /* route this layer's output through it once more, as batch->round + 1 */
+    uint8_t *skip;        /* [T] or NULL: halves of this layer that a token leaves out (depth routers) */
+    uint8_t *again;       /* [T] or NULL: halves that its output goes through once more, as batch->round + 1 */
 };
 
 /* Tokens that enter one MoE layer. A field that the workload lacks is NULL; needs says which are required. */
@@ -245,7 +249,8 @@ struct moe_batch {
     int32_t step, layer, round;        /* round: > 0 when routes->again asked for another */
     enum moe_phase phase;
     int32_t n_tokens, n_experts, top_k, n_hidden;
-    const float *router_logits;        /* [T][E] */
+    int32_t n_free;                    /* the router's; scores and bias have E + n_free columns, written E' */
+    const float *router_logits;        /* [T][E] as recorded */
     const struct moe_routes *recorded; /* what the captured model chose */
     const int32_t *token_id, *position, *request, *device, *label; /* [T] each */
     const float *hidden;               /* [T][H] entering the gate */
@@ -257,12 +262,13 @@ struct moe_batch {
 
 /* What balancers do to scores before selection: select on scale[e] * score + add[e]; weights keep the score. */
 struct moe_bias {
-    float *add;   /* [E] zero at the start */
-    float *scale; /* [E] one at the start */
+    float *add;   /* [E'] zero at the start */
+    float *scale; /* [E'] one at the start */
 };
 
-/* What deciding costs on the devices, per call, beyond the gate's matrix product (2 T H E), which the core counts. */
-struct moe_cost { double flops, bytes; };
+/* What deciding costs on all devices together, per call, beyond the gate's matrix product (2 T H E), which the core
+ * counts but for MOE_OWN_GATE. gathered: bytes that every device sends to every other before anyone can decide. */
+struct moe_cost { double flops, bytes, gathered; };
 
 struct moe_replica { int32_t layer, expert, device; float fraction; };
 
@@ -282,6 +288,8 @@ struct moe_stats {
     const double *load;         /* [L][E] tokens routed */
     const double *transitions;  /* [L-1][E][E] tokens that went from e in layer l to f in l+1; NULL if not needed */
     const double *coactivation; /* [L][E][E] tokens that chose both, the diagonal zero; NULL if not needed */
+    const double *saliency;     /* [L][E] sum over an expert's tokens of gate weight x norm of its output; or NULL */
+    const double *similarity;   /* [L][E][E] cosine of two experts' router logits over tokens; or NULL */
     const struct moe_placement *current; /* NULL before the first placement */
 };
 
@@ -305,6 +313,7 @@ struct moe_work {
     int32_t device, stream; /* streams 0 to 13 are dispatch's; what shares one runs in order */
     enum moe_op op;
     double flops, bytes; /* arithmetic; device memory traffic */
+    bool fused;          /* goes on in the kernel of the task before it on this stream: no launch of its own */
 };
 
 struct moe_expert_work {
@@ -313,6 +322,7 @@ struct moe_expert_work {
     const int64_t *rows;   /* [n] */
     const int64_t *items;  /* [sum of rows] route indices, or NULL when the layout does not know them */
     float fraction;        /* of every expert's width (shards); 1 for whole experts */
+    bool fused;            /* as in moe_work; and the weights of experts that ran before in that kernel are at hand */
 };
 
 enum moe_payload {
@@ -339,13 +349,14 @@ struct moe_traffic {
     int32_t step, layer, micro, n_micro;
     bool backward;                /* gradients travel: in where outputs left, out where hidden states came in */
     const struct moe_routes *routes;
-    const int32_t *device;        /* [T] where a token is before the layer, and must be after it */
+    const int32_t *device;        /* [T] where a token is before the layer */
     const int32_t *to;            /* [n] device that computes the route; MOE_NOWHERE: it costs nothing; MOE_SHARDED:
                                      every holder of a shard of its expert computes its fraction */
     const struct moe_placement *placement;
     double dispatch_bytes, combine_bytes; /* of one token's row on the wire */
     const int32_t *entry;         /* [D] task after which a device's tokens are ready */
     int32_t *exit;                /* [D] out: task after which a device's tokens are complete */
+    int32_t *leaves;              /* [T] in and out: where a token is after the layer; on entry `device` */
 };
 
 struct moe_timings {              /* of the step before, as observed */
@@ -355,6 +366,8 @@ struct moe_timings {              /* of the step before, as observed */
     int32_t n_links;              /* 0 where the machine does not count them */
     const char *const *link;      /* names */
     const double *link_bytes, *link_busy_s;
+    int32_t n_flows;              /* 0 where the machine does not keep them */
+    const struct moe_flow_time { int32_t src, dst, path; double bytes, seconds; } *flow; /* as parts were sent */
 };
 
 /* ---- offload ---- */
@@ -363,6 +376,7 @@ struct moe_access {
     int64_t index;             /* position in the device's sequence of accesses */
     int64_t next_use;          /* index of this object's next access; INT64_MAX never again; -1 not known */
     int32_t step, layer, expert;
+    enum moe_phase phase;
     int32_t n_tokens;          /* rows that this access serves */
     float score;               /* sum of gate weights; 0 if not known */
     double bytes;              /* of the object, at the precision it is stored in; 0 where only objects are counted */
@@ -411,8 +425,10 @@ struct moe_gate_grad { float *weight; /* [E][H] */ const float *gate; /* [E][H] 
 /* ---- hooks. Required ones say so; an absent (NULL) hook costs nothing. ---- */
 
 struct moe_router_ops {
+    /* Optional: experts of a layer that cost nothing and follow the model's own. E' = E + n_free below. */
+    int32_t (*n_free)(void *self, int32_t layer);
     /* Per layer and batch. Either route, or score and select, is required. With score and select the core lets
-     * balancers see the scores in between. scores: [T][E], out; own: may be left at zero. */
+     * balancers see the scores in between. scores: [T][E'], out; own: may be left at zero. */
     int (*score)(void *self, const struct moe_batch *, float *scores, struct moe_cost *own);
     /* Picks experts on scale * score + add (never one whose add is -INFINITY: it does not exist); weights come from the
      * scores alone. The core has the last word on validity: ids unique per token and < E + n_free, weights finite. */
@@ -432,7 +448,7 @@ struct moe_balancer_ops { /* at least one is required */
     /* After placement. load: [E] tokens of this layer. */
     int (*plan)(void *self, int32_t layer, const int64_t *load, const struct moe_placement *, struct moe_plan *out);
     int (*observe)(void *self, int32_t layer, const int64_t *load); /* once per layer and step, after routing */
-    /* For the trainable gate: adds to the loss and to d_logits [T][E]; d_gate is NULL unless tensors are trained. */
+    /* For the trainable gate: adds to the loss and to d_logits [T][E']; d_gate is NULL unless tensors are trained. */
     int (*loss)(void *self, const struct moe_batch *, const float *scores, const struct moe_routes *, double *loss,
                 float *d_logits, struct moe_gate_grad *d_gate);
 };
@@ -463,13 +479,16 @@ struct moe_offload_ops {
     int (*evict)(void *self, int32_t device, const struct moe_access *cause, const struct moe_pinned *,
                  uint32_t *victim);
     int (*remove)(void *self, int32_t device, uint32_t object); /* dropped by the core for another reason */
-    /* Once per layer: the gate scores of the batch (needs MOE_NEEDS_SCORES) and its routes. */
-    int (*observe)(void *self, const struct moe_batch *, const float *scores, const struct moe_routes *);
+    /* Once per layer: the gate scores of the batch (needs MOE_NEEDS_SCORES) and its routes. own: what a predictor
+     * costs, may be left at zero. */
+    int (*observe)(void *self, const struct moe_batch *, const float *scores, const struct moe_routes *,
+                   struct moe_cost *own);
     /* Objects wanted early, most wanted first; *n holds the room on entry. */
     int (*prefetch)(void *self, int32_t device, const struct moe_window *, uint32_t *want, int32_t *n);
     int (*assign)(void *self, int32_t device, const struct moe_layer_work *, struct moe_assignment *);
     int (*form)(void *self, const struct moe_queue *, struct moe_batch_plan *);
-    int (*precision)(void *self, uint32_t object, double *bits); /* per weight, scales included; NULL: the model's */
+    /* Before every load: bits per weight, scales included. NULL: the model's. */
+    int (*precision)(void *self, int32_t device, uint32_t object, const struct moe_access *, double *bits);
 };
 
 struct moe_plugin {

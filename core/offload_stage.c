@@ -139,7 +139,7 @@ static int fetch(struct run *r, struct split *split, const struct moe_batch *b, 
                        r->offload.plugin->name, b->step, b->layer, device);
     struct moe_access a = { .index = s->at, .next_use = s->next ? s->next[s->at] : -1, .step = b->step,
                             .layer = b->layer, .expert = expert, .n_tokens = (int32_t)rows,
-                            .bytes = run_expert_bytes(r) };
+                            .phase = b->phase, .bytes = run_expert_bytes(r) };
     s->at++;
     enum cache_result hit = cache_access(c, object, &a, &victim);
     if (hit == CACHE_ERROR)
@@ -192,7 +192,7 @@ static int32_t add_part(struct run *r, const struct split *s, int32_t whole, str
         }
     }
     int32_t id = graph_experts(g, &(struct moe_expert_work){ t.device, t.stream, t.layer, n, expert, rows, items,
-                                                             t.fraction }, r->err);
+                                                             t.fraction, false }, r->err);
     free(items);
     const int32_t *first = s->first + (whole - s->first_task);
     for (int32_t i = first[0]; id >= 0 && i < first[1]; i++)
@@ -257,9 +257,14 @@ int offload_expand(struct run *r, const struct moe_batch *b, int32_t first_task,
     if (b->layer == 0) /* tasks of the step before are over: any slot is free */
         memset(r->last_use, 0xff,
                sizeof *r->last_use * (size_t)r->topology->n_devices * (size_t)r->context.n_objects);
-    if (!r->recording && r->offload.plugin->ops.offload.observe &&
-        HOOK(&r->offload, offload, observe, b, r->gate_scores, &r->routes) < 0)
-        return r->err->code;
+    struct moe_cost own = { 0, 0, 0 };
+    if (!r->recording && r->offload.plugin->ops.offload.observe) {
+        if (HOOK(&r->offload, offload, observe, b, r->gate_scores, &r->routes, &own) < 0)
+            return r->err->code;
+        if (own.flops != 0 || own.bytes != 0 || own.gathered != 0)
+            return err_set(r->err, ERR_RUN, "offload %s: its predictor costs %g FLOPs and %g bytes, which this "
+                           "version's pipeline does not charge", r->offload.plugin->name, own.flops, own.bytes);
+    }
     if (!r->recording && list_predecessors(r, &s, first_edge) < 0)
         n_tasks = first_task;
     for (int32_t t = first_task; t < n_tasks && !r->err->code; t++) {

@@ -10,6 +10,7 @@
 #include "registry.h"
 #include "run.h"
 
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -28,6 +29,16 @@ static void hash_add(uint64_t *h, const void *data, size_t bytes)
         p += n;
         bytes -= n;
     }
+}
+
+/* Bytes that have to be gathered before anyone can decide: the header has them, nothing here sends them. */
+int pipeline_check_cost(struct run *r, const struct policy *p, const struct moe_cost *own)
+{
+    if (own->gathered == 0 && own->flops >= 0 && own->bytes >= 0 && isfinite(own->flops + own->bytes))
+        return 0;
+    return err_set(r->err, ERR_RUN, "%s %s: deciding costs %g FLOPs, %g bytes and %g gathered bytes; expected none of "
+                   "the last, which this version's pipeline does not carry, and no negative ones",
+                   kind_name[p->plugin->kind], p->plugin->name, own->flops, own->bytes, own->gathered);
 }
 
 /* What a router or a balancer made of the routes: still of this batch, and valid. */
@@ -70,7 +81,7 @@ static int route_layer(struct run *r, const struct moe_batch *b, struct moe_cost
         HOOK(&r->router, router, select, b, r->scores, &r->bias, &r->routes);
     else
         HOOK(&r->router, router, route, b, &r->bias, &r->routes, own);
-    if (r->err->code || check_routes(r, b, &r->router) < 0)
+    if (r->err->code || pipeline_check_cost(r, &r->router, own) < 0 || check_routes(r, b, &r->router) < 0)
         return r->err->code;
     r->metrics.routed += r->routes.n;
     for (int i = 0; i < r->n_balancers; i++) {
@@ -135,6 +146,8 @@ static int lay_out_plain(struct run *r, const struct moe_batch *b, const struct 
                                       .bytes = (2 * d * q + 2 * d * kv) * w + cached * 2 * kv * 2 };
         struct moe_work gate = { dev, 0, MOE_OP_GATE, .flops = 2 * rows * d * m->n_experts,
                                  .bytes = rows * (d * m->act_bytes + m->n_experts * 4.0) + d * m->n_experts * 4.0 };
+        if (r->router.plugin->needs & MOE_OWN_GATE)
+            gate.flops = gate.bytes = 0;
         double share = rows / (b->n_tokens > 0 ? b->n_tokens : 1);
         gate.flops += own->flops * share;
         gate.bytes += own->bytes * share;
@@ -195,14 +208,20 @@ static int lay_out_layer(struct run *r, const struct moe_batch *b, const struct 
         .routes = &r->routes, .device = b->device, .to = r->to, .placement = &r->placed.view,
         .dispatch_bytes = r->model.d_model * r->model.act_bytes,
         .combine_bytes = r->model.d_model * r->model.combine_bytes,
-        .entry = r->entry, .exit = r->exit,
+        .entry = r->entry, .exit = r->exit, .leaves = r->leaves,
     };
     int32_t first_task = r->graph.n_tasks;
     int64_t first_edge = r->graph.n_edges;
     for (int32_t d = 0; d < n_devices; d++)
         r->exit[d] = -1;
+    memcpy(r->leaves, b->device, sizeof *r->leaves * (size_t)b->n_tokens);
     if (HOOK(&r->dispatch, dispatch, lay_out, &traffic, &r->graph) < 0)
         return r->err->code;
+    for (int32_t t = 0; t < b->n_tokens; t++)
+        if (r->leaves[t] != b->device[t])
+            return err_set(r->err, ERR_RUN, "dispatch %s, layer %d: token %d leaves on device %d instead of %d "
+                           "(leaves), which this version's pipeline does not carry", r->dispatch.plugin->name,
+                           b->layer, t, r->leaves[t], b->device[t]);
     for (int32_t d = 0; d < n_devices; d++)
         if (r->exit[d] < 0 || r->exit[d] >= r->graph.n_tasks)
             return err_set(r->err, ERR_RUN, "dispatch %s, layer %d: exit[%d] is task %d, expected 0 to %d",
@@ -287,7 +306,7 @@ int pipeline_step(struct run *r, int32_t step)
         return r->err->code;
     for (int32_t layer = 0; layer < r->model.n_layers; layer++) {
         struct moe_batch b;
-        struct moe_cost own = { 0, 0 };
+        struct moe_cost own = { 0, 0, 0 };
         if (workload_batch(&r->workload, step, layer, r->needs, &b, r->err) < 0)
             return r->err->code;
         b.previous = layer > 0 ? &r->before : NULL;

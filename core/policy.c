@@ -235,34 +235,40 @@ static int32_t host_n_paths(const struct moe_env *env, int32_t src, int32_t dst)
     return topology_route(of_env(env)->context->topology, src, dst, link, NULL) >= 0;
 }
 
-static int32_t as_moe(int32_t id)
-{
-    return id >= 0 ? id : MOE_EINVAL;
-}
+/* Runs a builder of the graph; what it refuses is this policy's fault, and says so. */
+#define BUILD(env, call)                                                                                              \
+    do {                                                                                                              \
+        struct err *err_ = err_of(env);                                                                               \
+        const int before_ = err_->code;                                                                               \
+        const int32_t id_ = (call);                                                                                   \
+        if (id_ < 0 && !before_)                                                                                      \
+            err_prefix(err_, "%s %s", kind_name[of_env(env)->plugin->kind], of_env(env)->plugin->name);               \
+        return id_ >= 0 ? id_ : MOE_EINVAL;                                                                           \
+    } while (0)
 
 static int32_t host_task_compute(const struct moe_env *env, struct moe_graph *g, const struct moe_work *w)
 {
-    return as_moe(graph_compute(g, w, err_of(env)));
+    BUILD(env, graph_compute(g, w, err_));
 }
 
 static int32_t host_task_experts(const struct moe_env *env, struct moe_graph *g, const struct moe_expert_work *w)
 {
-    return as_moe(graph_experts(g, w, err_of(env)));
+    BUILD(env, graph_experts(g, w, err_));
 }
 
 static int32_t host_task_exchange(const struct moe_env *env, struct moe_graph *g, const struct moe_exchange *x)
 {
-    return as_moe(graph_exchange(g, x, err_of(env)));
+    BUILD(env, graph_exchange(g, x, err_));
 }
 
 static int32_t host_task_arrival(const struct moe_env *env, struct moe_graph *g, int32_t exchange, int32_t device)
 {
-    return as_moe(graph_arrival(g, exchange, device, err_of(env)));
+    BUILD(env, graph_arrival(g, exchange, device, err_));
 }
 
 static int host_task_after(const struct moe_env *env, struct moe_graph *g, int32_t task, int32_t before)
 {
-    return graph_after(g, task, before, err_of(env)) < 0 ? MOE_EINVAL : 0;
+    BUILD(env, graph_after(g, task, before, err_));
 }
 
 static struct moe_graph *host_graph_try(const struct moe_env *env)

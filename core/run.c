@@ -135,7 +135,7 @@ static const char *undriven_hook(const struct moe_plugin *p)
 {
     const struct moe_offload_ops *o = &p->ops.offload;
     switch (p->kind) {
-    case MOE_ROUTER: return p->ops.router.ahead ? "ahead" : NULL;
+    case MOE_ROUTER: return p->ops.router.ahead ? "ahead" : p->ops.router.n_free ? "n_free" : NULL;
     case MOE_BALANCER: return p->ops.balancer.loss ? "loss" : NULL;
     case MOE_OFFLOAD:
         return o->prefetch ? "prefetch" : o->assign ? "assign" : o->form ? "form" : o->precision ? "precision" : NULL;
@@ -164,6 +164,9 @@ static int open_policy(struct run *r, struct policy *p, enum moe_kind kind, cons
     if (undriven)
         return err_set(r->err, ERR_INPUT, "%s: has hook %s, which this version's pipeline does not call", who,
                        undriven);
+    if (plugin->needs & (MOE_NEEDS_SALIENCY | MOE_NEEDS_SIMILARITY))
+        return err_set(r->err, ERR_INPUT, "%s: needs %s of experts, which this version's pipeline does not know", who,
+                       plugin->needs & MOE_NEEDS_SALIENCY ? "the saliency" : "the similarity");
     if (plugin->needs & MOE_LOCAL)
         return err_set(r->err, ERR_INPUT, "%s: decides from its own device's tokens alone (MOE_LOCAL), which this "
                        "version's pipeline does not offer", who);
@@ -229,9 +232,10 @@ static int allocate(struct run *r)
     r->device_tokens = calloc(n_devices, sizeof *r->device_tokens);
     r->entry = calloc(n_devices, sizeof *r->entry);
     r->exit = calloc(n_devices, sizeof *r->exit);
+    r->leaves = calloc((size_t)r->workload.n_tokens, sizeof *r->leaves);
     r->turn = calloc(r->context.n_objects, sizeof *r->turn);
     if (!r->scores || !r->bias.add || !r->bias.scale || !r->load || !r->device_load || !r->device_tokens ||
-        !r->entry || !r->exit || !r->turn)
+        !r->entry || !r->exit || !r->leaves || !r->turn)
         return err_set(r->err, ERR_MEMORY, "out of memory for %d tokens x %d experts", r->workload.n_tokens,
                        r->model.n_experts);
     return 0;
@@ -362,6 +366,7 @@ void run_close(struct run *r)
     free(r->device_tokens);
     free(r->entry);
     free(r->exit);
+    free(r->leaves);
     free(r->turn);
     statistics_free(&r->window);
     free(r->migration);

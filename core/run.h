@@ -53,6 +53,7 @@ struct run {
     int64_t *device_load;      /* [D] routes computed on each device */
     int64_t *device_tokens;    /* [D] tokens that live there */
     int32_t *entry, *exit;     /* [D] tasks */
+    int32_t *leaves;           /* [T] device after the layer */
     uint32_t *turn;            /* [L*E] which replica is next */
 
     struct placement placed;
@@ -98,6 +99,8 @@ static inline double run_expert_bytes(const struct run *r)
 /* ---- stages, in the order of the pipeline (pipeline.c and the file named) ---- */
 
 int pipeline_step(struct run *, int32_t step);
+/* That what a policy says of its cost can be charged. */
+int pipeline_check_cost(struct run *, const struct policy *, const struct moe_cost *own);
 /* That the tasks which dispatch appended do the layer's work: layout_check.c */
 int layout_check(struct run *, const struct moe_batch *, int32_t first_task, int64_t first_edge);
 double device_memory_fixed(const struct run *);    /* bytes on every device beside routed experts: device_memory.c */

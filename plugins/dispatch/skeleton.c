@@ -114,10 +114,12 @@ static int lay_out(void *self, const struct moe_traffic *in, struct moe_graph *g
                 combine_bytes += in->combine_bytes * (double)(n_routes + 1);
             }
         }
-        int32_t permute = host->task_compute(env, g, &(struct moe_work){d, 0, MOE_OP_PERMUTE, 0, bytes});
+        int32_t permute = host->task_compute(env, g, &(struct moe_work){.device = d, .op = MOE_OP_PERMUTE,
+                                                                        .bytes = bytes});
         int32_t arrived = host->task_arrival(env, g, there, d), work = experts(env, in, d, g);
         int32_t returned = host->task_arrival(env, g, back, d);
-        int32_t combine = host->task_compute(env, g, &(struct moe_work){d, 0, MOE_OP_COMBINE, 0, combine_bytes});
+        int32_t combine = host->task_compute(env, g, &(struct moe_work){.device = d, .op = MOE_OP_COMBINE,
+                                                                        .bytes = combine_bytes});
         if (permute < 0 || arrived < 0 || work < 0 || returned < 0 || combine < 0)
             return MOE_EFAIL; /* the builder has already said why */
         int rc = host->task_after(env, g, permute, in->entry[d]);

@@ -88,6 +88,11 @@ fails 'router bad, step 1, layer 0: token 1: offsets decrease from 1099511627776
 fails 'router bad, step 1, layer 0: routes say 31 entries, offsets run from 0 to 32' bad_router.c -DFAULT_COUNT
 fails 'router bad, step 1, layer 0: routes with slots or merged experts \(form\)' bad_router.c -DFAULT_FORM
 fails 'router bad, step 1, layer 0: routes with tokens that skip the layer' bad_router.c -DFAULT_SKIP
+fails 'router bad, step 1, layer 0: routes with another round in the same layer' bad_router.c -DFAULT_AGAIN
+fails 'router bad, step 1, layer 0: routes with experts of other layers' bad_router.c -DFAULT_LAYER
+fails 'router bad, step 1, layer 0: token 1: expert 1 has a weight that is not finite' bad_router.c -DFAULT_COMBINE
+fails 'router bad: deciding costs 0 FLOPs, 0 bytes and 1 gathered bytes; expected none' bad_router.c -DFAULT_GATHERED
+fails 'router bad: deciding costs -1 FLOPs, .* and no negative ones' bad_router.c -DFAULT_COST
 fails 'router bad: the moon is full' bad_router.c -DFAULT_FAIL
 fails 'router bad: route returned -3 without saying why' bad_router.c -DFAULT_SILENT
 fails 'router bad: out of memory for' bad_router.c -DFAULT_MEMORY
@@ -99,10 +104,15 @@ fails 'placement bad: layer 0, expert 7: placed on device 7, expected 0 to 3' ba
     -DFAULT_DEVICE
 fails 'placement bad: layer 0, expert 7: placed by 0 in all, expected 1 or more' bad_others.c -DKIND_placement \
     -DFAULT_MISSING
+fails 'placement bad: leaves experts out \(pruned or merged\)' bad_others.c -DKIND_placement -DFAULT_PRUNED
+fails 'placement bad: layer 0: left out expert 7 for 7, expected another or -1' bad_others.c -DKIND_placement \
+    -DFAULT_MERGED_ITSELF
+fails 'placement bad: places 0.5 of layer 0.s expert 7 on device 3' bad_others.c -DKIND_placement -DFAULT_SHARD
 printf 'local moe = require "moelab"\nrequire "tiny".experiment { machine = "rtx4090-pcie4", cache = 0.25,
 placement = "contiguous",
 offload = moe.each { "lru", "bad", "lfu" } }:run()\n' >x.lua
 fails 'offload bad' bad_others.c -DKIND_offload -DFAULT_RANGE
+fails 'offload bad: its predictor costs 1e\+09 FLOPs' bad_others.c -DKIND_offload -DFAULT_PREDICTOR
 fails 'offload bad' bad_others.c -DKIND_offload -DFAULT_PINNED
 printf 'local moe = require "moelab"\nrequire "tiny".experiment { placement = "contiguous",
 dispatch = moe.each { "flat", "bad", moe.label("flat again", "flat") } }:run()\n' >x.lua
@@ -115,8 +125,27 @@ fails 'dispatch bad, layer 0: device 0 receives the hidden states of [0-9]+ toke
     -DKIND_dispatch -DFAULT_NO_HIDDEN
 fails 'dispatch bad, layer 0: device 0 receives the outputs of [0-9]+ tokens too few' bad_others.c -DKIND_dispatch \
     -DFAULT_NO_OUTPUT
+fails 'dispatch bad, layer 0: token 0 leaves on device 3 instead of 0 \(leaves\)' bad_others.c -DKIND_dispatch \
+    -DFAULT_LEAVES
+fails 'dispatch bad: fused task' bad_others.c -DKIND_dispatch -DFAULT_FUSED
+fails 'dispatch bad: exchange from 0 to 0 on path 2, expected 0 or 1' bad_others.c -DKIND_dispatch -DFAULT_PATH
 build bad_others.c -DKIND_dispatch
 ok "the same layout with nothing left out passes" "$moelab" run x.lua --out honest
+
+# What the header has and the pipeline does not drive is refused before anything runs, by name.
+undriven() # kind use
+{
+    build undriven.c "-DUSE_$2" "-DKIND_$1"
+    printf 'local moe = require "moelab"\nrequire "tiny".experiment { placement = "contiguous", %s = "bad" }:run()\n' \
+        "$1" >x.lua
+    run_expect 2 "x.lua:2: $1 bad: .*$3.* this version's pipeline" "$moelab" run x.lua --out undriven
+    ok "... and nothing is written" test ! -e undriven
+}
+for use in ahead n_free; do undriven router $use "has hook $use,"; done
+undriven balancer loss 'has hook loss,'
+for use in saliency similarity; do undriven placement $use "needs the $use of experts,"; done
+for use in prefetch assign form precision; do undriven offload $use "has hook $use,"; done
+undriven offload local 'MOE_LOCAL'
 
 # Outside of a run there is no process between a plugin and moelab: it ends, but leaves nothing.
 build bad_header.c -DCONSTRUCTOR

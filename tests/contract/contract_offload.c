@@ -171,9 +171,10 @@ static void offload_optional_hooks(void **state)
     contract_start(&policy, &host, plugin, &size, N_OBJECTS / 2);
     for (int32_t layer = 0; layer < N_LAYERS; layer++) {
         struct contract_batch b;
+        struct moe_cost own = {0, 0, 0};
         contract_batch_make(&b, &size, 0, layer, 5, -1);
         if (ops->observe != NULL)
-            assert_int_equal(ops->observe(policy.state, &b.batch, b.scores, &b.recorded), MOE_OK);
+            assert_int_equal(ops->observe(policy.state, &b.batch, b.scores, &b.recorded, &own), MOE_OK);
         policy_host_end_hook(&host);
         if (ops->prefetch != NULL)
             check_prefetch(&policy, &(struct moe_window){0, layer, 1e-3, 1e9, resident, 0, NULL});
@@ -185,7 +186,8 @@ static void offload_optional_hooks(void **state)
         check_form(&policy);
     for (uint32_t o = 0; ops->precision != NULL && o < N_OBJECTS; o++) {
         double bits = 0;
-        assert_int_equal(ops->precision(policy.state, o, &bits), MOE_OK);
+        struct moe_access access = {.next_use = -1, .layer = (int32_t)o / N_EXPERTS, .expert = (int32_t)o % N_EXPERTS};
+        assert_int_equal(ops->precision(policy.state, 0, o, &access, &bits), MOE_OK);
         assert_true(bits > 0 && bits <= 32);
     }
     assert_int_equal(host.n_failures, 0);

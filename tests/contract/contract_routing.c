@@ -24,7 +24,7 @@ static void route(struct policy *policy, const struct moe_batch *batch, struct m
 {
     const struct moe_router_ops *ops = &policy->plugin->ops.router;
     struct moe_bias bias = bias_new(batch->n_experts);
-    struct moe_cost own = {0, 0};
+    struct moe_cost own = {0, 0, 0};
     int rc;
     policy_routes_init(out, batch->n_tokens);
     if (ops->select != NULL) {

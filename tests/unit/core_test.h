@@ -92,7 +92,8 @@ static inline double test_h100_bytes(double s)
 static inline int32_t test_compute(struct moe_graph *g, int32_t device, int32_t stream, double seconds)
 {
     struct err e = { 0 };
-    int32_t id = graph_compute(g, &(struct moe_work){ device, stream, MOE_OP_OTHER, 0, test_h100_bytes(seconds) }, &e);
+    int32_t id = graph_compute(g, &(struct moe_work){ .device = device, .stream = stream, .op = MOE_OP_OTHER,
+                                                       .bytes = test_h100_bytes(seconds) }, &e);
     test_ok(id, &e);
     return id;
 }

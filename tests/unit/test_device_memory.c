@@ -58,6 +58,27 @@ static void cached(void **state)
     }
 }
 
+/* Of two nodes each holds what its own devices load: contiguous, half of each layer's experts. */
+static void host_of_each_node(void **state)
+{
+    static const uint8_t zero[8] = { 0, 1, 2, 3, 0, 1, 2, 3 };
+    for (int sign = -1; sign <= 1; sign += 2) {
+        json_t *machine = test_description("dgx-h100", 2), *spec;
+        json_object_set_new(machine, "devices", json_integer(1));
+        json_object_set_new(json_object_get(machine, "host"), "memory", json_real(4 * expert + sign));
+        spec = test_spec(machine, test_trace(*state, "two", 1, 2, 2, 4, 2, zero), 2, 4, 2, 1, 2);
+        test_policy(spec, "offload", "lru");
+        struct err e = { 0 };
+        struct run *r = test_open_run(spec, &e);
+        if (sign > 0)
+            test_ok(placement_start(r), &e);
+        else
+            assert_says(&e, placement_start(r), "dgx-h100, node 0: its devices' experts take 0.012 GB", NULL);
+        test_close_run(r);
+        json_decref(spec);
+    }
+}
+
 /* Without a share, the cache is what the device holds. */
 static void default_cache(void **state)
 {
@@ -76,6 +97,17 @@ static void default_cache(void **state)
     expect(spec, "a cache of one expert", "smaller cache");
 }
 
+/* Shared experts are on every device: two more in each of the two layers. */
+static void shared_experts(void **state)
+{
+    const double least = (fixed + 2 * 2 * expert + 8 * expert) / 0.9;
+    for (int sign = -1; sign <= 1; sign += 2) {
+        json_t *spec = spec_with(*state, least * (1 + sign * 1e-9), 1e6);
+        test_set(spec, "model", "shared", json_integer(2));
+        expect(spec, sign < 0 ? "every device holds 0.01841 GB" : NULL, "fewer replicas");
+    }
+}
+
 static void none_has_no_cache(void **state)
 {
     json_t *spec = spec_with(*state, 24e9, 1e9);
@@ -92,7 +124,9 @@ static void none_has_no_cache(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        WITH_SCRATCH(all_resident), WITH_SCRATCH(cached), WITH_SCRATCH(default_cache), WITH_SCRATCH(none_has_no_cache),
+        WITH_SCRATCH(all_resident), WITH_SCRATCH(cached), WITH_SCRATCH(host_of_each_node),
+        WITH_SCRATCH(default_cache), WITH_SCRATCH(shared_experts),
+        WITH_SCRATCH(none_has_no_cache),
     };
     cmocka_set_message_output(CM_OUTPUT_TAP);
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -78,6 +78,11 @@ static void refuses(void **state)
     REFUSED(graph_compute(&g, &(struct moe_work){ .stream = STREAM_COPY }, &e), "stream 14", "0 to 13");
     REFUSED(graph_compute(&g, &(struct moe_work){ .flops = -1 }, &e), "flops -1");
     REFUSED(graph_compute(&g, &(struct moe_work){ .bytes = NAN }, &e), "bytes nan");
+    REFUSED(graph_compute(&g, &(struct moe_work){ .fused = true }, &e), "fused");
+    REFUSED(graph_experts(&g, &(struct moe_expert_work){ .n = 0, .fraction = 1, .fused = true }, &e), "fused");
+    REFUSED(graph_exchange(&g, &(struct moe_exchange){ MOE_PAY_BYTES, 1, &(struct moe_part){ 0, 1, 1, 0, NULL, 2 } },
+                           &e),
+            "path 2", "0 or 1");
     REFUSED(graph_compute(&g, &(struct moe_work){ .bytes = INFINITY }, &e), "bytes inf");
     REFUSED(graph_experts(&g, &(struct moe_expert_work){ .n = 2, .expert = expert, .rows = rows, .fraction = 1 }, &e),
             "expert -1");

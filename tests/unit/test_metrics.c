@@ -27,8 +27,9 @@ static void flat_layer(struct moe_graph *g, int32_t n, int chunks, int64_t (*row
         }
     int32_t out = test_parts(g, n_parts, there), home = test_parts(g, n_parts, back);
     for (int32_t d = 0; d < n; d++) {
-        struct moe_work attention = { d, 0, MOE_OP_ATTENTION, 1e9, 1e7 }, permute = { d, 0, MOE_OP_PERMUTE, 0, 4e6 };
-        struct moe_work combine = { d, 0, MOE_OP_COMBINE, 1e6, 4e6 };
+        struct moe_work attention = { d, 0, MOE_OP_ATTENTION, 1e9, 1e7, false };
+        struct moe_work permute = { d, 0, MOE_OP_PERMUTE, 0, 4e6, false };
+        struct moe_work combine = { d, 0, MOE_OP_COMBINE, 1e6, 4e6, false };
         int32_t a = graph_compute(g, &attention, &e), p = graph_compute(g, &permute, &e), c;
         if (entry[d] >= 0)
             test_after(g, a, entry[d]);
@@ -136,7 +137,7 @@ static void step_figures(void **state)
     struct metrics m = { .imbalance_sum = 3, .max_vio_sum = 1, .n_layers = 2, .routed = 100, .kept = 75,
                          .accesses = 10, .hits = 4, .loaded_bytes = 6e6 };
     struct err e = { 0 };
-    struct moe_work attention = { 3, 0, MOE_OP_ATTENTION, 0, test_h100_bytes(10 * US) };
+    struct moe_work attention = { 3, 0, MOE_OP_ATTENTION, 0, test_h100_bytes(10 * US), false };
     graph_compute(&g, &attention, &e);
     attention.device = 4;
     attention.bytes = test_h100_bytes(30 * US);

@@ -28,7 +28,7 @@ static void run_open(struct run *r, const char *router, const char *settings, in
 static int run_select(struct run *r, const struct moe_bias *bias)
 {
     const struct moe_router_ops *ops = &r->policy.plugin->ops.router;
-    struct moe_cost own = {0, 0};
+    struct moe_cost own = {0, 0, 0};
     assert_int_equal(ops->score(r->policy.state, &r->batch, r->scores, &own), MOE_OK);
     int rc = ops->select(r->policy.state, &r->batch, r->scores, bias, &r->routes);
     policy_host_end_hook(&r->host);
@@ -149,7 +149,7 @@ static void replay_repeats(void **state)
 {
     (void)state;
     struct moe_routes recorded;
-    struct moe_cost own = {0, 0};
+    struct moe_cost own = {0, 0, 0};
     struct run r;
     run_open(&r, "replay", NULL, 3, 8, 2);
     policy_routes_init(&recorded, 3);
