@@ -111,7 +111,7 @@ static void machines_change_no_decision(void **state)
 
 /* ---- a placement that changes ---- */
 
-struct swapper { struct test_env env; int32_t n_placed, n_due, n_steps; double load, together; };
+struct swapper { struct test_env env; int32_t n_placed, n_due, n_steps; double load, together, last; };
 
 /* Expert e on device e at first, on the other one from the second placement on. */
 static int swap_place(void *self, const struct moe_stats *stats, struct moe_placement *out)
@@ -130,6 +130,7 @@ static int swap_due(void *self, const struct moe_stats *stats, bool *rebalance)
     struct swapper *s = self;
     s->n_due++;
     *rebalance = stats->step == 1;
+    s->last = stats->load[0];
     if (*rebalance) {
         s->load = stats->load[0];
         s->together = stats->coactivation[1];
@@ -166,6 +167,7 @@ static void migration_is_counted_and_timed(void **state)
     assert_int_equal(s->n_steps, 2); /* steps 0 and 1, two tokens each */
     assert_near(s->load, 4, 0);
     assert_near(s->together, 4, 0);
+    assert_near(s->last, 4, 0); /* steps 2 and 3: counted anew */
     test_close_run(r);
     json_decref(spec);
 }
