@@ -7,6 +7,7 @@
 
 #include <float.h>
 #include <inttypes.h>
+#include <errno.h>
 #include <math.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -67,7 +68,7 @@ static int load_json(struct eval_job *j, const char *path)
     const char *slash = strrchr(path, '/');
     snprintf(j->dir, sizeof j->dir, "%.*s", slash ? (int)(slash - path + 1) : 0, path);
     if (!from_stdin && access(path, R_OK) < 0)
-        return err_set(j->err, ERR_INPUT, "%s: cannot be read", path);
+        return err_set(j->err, ERR_INPUT, "%s: %s", path, strerror(errno));
     j->input = from_stdin ? json_loadf(stdin, JSON_REJECT_DUPLICATES, &at)
                           : json_load_file(path, JSON_REJECT_DUPLICATES, &at);
     if (!j->input)

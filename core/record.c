@@ -106,6 +106,8 @@ int record_open(struct record *r, const char *out, struct err *e)
         return err_set(e, ERR_INPUT, "--out \"%s\": expected the name of a directory to make", out);
     snprintf(r->part, sizeof r->part, "%s.part", r->out);
     struct stat st;
+    if (lstat(r->out, &st) == 0 && S_ISLNK(st.st_mode))
+        return err_set(e, ERR_INPUT, "%s: is a link; name the directory itself as --out", r->out);
     if (stat(r->out, &st) == 0 && (!S_ISDIR(st.st_mode) || (!is_empty(r->out) && !has_file(r->out, "manifest.json"))))
         return err_set(e, ERR_INPUT, "%s: exists and is not a results directory; choose another --out", r->out);
     if (stat(r->part, &st) == 0 && (!S_ISDIR(st.st_mode) || (!is_empty(r->part) && !has_file(r->part, "runs.jsonl"))))
@@ -170,6 +172,44 @@ int record_runs(struct record *r, const char *experiment, json_t *specs, json_t 
     return e->code;
 }
 
+/* Names in a directory but . and .. ; sorted, so that a manifest does not depend on the file system. */
+static json_t *list_files(const char *dir)
+{
+    json_t *names = json_array();
+    struct dirent **entry = NULL;
+    int n = scandir(dir, &entry, NULL, alphasort);
+    for (int i = 0; i < n; i++) {
+        if (strcmp(entry[i]->d_name, ".") && strcmp(entry[i]->d_name, ".."))
+            json_array_append_new(names, json_string(entry[i]->d_name));
+        free(entry[i]);
+    }
+    free(entry);
+    return names;
+}
+
+/* What lies in `from` and its manifest does not list is somebody else's (notes, edited copies): it moves to `to`,
+ * but where a new file has its name. */
+static void carry_over(const char *from, const char *to)
+{
+    char path[700], target[700];
+    snprintf(path, sizeof path, "%s/manifest.json", from);
+    json_t *manifest = json_load_file(path, 0, NULL), *ours = json_object_get(manifest, "files"), *name;
+    json_t *found = ours ? list_files(from) : json_array(); /* older manifests have no list: all was taken for ours */
+    size_t i;
+    json_array_foreach(found, i, name) {
+        size_t j = 0;
+        while (j < json_array_size(ours) && !json_equal(json_array_get(ours, j), name))
+            j++;
+        snprintf(path, sizeof path, "%s/%s", from, json_string_value(name));
+        snprintf(target, sizeof target, "%s/%s", to, json_string_value(name));
+        if (j == json_array_size(ours) && renameat2(AT_FDCWD, path, AT_FDCWD, target, RENAME_NOREPLACE) < 0)
+            fprintf(stderr, "moelab: warning: %s: %s\n", path,
+                    errno == EEXIST ? "gives way to a new file of that name" : strerror(errno));
+    }
+    json_decref(found);
+    json_decref(manifest);
+}
+
 /* Earlier results give way in one step where the file system can do that. */
 static int put_in_place(const struct record *r)
 {
@@ -177,10 +217,13 @@ static int put_in_place(const struct record *r)
         return 0;
     if (errno != ENOTEMPTY && errno != EEXIST)
         return -1;
-    if (renameat2(AT_FDCWD, r->part, AT_FDCWD, r->out, RENAME_EXCHANGE) == 0)
+    if (renameat2(AT_FDCWD, r->part, AT_FDCWD, r->out, RENAME_EXCHANGE) == 0) {
+        carry_over(r->part, r->out);
         return 0;
+    }
     if (errno != EINVAL && errno != ENOSYS)
         return -1;
+    carry_over(r->out, r->part);
     record_discard(r->out);
     return rename(r->part, r->out);
 }
@@ -194,6 +237,9 @@ int record_commit(struct record *r, const char *scenario, const json_t *override
                           PACKAGE_VERSION, "revision", MOELAB_REVISION, "scenario", "file", record_base_name(scenario),
                           "sha256", hex, "overrides", overrides, "machines", r->machines, "traces", r->traces,
                           "experiments", r->experiments);
+    json_t *files = list_files(r->part);
+    json_array_append_new(files, json_string("manifest.json"));
+    json_object_set_new(m, "files", files);
     char *text = json_dumps(m, JSON_INDENT(1) | JSON_SORT_KEYS | JSON_REAL_PRECISION(17));
     json_decref(m);
     int code = text ? put(r, "manifest.json", "w", text, strlen(text), e)

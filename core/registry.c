@@ -303,3 +303,16 @@ void registry_list(const struct registry_entry **out, int *n_out)
     *out = entries;
     *n_out = n_entries;
 }
+
+const char *registry_foreign(const struct moe_plugin *plugin)
+{
+    char own[1024];
+    if (in_build_tree())
+        snprintf(own, sizeof own, "%s/plugins/", registry_exe_dir());
+    else
+        snprintf(own, sizeof own, "%s/", MOELAB_PLUGINDIR);
+    for (int i = 0; i < n_entries; i++)
+        if (entries[i].plugin == plugin)
+            return strncmp(entries[i].path, own, strlen(own)) ? entries[i].path : NULL;
+    return NULL;
+}

@@ -17,6 +17,9 @@ struct registry_entry { enum moe_kind kind; char name[64]; char path[1024]; cons
  * the file is checked before any of its code is called: ABI, size, kind, name against the file's stem, required
  * hooks, parameter table. `who` starts the message. */
 int registry_load(enum moe_kind, const char *name, const char *who, const struct moe_plugin **, struct err *);
+/* The file of a policy that is not moelab's own, from $MOELAB_PLUGIN_PATH; NULL for those of the build tree, of the
+ * install directory, and for policies that have no file. */
+const char *registry_foreign(const struct moe_plugin *);
 /* Every policy that can be found, by kind and name; the first on the search path wins. A file that cannot be loaded
  * is reported on stderr and left out. Entries stay valid until exit. */
 void registry_list(const struct registry_entry **, int *n);

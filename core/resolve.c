@@ -7,6 +7,7 @@
 
 #include "registry.h"
 #include "run.h"
+#include "sha256.h"
 
 static void resolve_model(const struct run *r, json_t *m)
 {
@@ -59,6 +60,12 @@ static void add_policy(json_t *to, const struct policy *p, const json_t *given)
     json_t *o = json_pack("{s:s, s:O}", "name", p->plugin->name, "params", p->params.values);
     if (json_object_get(json_array_get(json_object_get(given, kind), json_array_size(list)), "lua"))
         json_object_set_new(o, "lua", json_true());
+    /* Another program's file may have a name that ours has: its checksum tells results apart. */
+    const char *file = registry_foreign(p->plugin);
+    char hex[65];
+    struct err why = { 0 };
+    if (file && sha256_file(file, hex, &why) == 0)
+        json_object_set_new(o, "sha256", json_string(hex));
     json_array_append_new(list, o);
 }
 

@@ -204,7 +204,7 @@ run_expect 2 '--top-k: found "two", expected a whole number' "$moelab" eval rout
 run_expect 2 'eval router: top_k: found 0, expected 1 to 1024' "$moelab" eval router softmax-top-k --top-k 0
 run_expect 2 '--input needs a value' "$moelab" eval router softmax-top-k --input
 run_expect 2 '--out: only routers write arrays' "$moelab" eval offload lru --keys keys.npy --capacity 2 --out x
-run_expect 2 'no.json: cannot be read' "$moelab" eval placement eplb --input no.json
+run_expect 2 'no.json: No such file or directory' "$moelab" eval placement eplb --input no.json
 run_expect 2 'expected a kind and a name' "$moelab" eval router
 for kind in router balancer placement dispatch offload machine metric; do
     run_expect 0 "moelab eval $kind" "$moelab" eval $kind --help

@@ -147,6 +147,25 @@ for use in saliency similarity; do undriven placement $use "needs the $use of ex
 for use in prefetch assign form precision; do undriven offload $use "has hook $use,"; done
 undriven offload local 'MOE_LOCAL'
 
+# A file of another maker under one of our names runs, and the manifest tells.
+mkdir -p shadow
+$cc -std=c11 -fPIC -shared -I"$top_srcdir/core" -o shadow/lru.so -x c - -lm <<'C'
+#include "moelab.h"
+static int insert(void *s, int32_t d, uint32_t o, const struct moe_access *a)
+{ (void)s, (void)d, (void)o, (void)a; return MOE_BYPASS; }
+static int evict(void *s, int32_t d, const struct moe_access *a, const struct moe_pinned *p, uint32_t *v)
+{ (void)s, (void)d, (void)a, (void)p, (void)v; return MOE_BYPASS; }
+MOE_EXPORT const struct moe_plugin moe_plugin = {
+  .abi = MOE_ABI, .size = sizeof(struct moe_plugin), .kind = MOE_OFFLOAD,
+  .name = "lru", .summary = "keeps nothing", .source = "a test", .ops.offload = { .insert = insert, .evict = evict } };
+C
+printf 'require "tiny".experiment { machine = "dgx-h100", offload = "lru", cache = 0.25 }:run()\n' >x.lua
+MOELAB_PLUGIN_PATH=$work/shadow ok "a shadowing lru" "$moelab" run x.lua --out shadowed
+sum=$(sha256sum <shadow/lru.so | cut -d' ' -f1)
+ok "... is told by its checksum" grep -q "\"sha256\": \"$sum\"" shadowed/manifest.json
+MOELAB_PLUGIN_PATH= ok "our own" "$moelab" run x.lua --out own
+ok "... has none" test "$(grep -c sha256 own/manifest.json)" = "$(($(grep -c sha256 shadowed/manifest.json) - 1))"
+
 # Outside of a run there is no process between a plugin and moelab: it ends, but leaves nothing.
 build bad_header.c -DCONSTRUCTOR
 printf 'require "tiny".experiment { router = "bad" }:run()\n' >x.lua

@@ -26,7 +26,7 @@ for stem in placement offload-hits offload-speed; do
         skip "$stem.png" "no gnuplot"
     fi
 done
-n_runs=$(grep -q 'SimGrid is not built in' printed && echo 32 || echo 64)
+n_runs=$(grep -q 'SimGrid is not built in' printed && echo 32 || echo 88)
 ok "one line per run" test "$(wc -l <results/runs.jsonl)" = "$n_runs"
 ok "all of them succeeded" test "$(grep -c '"status":"ok"' results/runs.jsonl)" = "$n_runs"
 for key in moelab revision scenario sha256 machines traces experiments seed params; do

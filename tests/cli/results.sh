@@ -221,6 +221,17 @@ refused '3: moe.eval: options: expected a table, found nil' 'moe.eval("placement
 
 printf 'require "tiny".experiment():run()\nrequire "moelab".write("note.txt", "new")\n' >x.lua
 mkdir theirs && touch theirs/thesis.txt
+rm -rf mine
+"$moelab" run x.lua --out mine >/dev/null 2>&1
+echo note >mine/notes.txt && mkdir mine/more && echo note >mine/more/notes.txt && echo edited >mine/runs.jsonl
+ok "what is not moelab's stays" "$moelab" run x.lua --out mine
+ok "... files" grep -q note mine/notes.txt
+ok "... and directories" grep -q note mine/more/notes.txt
+ok "... what is moelab's is new" bash -c '! grep -q edited mine/runs.jsonl'
+ok "... and listed" test "$(grep -A2 '"files"' mine/manifest.json | grep -c runs.jsonl)" = 1
+ok "... nothing is left beside" test ! -e mine.part
+ln -s mine link
+run_expect 2 'link: is a link; name the directory itself as --out' "$moelab" run x.lua --out link
 run_expect 2 'theirs: exists and is not a results directory; choose another --out' "$moelab" run x.lua --out theirs
 ok "... and is as it was" test "$(ls theirs)" = thesis.txt -a ! -e theirs.part
 touch file
