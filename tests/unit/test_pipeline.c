@@ -172,6 +172,44 @@ static void migration_is_counted_and_timed(void **state)
     json_decref(spec);
 }
 
+struct watcher { struct test_env env; double pairs[4]; };
+
+static int watch_place(void *self, const struct moe_stats *stats, struct moe_placement *out)
+{
+    const struct moe_env *env = ((struct watcher *)self)->env.env;
+    (void)stats;
+    for (int32_t i = 0; i < 4; i++)
+        if (env->host->place(env, out, i / 2, i % 2, i % 2, 1) < 0)
+            return MOE_EFAIL;
+    return 0;
+}
+
+static int watch_due(void *self, const struct moe_stats *stats, bool *rebalance)
+{
+    memcpy(((struct watcher *)self)->pairs, stats->transitions, sizeof ((struct watcher *)self)->pairs);
+    *rebalance = false;
+    return 0;
+}
+
+static const struct moe_plugin watch_plugin =
+    TEST_POLICY(MOE_PLACEMENT, "watch", .needs = MOE_NEEDS_TRANSITIONS, .state_size = sizeof(struct watcher),
+                .init = test_keep_env, .ops.placement = { .place = watch_place, .due = watch_due });
+
+/* Every token goes to expert 0, then to expert 1: two tokens a step, three steps. */
+static void transitions_are_counted_on_the_way(void **state)
+{
+    static const uint8_t zero_then_one[16] = { 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1 };
+    static const double pairs[4] = { 0, 6, 0, 0 };
+    struct err e = { 0 };
+    json_t *spec = test_spec(star(2), test_trace(*state, "way", 2, 4, 2, 2, 1, zero_then_one), 2, 2, 1, 1, 3);
+    struct run *r = test_open_run(spec, &e);
+    test_swap_policy(r, &r->placement, &watch_plugin);
+    test_ok(run_go(r), &e);
+    assert_memory_equal(((const struct watcher *)r->placement.self)->pairs, pairs, sizeof pairs);
+    test_close_run(r);
+    json_decref(spec);
+}
+
 /* ---- a balancer that plans ---- */
 
 struct planner { struct moe_plan plan; struct moe_split split[4]; struct moe_weight_move move[4]; int64_t load; };
@@ -470,6 +508,7 @@ int main(void)
         WITH_SCRATCH(warmup_is_left_out),
         WITH_SCRATCH(machines_change_no_decision),
         WITH_SCRATCH(migration_is_counted_and_timed),
+        WITH_SCRATCH(transitions_are_counted_on_the_way),
         WITH_SCRATCH(plans_move_rows_and_weights),
         WITH_SCRATCH(plans_that_cannot_be),
         WITH_SCRATCH(estimates_share_links),
