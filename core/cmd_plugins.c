@@ -16,7 +16,9 @@ static const struct { uint32_t bit; const char *name; } needs_name[] = {
     { MOE_NEEDS_IMPORTANCE, "importance" }, { MOE_NEEDS_TOKEN_ID, "token-id" }, { MOE_NEEDS_PREVIOUS, "previous" },
     { MOE_NEEDS_LABEL, "label" },           { MOE_NEEDS_TENSORS, "tensors" },   { MOE_NEEDS_NEXT_USE, "next-use" },
     { MOE_NEEDS_SCORES, "scores" },         { MOE_AHEAD, "ahead" },             { MOE_CROSS_BATCH, "cross-batch" },
-    { MOE_LOCAL, "local" },
+    { MOE_LOCAL, "local" },                 { MOE_NEEDS_PREVIOUS_LOGITS, "previous-logits" },
+    { MOE_NEEDS_TRANSITIONS, "transitions" }, { MOE_NEEDS_COACTIVATION, "coactivation" },
+    { MOE_NEEDS_SALIENCY, "saliency" },     { MOE_NEEDS_SIMILARITY, "similarity" }, { MOE_OWN_GATE, "own-gate" },
 };
 
 /* What is built into the core rather than loaded. */

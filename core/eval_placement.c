@@ -79,6 +79,12 @@ static int read_all(struct eval_job *j, struct work *w)
         pass_number(j, "groups", 0) < 0 || job_real(j, "expert_bytes", 1, 0, 1e15, &w->expert_bytes) < 0 ||
         read_current(j, w) < 0)
         return j->err->code;
+    const uint32_t needs = j->plugin->needs;
+    if ((needs & MOE_NEEDS_TRANSITIONS) && !w->transitions)
+        return job_fail(j, "transitions", "is missing: %s needs it", j->who);
+    if (needs & (MOE_NEEDS_COACTIVATION | MOE_NEEDS_SALIENCY | MOE_NEEDS_SIMILARITY))
+        return err_set(j->err, ERR_INPUT, "%s: needs counts of pairs or outputs of experts, which no input of eval has",
+                       j->who);
     return job_context(j);
 }
 

@@ -171,6 +171,7 @@ int job_check_needs(struct eval_job *j, const struct moe_plugin *p, const struct
         { MOE_NEEDS_IMPORTANCE, b->importance != NULL, "importance" },
         { MOE_NEEDS_TOKEN_ID, b->token_id != NULL, "token_ids" },
         { MOE_NEEDS_PREVIOUS, b->previous != NULL, "previous" },
+        { MOE_NEEDS_PREVIOUS_LOGITS, b->previous_logits != NULL, "previous_logits" },
         { MOE_NEEDS_LABEL, b->label != NULL, "labels" },
     };
     for (size_t i = 0; i < sizeof all / sizeof *all; i++)
