@@ -76,7 +76,7 @@ static double even_exchange(struct evening *v, const struct moe_graph *g, const 
 
 static size_t phase_of(const struct task *x)
 {
-    return ((size_t)x->layer * N_OPS + (size_t)x->op) * N_STREAMS + (size_t)x->stream;
+    return (size_t)x->layer * N_OPS + (size_t)x->op;
 }
 
 static bool computes(const struct task *x)
@@ -84,92 +84,136 @@ static bool computes(const struct task *x)
     return x->kind == TASK_COMPUTE || x->kind == TASK_EXPERTS;
 }
 
-/* What is evened out is what devices do at the same point of a layout: the i-th task of a (layer, op, stream) on one
- * device with the i-th on the others. A layout that cuts a phase into chunks has a cohort per chunk, so chained chunks
- * add up to the phase and no more. own[t]: the mean of t's cohort over all devices, those without such a task too. */
-static int even_cohorts(const struct moe_graph *g, const struct topology *t, int32_t n_layers, double *own,
+/* own[t]: what t would have taken if its device had no more of this (layer, op) than the mean of all devices; every
+ * task of a device with more is shortened by the same share, so chunks add up to the mean, and none takes longer than
+ * it did. */
+static int even_devices(const struct moe_graph *g, const struct topology *t, int32_t n_layers, double *own,
                         struct err *e)
 {
-    const size_t n_devices = (size_t)t->n_devices, n_phases = (size_t)n_layers * N_OPS * N_STREAMS;
-    int32_t *widest = calloc(n_phases + 1, sizeof *widest), *nth = malloc(sizeof *nth * ((size_t)g->n_tasks + 1));
-    int32_t *count = calloc(n_phases * n_devices + 1, sizeof *count);
-    size_t *first = calloc(n_phases + 1, sizeof *first);
-    double *sum = NULL;
-    if (!widest || !nth || !count || !first)
-        goto out;
-    for (int32_t i = 0; i < g->n_tasks; i++) {
+    const size_t n_devices = (size_t)t->n_devices, n_phases = (size_t)n_layers * N_OPS;
+    double *sum = calloc(n_phases * n_devices + 1, sizeof *sum), *mean = calloc(n_phases + 1, sizeof *mean);
+    for (int32_t i = 0; sum && mean && i < g->n_tasks; i++) {
         const struct task *x = &g->task[i];
         if (!computes(x))
             continue;
-        size_t p = phase_of(x);
-        nth[i] = count[p * n_devices + (size_t)x->device]++;
-        if (nth[i] >= widest[p])
-            widest[p] = nth[i] + 1;
+        sum[phase_of(x) * n_devices + (size_t)x->device] += x->end - x->start;
+        mean[phase_of(x)] += (x->end - x->start) / t->n_devices;
     }
-    for (size_t p = 0; p < n_phases; p++)
-        first[p + 1] = first[p] + (size_t)widest[p];
-    sum = calloc(first[n_phases] + 1, sizeof *sum);
-    for (int32_t i = 0; sum && i < g->n_tasks; i++)
-        if (computes(&g->task[i]))
-            sum[first[phase_of(&g->task[i])] + (size_t)nth[i]] += g->task[i].end - g->task[i].start;
-    for (int32_t i = 0; sum && i < g->n_tasks; i++)
-        own[i] = computes(&g->task[i]) ? sum[first[phase_of(&g->task[i])] + (size_t)nth[i]] / t->n_devices : 0;
-out:
-    if (!sum)
+    for (int32_t i = 0; sum && mean && i < g->n_tasks; i++) {
+        const struct task *x = &g->task[i];
+        if (!computes(x))
+            continue;
+        double of_device = sum[phase_of(x) * n_devices + (size_t)x->device];
+        own[i] = (x->end - x->start) * (of_device > 0 ? fmin(1, mean[phase_of(x)] / of_device) : 0);
+    }
+    if (!sum || !mean)
         err_set(e, ERR_MEMORY, "out of memory for the bound");
-    free(widest);
-    free(nth);
-    free(count);
-    free(first);
     free(sum);
+    free(mean);
     return e->code;
+}
+
+static int by_stream(const void *a, const void *b)
+{
+    const struct task *x = *(const struct task *const *)a, *y = *(const struct task *const *)b;
+    if (x->device != y->device)
+        return x->device < y->device ? -1 : 1;
+    if (x->stream != y->stream)
+        return x->stream < y->stream ? -1 : 1;
+    return (x->start > y->start) - (x->start < y->start);
+}
+
+/* chain[t]: the task that ran after t on its stream, -1 if none. Tasks that took no time are left out, so starts
+ * differ. */
+static int chain_streams(const struct moe_graph *g, int32_t *chain, struct err *e)
+{
+    const struct task **order = malloc(sizeof *order * ((size_t)g->n_tasks + 1));
+    int32_t n = 0;
+    if (!order)
+        return err_set(e, ERR_MEMORY, "out of memory for the bound");
+    for (int32_t i = 0; i < g->n_tasks; i++) {
+        chain[i] = -1;
+        if (computes(&g->task[i]) && g->task[i].end > g->task[i].start)
+            order[n++] = &g->task[i];
+    }
+    qsort(order, (size_t)n, sizeof *order, by_stream);
+    for (int32_t i = 0; i + 1 < n; i++)
+        if (order[i]->device == order[i + 1]->device && order[i]->stream == order[i + 1]->stream)
+            chain[order[i] - g->task] = (int32_t)(order[i + 1] - g->task);
+    free(order);
+    return 0;
+}
+
+struct bound {
+    const struct moe_graph *graph;
+    struct graph_order order;
+    double *own, *end;      /* [tasks] evened duration; end of the longest path to it */
+    int32_t *chain, *ready; /* [tasks] */
+};
+
+/* Longest path in topological order: end[t] holds the latest end of what came before, then the task's own. Nothing on
+ * a path takes longer than it did, so no path is longer than the run. */
+static double longest_path(struct bound *b, struct evening *v)
+{
+    const struct moe_graph *g = b->graph;
+    int32_t n_ready = 0;
+    double last = 0;
+    for (int32_t i = 0; i < g->n_tasks; i++)
+        if (b->chain[i] >= 0)
+            b->order.n_before[b->chain[i]]++;
+    for (int32_t i = 0; i < g->n_tasks; i++)
+        if (b->order.n_before[i] == 0)
+            b->ready[n_ready++] = i;
+    for (int32_t i = 0; i < n_ready; i++) {
+        const int32_t t = b->ready[i];
+        const struct task *x = &g->task[t];
+        if (x->kind == TASK_EXCHANGE)
+            b->own[t] = fmin(even_exchange(v, g, x), x->end - x->start);
+        else if (x->kind == TASK_ARRIVAL) /* after its exchange's begin */
+            b->own[t] = fmin(b->own[x->exchange], x->end - x->start);
+        const double begin = b->end[t];
+        b->end[t] += b->own[t];
+        last = fmax(last, b->end[t]);
+        for (int64_t j = b->order.first[t]; j <= b->order.first[t + 1]; j++) {
+            const bool along = j == b->order.first[t + 1];
+            const int32_t next = along ? b->chain[t] : b->order.next[j];
+            if (next < 0)
+                continue;
+            b->end[next] = fmax(b->end[next], !along && g->task[next].kind == TASK_ARRIVAL ? begin : b->end[t]);
+            if (--b->order.n_before[next] == 0)
+                b->ready[n_ready++] = next;
+        }
+    }
+    return last;
 }
 
 int metrics_bound(const struct moe_graph *g, const struct topology *t, double *seconds, struct err *e)
 {
+    const size_t n = (size_t)g->n_tasks + 1, n_links = (size_t)t->n_links + 1;
     int32_t n_layers = 0;
     for (int32_t i = 0; i < g->n_tasks; i++)
         n_layers = g->task[i].layer >= n_layers ? g->task[i].layer + 1 : n_layers;
-    struct evening v = { .topology = t };
-    struct graph_order order = { 0 };
-    double *own = calloc((size_t)g->n_tasks + 1, sizeof *own);
-    double *end = calloc((size_t)g->n_tasks + 1, sizeof *end);
-    int32_t *ready = malloc(sizeof *ready * ((size_t)g->n_tasks + 1));
-    v.role = malloc(sizeof *v.role * ((size_t)t->n_links + 1));
-    v.role_seconds = calloc((size_t)t->n_links + 1, sizeof *v.role_seconds);
-    v.role_links = calloc((size_t)t->n_links + 1, sizeof *v.role_links);
-    if (!own || !end || !ready || !v.role || !v.role_seconds || !v.role_links ||
+    struct evening v = { .topology = t, .role = malloc(sizeof *v.role * n_links),
+                         .role_seconds = calloc(n_links, sizeof *v.role_seconds),
+                         .role_links = calloc(n_links, sizeof *v.role_links) };
+    struct bound b = { .graph = g, .own = calloc(n, sizeof *b.own), .end = calloc(n, sizeof *b.end),
+                       .chain = malloc(sizeof *b.chain * n), .ready = malloc(sizeof *b.ready * n) };
+    if (!b.own || !b.end || !b.chain || !b.ready || !v.role || !v.role_seconds || !v.role_links ||
         (v.n_roles = link_roles(t, v.role)) < 0) {
         err_set(e, ERR_MEMORY, "out of memory for the bound");
         goto out;
     }
     for (int32_t i = 0; i < t->n_links; i++)
         v.role_links[v.role[i]]++;
-    if (graph_order(g, &order, e) < 0 || even_cohorts(g, t, n_layers, own, e) < 0)
-        goto out;
-    /* Longest path in topological order: end[] holds the latest end of what came before, then the task's own. */
-    int32_t n_ready = 0;
-    double last = 0;
-    for (int32_t i = 0; i < g->n_tasks; i++)
-        if (order.n_before[i] == 0)
-            ready[n_ready++] = i;
-    for (int32_t i = 0; i < n_ready; i++) {
-        const struct task *x = &g->task[ready[i]];
-        end[ready[i]] += x->kind == TASK_EXCHANGE ? even_exchange(&v, g, x) : own[ready[i]];
-        last = fmax(last, end[ready[i]]);
-        for (int64_t j = order.first[ready[i]]; j < order.first[ready[i] + 1]; j++) {
-            int32_t next = order.next[j];
-            end[next] = fmax(end[next], end[ready[i]]);
-            if (--order.n_before[next] == 0)
-                ready[n_ready++] = next;
-        }
-    }
-    *seconds = last;
+    if (graph_order(g, &b.order, e) == 0 && even_devices(g, t, n_layers, b.own, e) == 0 &&
+        chain_streams(g, b.chain, e) == 0)
+        *seconds = longest_path(&b, &v);
 out:
-    graph_order_free(&order);
-    free(own);
-    free(end);
-    free(ready);
+    graph_order_free(&b.order);
+    free(b.own);
+    free(b.end);
+    free(b.chain);
+    free(b.ready);
     free(v.role);
     free(v.role_seconds);
     free(v.role_links);
