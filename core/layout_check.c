@@ -1,13 +1,16 @@
 /* SPDX-License-Identifier: Apache-2.0
- * layout_check.c - a layout that does less than the layer needs would only look faster, so every one is checked:
+ * layout_check.c - a layout that does less than the layer needs would only look faster, so every one is checked.
  *
- *   rows    each device computes at least the rows that placement and plans put there (more is padding)
- *   bytes   each device receives at least one row per token of another device that it computes (a token may travel once
- *           for several experts), and one row back per token of its own that was computed elsewhere
+ * Before it runs:
+ *   rows    each device computes of each expert at least the rows that placement and plans put there (more is padding)
+ *   bytes   between devices, in rows; a token may travel once for several experts, and through others:
+ *             hidden states   into each device one per foreign token that it computes, out of each home one per token
+ *                             that is computed elsewhere, into each node one per token from other nodes
+ *             outputs         out of each device one per foreign token that it computes, into each home one per token
+ *                             that was computed elsewhere, out of each node one per token of other nodes
  *   order   no experts task with rows before every entry; no exit of a device whose tokens are computed without an
  *           experts task before it
- *
- * Order is reachability from any entry and from any experts task, not from each that matters: linear in the layout. */
+ * After it has run, layout_times.c sees to it that nothing was used before it was there. */
 #include "config.h"
 
 #include "run.h"
@@ -15,11 +18,18 @@
 #include <stdlib.h>
 #include <string.h>
 
-struct need { double *rows, *hidden, *output; /* [D] */ bool *served; /* [D] has tokens that are computed */ };
+enum { IN, OUT, NODE, N_WAYS };
+
+struct need {
+    double *rows;              /* [D][E] */
+    double *moved[2][N_WAYS];  /* hidden states, outputs: [D] into and out of a device; [N] into, out of a node */
+    bool *served;              /* [D] has tokens that are computed */
+};
 
 static void count_needs(const struct run *r, const struct moe_batch *b, struct need *n)
 {
     const struct moe_routes *routes = &r->routes;
+    const int32_t *node = r->context.view.node;
     for (int32_t t = 0; t < b->n_tokens; t++) {
         const int32_t home = b->device[t];
         bool away = false;
@@ -28,47 +38,77 @@ static void count_needs(const struct run *r, const struct moe_batch *b, struct n
             if (d < 0) /* costs nothing, goes nowhere */
                 continue;
             n->served[home] = true;
-            n->rows[d]++;
-            bool again = d == home;
-            away |= !again;
-            for (int64_t j = routes->offset[t]; j < i && !again; j++)
-                again = r->to[j] == d;
-            n->hidden[d] += again ? 0 : 1;
+            n->rows[(size_t)d * (size_t)r->model.n_experts + (size_t)routes->expert[i]]++;
+            bool again = d == home, same_node = node[d] == node[home];
+            away |= d != home;
+            for (int64_t j = routes->offset[t]; j < i; j++) {
+                again |= r->to[j] == d;
+                same_node |= r->to[j] >= 0 && node[r->to[j]] == node[d];
+            }
+            n->moved[MOE_PAY_HIDDEN][IN][d] += !again;
+            n->moved[MOE_PAY_OUTPUT][OUT][d] += !again;
+            n->moved[MOE_PAY_HIDDEN][NODE][node[d]] += !same_node;
+            n->moved[MOE_PAY_OUTPUT][NODE][node[d]] += !same_node;
         }
-        n->output[home] += away;
+        n->moved[MOE_PAY_HIDDEN][OUT][home] += away;
+        n->moved[MOE_PAY_OUTPUT][IN][home] += away;
     }
 }
 
-static int check_amounts(struct run *r, const struct moe_batch *b, int32_t first_task, struct need *need)
+/* Takes what the layout does off what is needed. */
+static int subtract(struct run *r, const struct moe_batch *b, int32_t first_task, struct need *need)
 {
     const struct moe_graph *g = &r->graph;
-    const char *name = r->dispatch.plugin->name;
-    const int32_t n_experts = moe_experts_of(&r->model, b->layer);
+    const int32_t n_experts = moe_experts_of(&r->model, b->layer), *node = r->context.view.node;
     const double row[2] = { r->model.d_model * r->model.act_bytes, r->model.d_model * r->model.combine_bytes };
-    double *wanted[2] = { need->hidden, need->output };
-    static const char *const what[2] = { "hidden states", "outputs" };
     for (int32_t t = first_task; t < g->n_tasks; t++) {
         const struct task *x = &g->task[t];
         for (int32_t i = x->first; x->kind == TASK_EXPERTS && i < x->first + x->n; i++) {
             if (g->expert[i] >= n_experts)
                 return err_set(r->err, ERR_RUN, "dispatch %s, layer %d: device %d computes expert %d, expected 0 to %d",
-                               name, b->layer, x->device, g->expert[i], n_experts - 1);
-            need->rows[x->device] -= (double)g->rows[i] * (double)x->fraction;
+                               r->dispatch.plugin->name, b->layer, x->device, g->expert[i], n_experts - 1);
+            need->rows[(size_t)x->device * (size_t)r->model.n_experts + (size_t)g->expert[i]] -=
+                (double)g->rows[i] * (double)x->fraction;
         }
-        for (int32_t i = x->first; x->kind == TASK_EXCHANGE && x->payload != MOE_PAY_BYTES && i < x->first + x->n; i++)
-            if (g->part[i].src != g->part[i].dst)
-                wanted[x->payload == MOE_PAY_OUTPUT][g->part[i].dst] -=
-                    g->part[i].bytes / row[x->payload == MOE_PAY_OUTPUT];
+        if (x->kind != TASK_EXCHANGE || x->payload == MOE_PAY_BYTES)
+            continue;
+        for (int32_t i = x->first; i < x->first + x->n; i++) {
+            const struct moe_part *p = &g->part[i];
+            const double rows = p->bytes / row[x->payload];
+            if (p->src == p->dst)
+                continue;
+            need->moved[x->payload][IN][p->dst] -= rows;
+            need->moved[x->payload][OUT][p->src] -= rows;
+            if (node[p->src] != node[p->dst])
+                need->moved[x->payload][NODE][node[x->payload == MOE_PAY_HIDDEN ? p->dst : p->src]] -= rows;
+        }
     }
-    for (int32_t d = 0; d < r->topology->n_devices; d++) {
-        if (need->rows[d] > 1e-3 * (1 + (double)r->device_load[d]))
-            return err_set(r->err, ERR_RUN, "dispatch %s, layer %d: device %d computes %g rows, expected %lld or more",
-                           name, b->layer, d, (double)r->device_load[d] - need->rows[d], (long long)r->device_load[d]);
-        for (int k = 0; k < 2; k++)
-            if (wanted[k][d] > 1e-3)
-                return err_set(r->err, ERR_RUN, "dispatch %s, layer %d: device %d receives the %s of %g tokens too few",
-                               name, b->layer, d, what[k], wanted[k][d]);
-    }
+    return 0;
+}
+
+static int check_amounts(struct run *r, const struct moe_batch *b, int32_t first_task, struct need *need)
+{
+    static const char *const what[2] = { "hidden states", "outputs" };
+    static const char *const of[N_WAYS] = { "device", "device", "node" };
+    static const char *const does[2][N_WAYS] = { { "receives", "sends", "receives" },
+                                                 { "receives", "sends", "sends" } };
+    const char *name = r->dispatch.plugin->name;
+    if (subtract(r, b, first_task, need) < 0)
+        return r->err->code;
+    const int32_t n_experts = r->model.n_experts, n_devices = r->topology->n_devices;
+    for (int32_t d = 0; d < n_devices; d++)
+        for (int32_t x = 0; x < n_experts; x++) {
+            double lacks = need->rows[(size_t)d * (size_t)n_experts + (size_t)x];
+            if (lacks > 1e-3)
+                return err_set(r->err, ERR_RUN, "dispatch %s, layer %d: device %d computes %g rows of expert %d too "
+                               "few", name, b->layer, d, lacks, x);
+        }
+    for (int k = 0; k < 2; k++)
+        for (int way = 0; way < N_WAYS; way++)
+            for (int32_t d = 0; d < (way == NODE ? r->topology->n_nodes : n_devices); d++)
+                if (need->moved[k][way][d] > 1e-3)
+                    return err_set(r->err, ERR_RUN, "dispatch %s, layer %d: %s %d %s the %s of %g tokens too few", name,
+                                   b->layer, of[way], d, does[k][way], what[k], need->moved[k][way][d]);
     return 0;
 }
 
@@ -153,9 +193,12 @@ out:
 
 int layout_check(struct run *r, const struct moe_batch *b, int32_t first_task, int64_t first_edge)
 {
-    const size_t n = (size_t)r->topology->n_devices;
-    double *figures = calloc(3 * n, sizeof *figures);
-    struct need need = { figures, figures + n, figures + 2 * n, calloc(n, sizeof *need.served) };
+    const size_t n = (size_t)r->topology->n_devices, n_rows = n * (size_t)r->model.n_experts;
+    double *figures = calloc(n_rows + 2 * N_WAYS * n, sizeof *figures);
+    struct need need = { .rows = figures, .served = calloc(n, sizeof *need.served) };
+    for (int k = 0; figures && k < 2; k++)
+        for (int way = 0; way < N_WAYS; way++)
+            need.moved[k][way] = figures + n_rows + (size_t)(k * N_WAYS + way) * n;
     if (!figures || !need.served)
         err_set(r->err, ERR_MEMORY, "out of memory for %zu devices", n);
     else {

@@ -54,9 +54,9 @@ int metrics_step(struct metrics *, const struct moe_graph *, const struct topolo
 /* {"step_s": {"mean":..., "p50":..., "p99":..., "min":..., "max":...}, ...}; figures that never applied left out. */
 json_t *metrics_json(const struct metrics *);
 
-/* Longest path through the graph if what devices do at the same point of the layout took each the mean of all, and
+/* Longest path through the graph if no device had more of a (layer, op) than the mean of all, and
  * the bytes of every exchange lay evenly on links of one role (links whose names differ only by numbers), with nothing
- * loaded. Never above the time of the run it is computed from where every device waits for all at each exchange. */
+ * loaded and no latency. Never above the time of the run it is computed from, whatever the layout. */
 int metrics_bound(const struct moe_graph *, const struct topology *, double *seconds, struct err *);
 
 #endif

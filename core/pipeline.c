@@ -194,6 +194,19 @@ static int lay_out_moves(struct run *r, int32_t first_task)
     return r->err->code;
 }
 
+static void keep_needs(struct run *r, const struct moe_batch *b)
+{
+    struct layer_needs *needs = &r->needs_of[(size_t)b->layer * (size_t)r->topology->n_devices];
+    for (int32_t d = 0; d < r->topology->n_devices; d++)
+        needs[d] = (struct layer_needs){ .entry = r->entry[d], .exit = r->exit[d] };
+    for (int32_t t = 0; t < b->n_tokens; t++)
+        for (int64_t i = r->routes.offset[t]; i < r->routes.offset[t + 1]; i++)
+            if (r->to[i] == b->device[t])
+                needs[r->to[i]].at_home = true;
+            else if (r->to[i] >= 0)
+                needs[r->to[i]].foreign++;
+}
+
 static int lay_out_layer(struct run *r, const struct moe_batch *b, const struct moe_cost *own)
 {
     const int32_t n_devices = r->topology->n_devices;
@@ -228,6 +241,7 @@ static int lay_out_layer(struct run *r, const struct moe_batch *b, const struct 
                            r->dispatch.plugin->name, b->layer, d, r->exit[d], r->graph.n_tasks - 1);
     if (layout_check(r, b, first_task, first_edge) < 0 || lay_out_moves(r, first_task) < 0)
         return r->err->code;
+    keep_needs(r, b);
     if (r->offloading && offload_expand(r, b, first_task, first_edge) < 0)
         return r->err->code;
     for (int32_t d = 0; d < n_devices; d++) {
@@ -329,6 +343,8 @@ int pipeline_step(struct run *r, int32_t step)
     double began = r->machine.now;
     if (machine_run(&r->machine, &r->graph, r->err) < 0)
         return err_prefix(r->err, "machine %s, step %d", r->machine.ops->name, step);
+    if (!r->graph.keep_items && layout_times(r) < 0)
+        return r->err->code;
     if (metrics_step(&r->metrics, &r->graph, r->topology, r->workload.n_tokens, r->machine.now - began, r->err) < 0 ||
         observe_step(r, step) < 0)
         return r->err->code;

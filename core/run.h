@@ -20,6 +20,13 @@ struct sequence { uint32_t *key; int64_t n, room; int64_t *next; int64_t at; };
 /* n_steps: of both passes where the accesses are recorded first. */
 struct run_progress { volatile int32_t step, n_steps; };
 
+/* What a layer of the step needs on one device, kept for the check of times. */
+struct layer_needs {
+    int32_t entry, exit; /* tasks: tokens are ready; tokens are complete as dispatch says. entry -1: from the start */
+    double foreign;      /* rows of other devices' tokens that it computes */
+    bool at_home;        /* it computes rows of its own tokens */
+};
+
 struct run {
     json_t *spec;              /* what it was opened from */
     char where[256];           /* "FILE:LINE", starts messages */
@@ -54,6 +61,7 @@ struct run {
     int64_t *device_tokens;    /* [D] tokens that live there */
     int32_t *entry, *exit;     /* [D] tasks */
     int32_t *leaves;           /* [T] device after the layer */
+    struct layer_needs *needs_of; /* [L][D] of this step */
     uint32_t *turn;            /* [L*E] which replica is next */
 
     struct placement placed;
@@ -103,6 +111,8 @@ int pipeline_step(struct run *, int32_t step);
 int pipeline_check_cost(struct run *, const struct policy *, const struct moe_cost *own);
 /* That the tasks which dispatch appended do the layer's work: layout_check.c */
 int layout_check(struct run *, const struct moe_batch *, int32_t first_task, int64_t first_edge);
+/* That nothing was used before it was there: after a step on a simulated machine (layout_times.c). */
+int layout_times(struct run *);
 double device_memory_fixed(const struct run *);    /* bytes on every device beside routed experts: device_memory.c */
 int64_t device_memory_objects(const struct run *); /* experts that fit beside them on the smallest device */
 /* That every device holds what is placed there, or its cache; ERR_INPUT with the figures. */

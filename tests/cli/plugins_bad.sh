@@ -127,6 +127,14 @@ fails 'dispatch bad, layer 0: device 0 receives the outputs of [0-9]+ tokens too
     -DFAULT_NO_OUTPUT
 fails 'dispatch bad, layer 0: token 0 leaves on device 3 instead of 0 \(leaves\)' bad_others.c -DKIND_dispatch \
     -DFAULT_LEAVES
+fails 'dispatch bad, layer 0: device 0 sends the outputs of [0-9]+ tokens too few' bad_others.c -DKIND_dispatch \
+    -DFAULT_NO_SEND
+fails 'dispatch bad, layer 0: device 0 computes [0-9]+ rows of expert 1 too few' bad_others.c -DKIND_dispatch \
+    -DFAULT_ONE_EXPERT
+fails 'dispatch bad, layer 0: device 0 computes 0 rows after hidden states have come in, expected [0-9]+' bad_others.c \
+    -DKIND_dispatch -DFAULT_ORPHAN
+fails 'dispatch bad, layer 0: device 0 computes experts on streams 0 and 1 at once' bad_others.c -DKIND_dispatch \
+    -DFAULT_STREAMS
 fails 'dispatch bad: fused task' bad_others.c -DKIND_dispatch -DFAULT_FUSED
 fails 'dispatch bad: exchange from 0 to 0 on path 2, expected 0 or 1' bad_others.c -DKIND_dispatch -DFAULT_PATH
 build bad_others.c -DKIND_dispatch

@@ -404,9 +404,9 @@ static const struct moe_plugin rogue_router = TEST_POLICY(MOE_ROUTER, "rogue", .
 static void rogues_are_named(void **state)
 {
     static const uint8_t all_zero[8] = { 0 };
-    static const char *const dispatch_says[] = { "exit[0] is task -1", "device 0 computes 0 rows, expected 2 or more",
+    static const char *const dispatch_says[] = { "exit[0] is task -1", "device 0 computes 2 rows of expert 0 too few",
                                                  "device 0 computes expert 2, expected 0 to 1",
-                                                 "device 0 computes 0 rows, expected 2 or more" };
+                                                 "device 0 computes 2 rows of expert 0 too few" };
     static const char *const router_says[] = { "routes of 1 tokens, expected 2", "token 0: expert 2, expected 0 to 1" };
     json_t *spec = test_spec(star(2), test_trace(*state, "zero", 2, 4, 1, 2, 1, all_zero), 1, 2, 1, 1, 1);
     for (int i = 0; i < 4; i++) {

@@ -1,0 +1,223 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * layout_times.c - that nothing was used before it was there, read off the times of a step that has run on a
+ * simulated machine. A layout whose edges leave out what matters is caught by what it did; one that waits for more is
+ * its own loss.
+ *
+ *   hidden states  leave a device when its own tokens are ready, or others' have come in to be passed on
+ *   experts        a device computes as many rows as it has foreign tokens, or more, after the first of them have come
+ *   outputs        leave a device when some of its experts are done, or others' outputs have come in
+ *   exit           when the last outputs have come in, and after some experts if tokens were computed at home
+ *   kernels        one of experts at a time on each device: machines have no rule for how two would share it
+ *
+ * Whether every single row waited for its own token cannot be told from times; `first` is what all layouts share. */
+#include "config.h"
+
+#include "run.h"
+
+#include <math.h>
+#include <stdlib.h>
+
+struct layer_times { /* [D] each; INFINITY, or 0 for `last`: there was nothing */
+    double *entry, *exit, *hidden_first, *experts_first, *output_first, *output_last, *rows_after;
+};
+
+enum { N_TIMES = 7 };
+
+/* Arrivals of each exchange as a list, by task id. */
+struct arrivals { int32_t *head, *next; double *at; /* [D]; < 0: no arrival of its own */ };
+
+static const double SLACK = 1e-9; /* of the time on the clock: sums in another order */
+
+static bool before(double a, double b)
+{
+    return a < b - SLACK * (fabs(b) + 1e-6);
+}
+
+/* When what exchange x brings to each device was there: at[d] if it has an arrival, else the exchange's end. */
+static void open_arrivals(const struct moe_graph *g, struct arrivals *a, int32_t x)
+{
+    for (int32_t t = a->head[x]; t >= 0; t = a->next[t])
+        a->at[g->task[t].device] = g->task[t].end;
+}
+
+static void close_arrivals(const struct moe_graph *g, struct arrivals *a, int32_t x)
+{
+    for (int32_t t = a->head[x]; t >= 0; t = a->next[t])
+        a->at[g->task[t].device] = -1;
+}
+
+static void see_exchange(const struct moe_graph *g, struct arrivals *a, int32_t id, struct layer_times *l)
+{
+    const struct task *x = &g->task[id];
+    const bool out = x->payload == MOE_PAY_OUTPUT;
+    open_arrivals(g, a, id);
+    for (int32_t i = x->first; i < x->first + x->n; i++) {
+        const struct moe_part *p = &g->part[i];
+        if (p->src == p->dst || p->bytes <= 0)
+            continue;
+        double there = a->at[p->dst] >= 0 ? a->at[p->dst] : x->end;
+        double *first = out ? &l->output_first[p->dst] : &l->hidden_first[p->dst];
+        *first = fmin(*first, there);
+        if (out)
+            l->output_last[p->dst] = fmax(l->output_last[p->dst], there);
+    }
+    close_arrivals(g, a, id);
+}
+
+static int fault(struct run *r, int32_t layer, int32_t device, const char *what, double at, double earliest)
+{
+    return err_set(r->err, ERR_RUN, "dispatch %s, layer %d: device %d %s at %.9g s, expected %.9g s or later: "
+                   "something does not wait for what it uses", r->dispatch.plugin->name, layer, device, what, at,
+                   earliest);
+}
+
+static int check_exchange(struct run *r, const struct task *x, const struct layer_times *l)
+{
+    const struct moe_graph *g = &r->graph;
+    for (int32_t i = x->first; i < x->first + x->n; i++) {
+        const struct moe_part *p = &g->part[i];
+        if (p->src == p->dst || p->bytes <= 0)
+            continue;
+        const bool out = x->payload == MOE_PAY_OUTPUT;
+        double ready = out ? fmin(l->experts_first[p->src], l->output_first[p->src])
+                           : fmin(l->entry[p->src], l->hidden_first[p->src]);
+        if (before(x->start, ready))
+            return fault(r, x->layer, p->src, out ? "sends outputs" : "sends hidden states", x->start, ready);
+    }
+    return 0;
+}
+
+static double rows_of(const struct moe_graph *g, const struct task *x)
+{
+    double rows = 0;
+    for (int32_t i = x->first; i < x->first + x->n; i++)
+        rows += (double)g->rows[i] * (double)x->fraction;
+    return rows;
+}
+
+/* One layer's tasks, listed. */
+static int check_layer(struct run *r, int32_t layer, const int32_t *task, int32_t n, struct arrivals *a,
+                       struct layer_times *l)
+{
+    const struct moe_graph *g = &r->graph;
+    const int32_t n_devices = r->topology->n_devices;
+    const struct layer_needs *needs = &r->needs_of[(size_t)layer * (size_t)n_devices];
+    for (int32_t d = 0; d < n_devices; d++) {
+        l->entry[d] = needs[d].entry >= 0 ? g->task[needs[d].entry].end : 0;
+        l->exit[d] = g->task[needs[d].exit].end;
+        l->hidden_first[d] = l->experts_first[d] = l->output_first[d] = INFINITY;
+        l->output_last[d] = l->rows_after[d] = 0;
+    }
+    for (int32_t i = 0; i < n; i++) {
+        const struct task *x = &g->task[task[i]];
+        if (x->kind == TASK_EXCHANGE && x->payload != MOE_PAY_BYTES)
+            see_exchange(g, a, task[i], l);
+        else if (x->kind == TASK_EXPERTS && rows_of(g, x) > 0)
+            l->experts_first[x->device] = fmin(l->experts_first[x->device], x->end);
+    }
+    for (int32_t i = 0; i < n; i++) {
+        const struct task *x = &g->task[task[i]];
+        if (x->kind == TASK_EXCHANGE && x->payload != MOE_PAY_BYTES && check_exchange(r, x, l) < 0)
+            return r->err->code;
+        if (x->kind != TASK_EXPERTS)
+            continue;
+        const double rows = rows_of(g, x), ready = fmin(l->entry[x->device], l->hidden_first[x->device]);
+        if (rows > 0 && before(x->start, ready))
+            return fault(r, layer, x->device, "computes", x->start, ready);
+        if (!before(x->start, l->hidden_first[x->device]))
+            l->rows_after[x->device] += rows;
+    }
+    for (int32_t d = 0; d < n_devices; d++) {
+        if (l->rows_after[d] < needs[d].foreign * (1 - 1e-6))
+            return err_set(r->err, ERR_RUN, "dispatch %s, layer %d: device %d computes %g rows after hidden states "
+                           "have come in, expected %g or more", r->dispatch.plugin->name, layer, d, l->rows_after[d],
+                           needs[d].foreign);
+        if (before(l->exit[d], l->output_last[d]))
+            return fault(r, layer, d, "goes on", l->exit[d], l->output_last[d]);
+        if (needs[d].at_home && before(l->exit[d], l->experts_first[d]))
+            return fault(r, layer, d, "goes on", l->exit[d], l->experts_first[d]);
+    }
+    return 0;
+}
+
+/* Tasks by layer, in order: counting sort. first: [L + 1]. */
+static void sort_by_layer(const struct moe_graph *g, int32_t n_layers, int32_t *first, int32_t *task)
+{
+    for (int32_t t = 0; t < g->n_tasks; t++)
+        first[g->task[t].layer + 1]++;
+    for (int32_t l = 0; l < n_layers; l++)
+        first[l + 1] += first[l];
+    for (int32_t t = g->n_tasks - 1; t >= 0; t--)
+        task[--first[g->task[t].layer + 1]] = t;
+    for (int32_t l = 0; l < n_layers; l++) /* filling moved every start one place up */
+        first[l] = first[l + 1];
+    first[n_layers] = g->n_tasks;
+}
+
+static int by_device(const void *a, const void *b)
+{
+    const struct task *x = *(const struct task *const *)a, *y = *(const struct task *const *)b;
+    if (x->device != y->device)
+        return x->device < y->device ? -1 : 1;
+    return (x->start > y->start) - (x->start < y->start);
+}
+
+static int check_kernels(struct run *r)
+{
+    const struct moe_graph *g = &r->graph;
+    const struct task **kernel = malloc(sizeof *kernel * ((size_t)g->n_tasks + 1));
+    int32_t n = 0;
+    if (!kernel)
+        return err_set(r->err, ERR_MEMORY, "out of memory for %d tasks", g->n_tasks);
+    for (int32_t t = 0; t < g->n_tasks; t++)
+        if (g->task[t].kind == TASK_EXPERTS && g->task[t].end > g->task[t].start)
+            kernel[n++] = &g->task[t];
+    qsort(kernel, (size_t)n, sizeof *kernel, by_device);
+    for (int32_t i = 0; i + 1 < n && !r->err->code; i++) {
+        const struct task *x = kernel[i], *y = kernel[i + 1];
+        if (x->device == y->device && before(y->start, x->end))
+            err_set(r->err, ERR_RUN, "dispatch %s, layer %d: device %d computes experts on streams %d and %d at once, "
+                    "and the machine's model has no rule for how they share it", r->dispatch.plugin->name, y->layer,
+                    y->device, x->stream, y->stream);
+    }
+    free(kernel);
+    return r->err->code;
+}
+
+int layout_times(struct run *r)
+{
+    const struct moe_graph *g = &r->graph;
+    const size_t n_devices = (size_t)r->topology->n_devices, n_tasks = (size_t)g->n_tasks + 1;
+    const int32_t n_layers = r->model.n_layers;
+    int32_t *first = calloc((size_t)n_layers + 2, sizeof *first), *task = malloc(sizeof *task * n_tasks);
+    struct arrivals a = { malloc(sizeof *a.head * n_tasks), malloc(sizeof *a.next * n_tasks),
+                          malloc(sizeof *a.at * n_devices) };
+    double *times = malloc(sizeof *times * N_TIMES * n_devices);
+    if (!first || !task || !a.head || !a.next || !a.at || !times) {
+        err_set(r->err, ERR_MEMORY, "out of memory for %d tasks", g->n_tasks);
+        goto out;
+    }
+    struct layer_times l = { times, times + n_devices, times + 2 * n_devices, times + 3 * n_devices,
+                             times + 4 * n_devices, times + 5 * n_devices, times + 6 * n_devices };
+    for (size_t d = 0; d < n_devices; d++)
+        a.at[d] = -1;
+    for (int32_t t = 0; t < g->n_tasks; t++)
+        a.head[t] = -1;
+    for (int32_t t = 0; t < g->n_tasks; t++)
+        if (g->task[t].kind == TASK_ARRIVAL) {
+            a.next[t] = a.head[g->task[t].exchange];
+            a.head[g->task[t].exchange] = t;
+        }
+    sort_by_layer(g, n_layers, first, task);
+    check_kernels(r);
+    for (int32_t layer = 0; layer < n_layers && !r->err->code; layer++)
+        check_layer(r, layer, task + first[layer], first[layer + 1] - first[layer], &a, &l);
+out:
+    free(first);
+    free(task);
+    free(a.head);
+    free(a.next);
+    free(a.at);
+    free(times);
+    return r->err->code;
+}
