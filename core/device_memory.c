@@ -1,11 +1,14 @@
 /* SPDX-License-Identifier: Apache-2.0
- * device_memory.c - what a device's memory has to hold: attention, gates and shared experts of every layer, the experts
- * that placement puts there (or, with offload, its cache), and a tenth kept for activations and KV cache. */
+ * device_memory.c - what a device's memory has to hold: attention, gates and shared experts of every layer, the keys
+ * and values that attention reads, the experts that placement puts there (or, with offload, as many as its cache holds
+ * of them), what a plan sends there for a layer, and a tenth kept for activations. */
 #include "config.h"
 
 #include "run.h"
 
+#include <math.h>
 #include <stdlib.h>
+#include <string.h>
 
 /* Attention is replicated on every device (data parallel), as the pipeline lays it out. */
 double device_memory_fixed(const struct run *r)
@@ -13,8 +16,11 @@ double device_memory_fixed(const struct run *r)
     const struct moe_model *m = &r->model;
     double q = (double)r->attention.n_heads * r->attention.d_head;
     double kv = (double)r->attention.n_kv_heads * r->attention.d_head;
+    /* As the pipeline reads them: per request when decoding, of one prompt when prefilling; 2 bytes each. */
+    double requests = r->workload.phase == MOE_DECODE ? (double)r->workload.n_tokens / r->topology->n_devices : 1;
     return m->n_layers * ((2.0 * m->d_model * q + 2.0 * m->d_model * kv + (double)m->d_model * m->n_experts) *
-                          m->weight_bytes + m->n_shared * run_expert_bytes(r));
+                          m->weight_bytes + m->n_shared * run_expert_bytes(r) +
+                          requests * r->workload.context * 2 * kv * 2);
 }
 
 int64_t device_memory_objects(const struct run *r)
@@ -63,22 +69,31 @@ int device_memory_check(struct run *r, const struct moe_placement *p)
     const int32_t n_devices = r->topology->n_devices;
     if (r->graph.keep_items) /* a real machine: what its processes hold is its own to check */
         return 0;
-    if (r->offloading) {
-        const double bytes = (double)r->context.cache_objects * run_expert_bytes(r);
-        for (int32_t d = 0; d < n_devices; d++)
-            if (bytes > r->context.view.expert_room[d])
-                return does_not_fit(r, d, "the cached experts", bytes);
-        if (r->context.cache_objects < 1)
-            return does_not_fit(r, 0, "a cache of one expert would", run_expert_bytes(r));
-        return check_hosts(r, p);
-    }
-    double *bytes = calloc((size_t)n_devices, sizeof *bytes);
-    if (!bytes)
-        return err_set(r->err, ERR_MEMORY, "out of memory for %d devices", n_devices);
+    double *bytes = r->placed_bytes;
+    memset(bytes, 0, sizeof *bytes * (size_t)n_devices);
     add_experts(r, p, 1, bytes);
-    for (int32_t d = 0; d < n_devices && !r->err->code; d++)
+    if (r->offloading && r->context.cache_objects < 1)
+        return does_not_fit(r, 0, "a cache of one expert would", run_expert_bytes(r));
+    for (int32_t d = 0; d < n_devices; d++) {
+        if (r->offloading) /* a cache holds nothing that its device does not compute */
+            bytes[d] = fmin(bytes[d], (double)r->context.cache_objects * run_expert_bytes(r));
         if (bytes[d] > r->context.view.expert_room[d])
-            does_not_fit(r, d, "its experts", bytes[d]);
-    free(bytes);
-    return r->err->code;
+            return does_not_fit(r, d, r->offloading ? "the cached experts" : "its experts", bytes[d]);
+    }
+    return r->offloading ? check_hosts(r, p) : 0;
+}
+
+int device_memory_moves(struct run *r, const char *who)
+{
+    const int32_t n_devices = r->topology->n_devices;
+    double sent[n_devices];
+    memset(sent, 0, sizeof sent);
+    for (int32_t m = 0; m < r->n_moves; m++)
+        sent[r->moves[m].dst] += r->moves[m].bytes;
+    for (int32_t d = 0; d < n_devices && !r->graph.keep_items; d++)
+        if (sent[d] > 0 && r->placed_bytes[d] + sent[d] > r->context.view.expert_room[d])
+            return err_set(r->err, ERR_RUN, "%s: sends device %d experts of %.4g GB beside the %.4g GB that it holds; "
+                           "it has room for %.4g GB", who, d, sent[d] / 1e9, r->placed_bytes[d] / 1e9,
+                           r->context.view.expert_room[d] / 1e9);
+    return 0;
 }

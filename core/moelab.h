@@ -125,8 +125,8 @@ struct moe_topology {
     int32_t n_devices, n_nodes;
     const int32_t *node;        /* [D] */
     const double *memory;       /* [D] bytes */
-    const double *expert_room;  /* [D] bytes of it for experts: beside attention, gates, shared experts, and a tenth
-                                   kept for activations and KV cache */
+    const double *expert_room;  /* [D] bytes of it for experts: beside attention, gates, shared experts, KV cache, and a
+                                   tenth kept for activations */
     const double *flops;        /* [D] peak, at the model's precision */
     const double *mem_bandwidth;/* [D] B/s */
     const double *host_bandwidth;/* [D] B/s from the node's memory to this device */

@@ -141,10 +141,19 @@ out:
     return r->err->code;
 }
 
+/* With offload the weights lie in host memory, and what arrives would have to become resident. */
+static int refuse_moves(struct run *r)
+{
+    return err_set(r->err, ERR_RUN, "offload %s: weights move between devices (a new placement, or a plan), which this "
+                   "version's pipeline does not combine with offload", r->offload.plugin->name);
+}
+
 static int keep_moves(struct run *r, const struct moe_plan *plan)
 {
     if (plan->n_moves == 0)
         return 0;
+    if (r->offloading)
+        return refuse_moves(r);
     double bytes = run_expert_bytes(r);
     struct moe_part *part = realloc(r->moves, sizeof *part * (size_t)(r->n_moves + plan->n_moves));
     if (!part)
@@ -171,8 +180,8 @@ static int run_plans(struct run *r, const struct moe_batch *b)
         if (room > INT32_MAX || !plan.split || !plan.move)
             err_set(r->err, ERR_MEMORY, "out of memory for a plan");
         else if (HOOK(p, balancer, plan, b->layer, r->load, &r->placed.view, &plan) == 0 &&
-                 check_plan(r, b->layer, &plan, who) == 0 && apply_plan(r, &plan) == 0)
-            keep_moves(r, &plan);
+                 check_plan(r, b->layer, &plan, who) == 0 && apply_plan(r, &plan) == 0 && keep_moves(r, &plan) == 0)
+            device_memory_moves(r, who);
         free(plan.split);
         free(plan.move);
     }
@@ -260,6 +269,8 @@ int placement_observe(struct run *r, int32_t step)
     bool rebalance = false;
     if (HOOK(&r->placement, placement, due, &stats, &rebalance) < 0 || !rebalance)
         return r->err->code;
+    if (r->offloading)
+        return refuse_moves(r);
     struct placement old = r->placed;
     memset(&r->placed, 0, sizeof r->placed);
     stats.current = &old.view;

@@ -233,10 +233,11 @@ static int allocate(struct run *r)
     r->entry = calloc(n_devices, sizeof *r->entry);
     r->exit = calloc(n_devices, sizeof *r->exit);
     r->leaves = calloc((size_t)r->workload.n_tokens, sizeof *r->leaves);
+    r->placed_bytes = calloc(n_devices, sizeof *r->placed_bytes);
     r->needs_of = calloc((size_t)r->model.n_layers * n_devices, sizeof *r->needs_of);
     r->turn = calloc(r->context.n_objects, sizeof *r->turn);
     if (!r->scores || !r->bias.add || !r->bias.scale || !r->load || !r->device_load || !r->device_tokens ||
-        !r->entry || !r->exit || !r->leaves || !r->needs_of || !r->turn)
+        !r->entry || !r->exit || !r->leaves || !r->needs_of || !r->placed_bytes || !r->turn)
         return err_set(r->err, ERR_MEMORY, "out of memory for %d tokens x %d experts", r->workload.n_tokens,
                        r->model.n_experts);
     return 0;
@@ -369,6 +370,7 @@ void run_close(struct run *r)
     free(r->exit);
     free(r->leaves);
     free(r->needs_of);
+    free(r->placed_bytes);
     free(r->turn);
     statistics_free(&r->window);
     free(r->migration);

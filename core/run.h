@@ -62,6 +62,7 @@ struct run {
     int32_t *entry, *exit;     /* [D] tasks */
     int32_t *leaves;           /* [T] device after the layer */
     struct layer_needs *needs_of; /* [L][D] of this step */
+    double *placed_bytes;      /* [D] experts that a device holds, or caches at most */
     uint32_t *turn;            /* [L*E] which replica is next */
 
     struct placement placed;
@@ -117,6 +118,8 @@ double device_memory_fixed(const struct run *);    /* bytes on every device besi
 int64_t device_memory_objects(const struct run *); /* experts that fit beside them on the smallest device */
 /* That every device holds what is placed there, or its cache; ERR_INPUT with the figures. */
 int device_memory_check(struct run *, const struct moe_placement *);
+/* That devices hold what plans of the layer (r->moves) send them as well; `who` planned last. */
+int device_memory_moves(struct run *, const char *who);
 int placement_start(struct run *);                     /* placement_stage.c */
 int placement_assign(struct run *, const struct moe_batch *);
 int placement_observe(struct run *, int32_t step);
