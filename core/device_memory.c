@@ -59,8 +59,9 @@ static int does_not_fit(struct run *r, int32_t device, const char *what, double 
 {
     const double memory = r->context.view.memory[device];
     return err_set(r->err, ERR_INPUT, "%s: machine %s, device %d: %s take %.4g GB and what every device holds %.4g GB; "
-                   "of its %.4g GB nine tenths are for weights: choose more or larger devices, %s", r->where,
-                   r->topology->name, device, what, experts / 1e9, device_memory_fixed(r) / 1e9, memory / 1e9,
+                   "of its %.4g GB nine tenths are for these: choose more or larger devices, fewer requests, less "
+                   "context, %s", r->where, r->topology->name, device, what, experts / 1e9,
+                   device_memory_fixed(r) / 1e9, memory / 1e9,
                    r->offloading ? "or a smaller cache" : "fewer replicas, or an offload policy");
 }
 

@@ -108,6 +108,41 @@ static void shared_experts(void **state)
     }
 }
 
+/* Three requests, 1000 tokens of context: keys and values of 8 heads of 100, 2 bytes each, in both layers. */
+static void keys_and_values(void **state)
+{
+    const double least = (fixed + 2 * 3 * 1000 * 2 * 800 * 2 + 8 * expert) / 0.9;
+    for (int sign = -1; sign <= 1; sign += 2) {
+        json_t *spec = spec_with(*state, least * (1 + sign * 1e-9), 1e6);
+        test_set(spec, "workload", "batch_per_device", json_integer(3));
+        test_set(spec, "workload", "context", json_integer(1000));
+        expect(spec, sign < 0 ? "every device holds 0.02561 GB" : NULL, "less context");
+    }
+}
+
+/* A cache of all experts on each of two devices never holds more than the half that is placed there. */
+static void caches_hold_what_is_placed(void **state)
+{
+    static const uint8_t zero[8] = { 0, 1, 2, 3, 0, 1, 2, 3 };
+    for (int sign = -1; sign <= 1; sign += 2) {
+        json_t *machine = test_description("dgx-h100", 1), *spec;
+        json_object_set_new(machine, "devices", json_integer(2));
+        json_object_set_new(json_object_get(machine, "device"), "memory",
+                            json_real((fixed + 4 * expert) / 0.9 * (1 + sign * 1e-9)));
+        spec = test_spec(machine, test_trace(*state, "two", 1, 2, 2, 4, 2, zero), 2, 4, 2, 1, 2);
+        test_policy(spec, "offload", "lru");
+        test_set(spec, NULL, "cache", json_real(1));
+        struct err e = { 0 };
+        struct run *r = test_open_run(spec, &e);
+        if (sign > 0)
+            test_ok(placement_start(r), &e);
+        else
+            assert_says(&e, placement_start(r), "dgx-h100, device 0: the cached experts take 0.012 GB", NULL);
+        test_close_run(r);
+        json_decref(spec);
+    }
+}
+
 static void none_has_no_cache(void **state)
 {
     json_t *spec = spec_with(*state, 24e9, 1e9);
@@ -126,6 +161,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         WITH_SCRATCH(all_resident), WITH_SCRATCH(cached), WITH_SCRATCH(host_of_each_node),
         WITH_SCRATCH(default_cache), WITH_SCRATCH(shared_experts),
+        WITH_SCRATCH(keys_and_values), WITH_SCRATCH(caches_hold_what_is_placed),
         WITH_SCRATCH(none_has_no_cache),
     };
     cmocka_set_message_output(CM_OUTPUT_TAP);

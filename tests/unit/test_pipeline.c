@@ -256,6 +256,12 @@ static void plans_move_rows_and_weights(void **state)
     assert_near(test_metric(r, METRIC_migration_s, 0), nic(3e6), 1e-9);
     assert_near(test_metric(r, METRIC_step_s, 0), attention(&h100, 2) + gate(&h100, 2, 2) + nic(3e6) +
                 experts(&h100, 1, 2) + combine(&h100, 2, 2), 1e-9);
+    /* What arrives needs room beside what is there: one expert of its own, one that is sent. */
+    double *room = (double *)(uintptr_t)r->context.view.expert_room;
+    room[1] = 2 * 3e6;
+    test_ok(device_memory_moves(r, "planner"), &e);
+    room[1] -= 1;
+    assert_says(&e, device_memory_moves(r, "planner"), "planner: sends device 1 experts of 0.003 GB", NULL);
     for (int32_t t = 0; t < r->graph.n_tasks; t++) { /* device 0 got nothing and waits for nothing */
         const struct task *x = &r->graph.task[t];
         if (x->kind == TASK_EXPERTS && x->device == 0)
