@@ -73,8 +73,45 @@ local function scale_of(unit, largest)
   return 1, unit
 end
 
+-- Axes along which the same work is done by other means: those runs have a bound in common. Over axes of the model, the
+-- machine or the workload they do not.
+local policy_axes = { "router", "balancer", "placement", "dispatch", "offload", "cache", "seed", "executor", "tier" }
+local is_policy_axis = {}
+for _, name in ipairs(policy_axes) do is_policy_axis[name] = true end
+
+local function is_policy(axis) return is_policy_axis[axis:match("^[^.]+")] == true end
+
+-- What runs have in common: the least bound_s of all in `list` that differ from one in policies alone. Its own would
+-- flatter policies that do more work evenly. Returns a function that gives the mean of it over a group's runs.
+local function common_bound(list, axis_names)
+  local others, least, work = {}, {}, {}
+  for _, a in ipairs(axis_names) do
+    if not is_policy(a) then others[#others + 1] = a end
+  end
+  for _, r in ipairs(list) do
+    local labels = {}
+    for i, a in ipairs(others) do labels[i] = r.axes[a] or "" end
+    local key, own = table.concat(labels, "\0"), value(r, "bound_s")
+    work[r] = key
+    if own and (not least[key] or own < least[key]) then least[key] = own end
+  end
+  return function(runs)
+    local n, sum = 0, 0.0
+    for _, r in ipairs(runs) do
+      local bound = value(r, "step_s") and least[work[r]]
+      if bound then n, sum = n + 1, sum + bound end
+    end
+    return n > 0 and sum / n or nil
+  end
+end
+
+-- A run's own bound is not what `bound = true` shows.
+local own_figures = { bound_s = "own bound", over_bound = "over own bound" }
+
 -- "step_s" reads as step, in whatever unit the column says.
 local function short(figure)
+  local metric, part = figure:match("^([%w_]+)(.*)$")
+  if own_figures[metric] then return own_figures[metric] .. part end
   return metric_unit[figure] == "s" and figure:gsub("_s$", "") or figure
 end
 
@@ -89,5 +126,6 @@ end
 
 return {
   unit = metric_unit, value = value, check_metric = check_metric, aggregate = aggregate, group = group,
+  policy_axes = policy_axes, is_policy = is_policy, common_bound = common_bound,
   scale_of = scale_of, short = short, number = number, is_finite = is_finite,
 }

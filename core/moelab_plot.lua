@@ -35,16 +35,16 @@ local function plot_series(self, o, where)
     series[#series + 1] = { name = top and shown .. " (ceiling)" or shown, points = points, bound = top }
   end
   if o.bound then
-    local points = {}
-    for i, x in ipairs(x_labels) do
-      local least
-      for _, r in ipairs(self:filter { [o.x] = x }.list) do
-        local b = figures.value(r, "bound_s")
-        if b and (not least or b < least) then least = b end
+    local bound_of = figures.common_bound(self.list, self.axis_names)
+    local per_group = o.group and not figures.is_policy(o.group) -- other work: another bound
+    for g, name in ipairs(per_group and names or { "perfect balance" }) do
+      local runs, points = per_group and self:filter { [o.group] = name } or self, {}
+      for i, x in ipairs(x_labels) do
+        points[i] = { mean = bound_of(runs:filter { [o.x] = x }.list), spread = 0 }
       end
-      points[i] = { mean = least, spread = 0 }
+      series[#series + 1] = { name = "bound: " .. (per_group and tick(o.group, name) or name), points = points,
+                              bound = true, of = per_group and g }
     end
-    series[#series + 1] = { name = "bound: perfect balance", points = points, bound = true }
   end
   return x_labels, series
 end
@@ -53,7 +53,8 @@ end
 ---   x      axis along the bottom                 y      figure (mean over steps and over other axes)
 ---   group  axis: one colour per label            kind   "bars" (default) or "lines" (x must be numbers)
 ---   file   "NAME.png"                            title, xlabel, ylabel; percent = true for shares
----   bound  true: adds the bound; ceiling: label of the group that none can beat, drawn dashed; logx, logy
+---   bound  true: adds the bound, one per label of a group that is no policy; ceiling: label of the group that none
+---          can beat, drawn dashed; logx, logy
 function Runs:plot(o)
   local where = here()
   o = options_of(where, "runs:plot", o, {
@@ -116,7 +117,8 @@ function Runs:plot(o)
     gp[#gp + 1] = "set xtics (" .. table.concat(ticks, ", ") .. ")"
     gp[#gp + 1] = "set offsets graph 0.02, graph 0.02, 0, 0"
     for i, s in ipairs(series) do
-      local style = s.bound and "lw 2 dt 2 pt 0 lc rgb \"#000000\"" or
+      local style = s.bound and string.format("lw 2 dt 2 pt 0 lc rgb \"%s\"", s.of and
+                                              palette[(s.of - 1) % #palette + 1] or "#000000") or
                     string.format("lw 2.5 pt %d ps 1.4 lc rgb \"%s\"", 4 + i, palette[(i - 1) % #palette + 1])
       parts[#parts + 1] = s.drawn and string.format("\"%s.dat\" using 1:%d with linespoints %s title %s", stem, 2 * i,
                                                     style, quote(s.name)) or nil

@@ -83,19 +83,50 @@ local function better(best, a, b)
   return a > b
 end
 
--- Rows that are compared share a bound: the least that any of their layouts would take under perfect balance. A row's
--- own would flatter policies that do more work evenly.
-local function share_bound(groups, axes, cells, columns)
-  local least = {}
+-- The two columns that `bound` adds: the bound that a row's runs share with all that do the same work, and how far the
+-- row is from it.
+local function share_bound(self, groups, cells, columns)
+  local bound_of = figures.common_bound(self.list, self.axis_names)
   for i, g in ipairs(groups) do
-    local key, own = table.concat(g.labels, "\0", 1, #axes - 1), cells[i][#columns - 1].mean
-    if own and (not least[key] or own < least[key]) then least[key] = own end
-  end
-  for i, g in ipairs(groups) do
-    local bound, step = least[table.concat(g.labels, "\0", 1, #axes - 1)], aggregate(g.runs, "step_s")
+    local bound, step = bound_of(g.runs), aggregate(g.runs, "step_s")
     cells[i][#columns - 1] = { mean = step and bound, spread = 0, n = 1 }
     cells[i][#columns] = { mean = step and bound and bound > 0 and step / bound or nil, spread = 0, n = 1 }
   end
+end
+
+local function runs_in(list, axis, label)
+  local some = {}
+  for _, r in ipairs(list) do
+    if r.axes[axis] == label then some[#some + 1] = r end
+  end
+  return some
+end
+
+-- A bound per column is one line only where the lines are other ways of doing the same work.
+local function check_bound(axes, o, where)
+  where = at_key(where, "bound")
+  local figure = as_list(o.value)[1]
+  if figure ~= "step_s" then
+    fail(where, "runs:table.bound: with cols, expected value = \"step_s\", found \"%s\"", tostring(figure))
+  end
+  if #axes == 0 then fail(where, "runs:table.bound: with cols, expected rows, found none") end
+  for _, a in ipairs(axes) do
+    if not figures.is_policy(a) then
+      fail(where, "runs:table.bound: with cols, expected rows of policies alone (%s), found \"%s\"",
+           table.concat(figures.policy_axes, ", "), a)
+    end
+  end
+end
+
+-- The line that `bound` adds to a table with columns.
+local function bound_line(self, axes, columns, o)
+  local row, bound_of = { "bound" }, figures.common_bound(self.list, self.axis_names)
+  for i = 2, #axes do row[i] = "" end
+  for c, col in ipairs(columns) do
+    local bound = bound_of(runs_in(self.list, o.cols, col.label))
+    row[#axes + c] = number(bound and bound / col.scale) .. (o.best and "  " or "")
+  end
+  return row
 end
 
 -- The last line of a table with a ceiling: how much of it the best of the others reaches, per column.
@@ -115,7 +146,8 @@ end
 ---   cols   axis for the columns, or none
 ---   value  figure, or list of figures when there are no cols
 ---   best   "min" or "max": marks the best of each column's first axis group with *
----   bound  true: adds the bound, the least bound_s of the rows that are compared, and how far step_s is from it
+---   bound  true: adds the bound, the least bound_s of all runs that differ in policies alone, and how far step_s is
+---          from it; with cols (value "step_s", rows of policies) a last line with the bound of each column
 ---   ceiling  label of the last axis that no real policy can beat: not a candidate for best; with cols, a last line
 ---            says how much of it the best reaches
 ---   title  printed above; percent = true for shares
@@ -135,6 +167,7 @@ function Runs:table(o)
   self:check_axes(where, "runs:table", axes)
   if o.cols then self:check_axes(where, "runs:table", { o.cols }) end
   local columns = table_columns(self, o, where)
+  if o.bound and o.cols then check_bound(axes, o, where) end
   if o.bound and not o.cols then
     columns[#columns + 1] = { figure = "bound_s", title = "bound" }
     columns[#columns + 1] = { figure = "over_bound", title = "over bound" }
@@ -144,18 +177,12 @@ function Runs:table(o)
   for i, g in ipairs(groups) do
     cells[i] = {}
     for c, col in ipairs(columns) do
-      local runs = g.runs
-      if col.label then
-        runs = {}
-        for _, r in ipairs(g.runs) do
-          if r.axes[o.cols] == col.label then runs[#runs + 1] = r end
-        end
-      end
+      local runs = col.label and runs_in(g.runs, o.cols, col.label) or g.runs
       local mean, spread, n = aggregate(runs, col.figure)
       cells[i][c] = { mean = mean, spread = spread, n = n }
     end
   end
-  if o.bound and not o.cols then share_bound(groups, axes, cells, columns) end
+  if o.bound and not o.cols then share_bound(self, groups, cells, columns) end
   local head, caption = {}, nil
   for i, a in ipairs(axes) do head[i] = a end
   for c, col in ipairs(columns) do
@@ -201,6 +228,7 @@ function Runs:table(o)
     end
     rows[#rows + 1] = row
   end
+  if o.bound and o.cols then rows[#rows + 1] = bound_line(self, axes, columns, o) end
   if o.ceiling and o.best and o.cols and #axes == 1 then
     rows[#rows + 1] = reached(groups, cells, columns, winners, o)
   end

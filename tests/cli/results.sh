@@ -77,6 +77,54 @@ else
     skip "pictures" "no gnuplot"
 fi
 
+# ---- the bound that runs have in common ----
+
+cat >x.lua <<'EOF'
+local moe, tiny = require "moelab", require "tiny"
+local batch = "workload.batch_per_device"
+local runs = tiny.experiment {
+  placement = moe.each { "contiguous", "round-robin" }, seed = moe.each { 1, 2 },
+  workload  = moe.decode { trace = tiny.trace, batch_per_device = moe.each { 2, 512 }, steps = 2 },
+}:run()
+local least = {}
+for _, r in ipairs(runs.list) do
+  least[r.axes[batch]] = math.min(least[r.axes[batch]] or math.huge, moe.value(r, "bound_s"))
+end
+assert(least["512"] > 1.01 * least["2"])
+local o = { value = { "step_s", "bound_s", "over_bound" }, bound = true, file = "a.txt" }
+o.rows = { batch, "placement" }
+runs:table(o)
+o.rows, o.file = { "placement", batch }, "b.txt"
+runs:table(o)
+o.rows, o.value, o.file = "placement", "step_s", "c.txt"
+runs:table(o)
+o.cols, o.file, o.best = batch, "d.txt", "min"
+runs:table(o)
+runs:plot { x = "placement", y = "step_s", group = batch, bound = true, file = "e.png" }
+runs:plot { x = batch, y = "step_s", group = "placement", kind = "lines", bound = true, file = "f.png" }
+runs:plot { x = batch, y = "over_bound", file = "g.png" }
+for i, x in ipairs { least["2"], least["512"], (least["2"] + least["512"]) / 2 } do
+  moe.write("least" .. i, ("%.3f"):format(x * (i == 3 and 1e6 or 1e3)))
+end
+EOF
+ok "a table of each kind, and plots" "$moelab" run x.lua --out common
+small=$(<common/least1) large=$(<common/least2) mean=$(<common/least3)
+# column FILE: the bounds in a table, in ms, each once.
+column() { sed 1,2d "common/$1" | awk '{ print $(NF - 1) }' | sort -u | paste -sd ' '; }
+ok "by batch, whatever the placement" test "$(column a.txt)" = "$small $large"
+ok "in any order of axes" test "$(column a.txt)" = "$(column b.txt)"
+ok "both batches in one line: their mean" \
+    test "$(awk "{ print int(\$(NF - 1)) }" common/c.txt | tail -1)" = "${mean%.*}"
+ok "with cols: a last line" grep -Eq "^  bound +$small +$large\$" common/d.txt
+ok "a run's own is called so" \
+    grep -Eq 'step \(ms\) +own bound \(ms\) +over own bound +bound \(ms\) +over bound$' common/a.txt
+bounds() { grep -v '^#' "common/$1" | awk -F'\t' "{ printf \"%.3f\\n\", \$$2 }" | sort -u | paste -sd ' '; }
+ok "plots: a bound per group that is no policy" grep -q '"bound: 2".*"bound: 512"' common/e.dat
+ok "... of that group" test "$(bounds e.dat 6) $(bounds e.dat 8)" = "$small $large"
+ok "... one for all policies" grep -q '"bound: perfect balance"' common/f.dat
+ok "... at each x" test "$(bounds f.dat 6)" = "$small $large"
+ok "... a run's own is called so" grep -q 'ylabel "over own bound"' common/g.gp
+
 # ---- few axes, and what they are called ----
 
 cat >y.lua <<'EOF'
@@ -205,6 +253,14 @@ refused '3: runs:table.best: expected "min" or "max", found "least"' \
     'runs:table { rows = "placement", value = "step_s", best = "least" }'
 refused '3: runs:table.bound: expected a boolean, found number' \
     'runs:table { rows = "placement", value = "step_s", bound = 1 }'
+cols='cols = "placement", bound = true'
+refused '3: runs:table.bound: with cols, expected value = "step_s", found "a2a_s"' \
+    "runs:table { rows = \"placement\", value = \"a2a_s\", $cols }"
+refused '3: runs:table.bound: with cols, expected rows, found none' \
+    "runs:table { rows = {}, value = \"step_s\", $cols }"
+refused '3: runs:table.bound: with cols, expected rows of policies alone \(router, .*, tier\), found "machine.nodes"' \
+    "runs = tiny.experiment { machine = moe.machine \"star-50GBps\" { nodes = moe.each { 2, 4 } } }:run() \
+runs:table { rows = \"machine.nodes\", value = \"step_s\", $cols }"
 refused '3: runs:table.rows: expected strings, found a number' 'runs:table { rows = { 1 }, value = "step_s" }'
 refused '3: runs:filter: no axis "executor"' 'runs:filter { executor = "flow" }'
 refused '3: runs:plot: y is missing' 'runs:plot { x = "placement", file = "a.png" }'
