@@ -32,12 +32,6 @@ int64_t device_memory_objects(const struct run *r)
     return n < (int64_t)r->context.n_objects ? n : (int64_t)r->context.n_objects;
 }
 
-static void add_experts(const struct run *r, const struct moe_placement *p, int32_t per, double *bytes)
-{
-    for (int32_t i = 0; i < p->n; i++)
-        bytes[p->replica[i].device / per] += (double)p->replica[i].fraction * run_expert_bytes(r);
-}
-
 /* Offloaded experts lie in the memory of the node that loads them. */
 static int check_hosts(struct run *r, const struct moe_placement *p)
 {
@@ -45,7 +39,19 @@ static int check_hosts(struct run *r, const struct moe_placement *p)
     double *bytes = calloc((size_t)t->n_nodes, sizeof *bytes);
     if (!bytes)
         return err_set(r->err, ERR_MEMORY, "out of memory for %d nodes", t->n_nodes);
-    add_experts(r, p, t->devices_per_node, bytes);
+    /* One copy serves all of a node's devices. */
+    const size_t n_objects = r->context.n_objects;
+    uint8_t *seen = calloc((size_t)t->n_nodes * n_objects, 1);
+    for (int32_t i = 0; seen && i < p->n; i++) {
+        const struct moe_replica *x = &p->replica[i];
+        const size_t node = (size_t)(x->device / t->devices_per_node);
+        const size_t object = (size_t)x->layer * (size_t)r->model.n_experts + (size_t)x->expert;
+        bytes[node] += seen[node * n_objects + object] ? 0 : run_expert_bytes(r);
+        seen[node * n_objects + object] = 1;
+    }
+    if (!seen)
+        err_set(r->err, ERR_MEMORY, "out of memory for %d nodes", t->n_nodes);
+    free(seen);
     for (int32_t n = 0; n < t->n_nodes && !r->err->code; n++)
         if (bytes[n] > t->host_memory[n])
             err_set(r->err, ERR_INPUT, "%s: machine %s, node %d: its devices' experts take %.4g GB and host memory has "
@@ -72,7 +78,8 @@ int device_memory_check(struct run *r, const struct moe_placement *p)
         return 0;
     double *bytes = r->placed_bytes;
     memset(bytes, 0, sizeof *bytes * (size_t)n_devices);
-    add_experts(r, p, 1, bytes);
+    for (int32_t i = 0; i < p->n; i++)
+        bytes[p->replica[i].device] += (double)p->replica[i].fraction * run_expert_bytes(r);
     if (r->offloading && r->context.cache_objects < 1)
         return does_not_fit(r, 0, "a cache of one expert would", run_expert_bytes(r));
     for (int32_t d = 0; d < n_devices; d++) {
