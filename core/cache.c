@@ -69,10 +69,10 @@ HOT enum cache_result make_room(struct cache *c, const struct moe_access *a, uin
     }
     uint32_t out = UINT32_MAX;
     int code = ops->evict(c->policy->self, c->device, a, &c->pinned, &out);
-    if (code < 0)
-        return fault(c, "evict", code);
     if (code == MOE_BYPASS)
         return CACHE_BYPASSED;
+    if (code != 0)
+        return fault(c, "evict", code);
     if (out >= c->policy->env.n_objects || !c->resident[out] || moe_is_pinned(&c->pinned, out)) {
         err_set(c->policy->context->err, ERR_RUN, "offload %s: evict chose object %u, which is %s",
                 c->policy->plugin->name, out,
@@ -95,10 +95,10 @@ HOT enum cache_result miss(struct cache *c, const struct moe_offload_ops *ops, v
             return r;
     }
     int code = ops->insert ? ops->insert(self, c->device, object, a) : 0;
-    if (code < 0)
-        return fault(c, "insert", code);
     if (code == MOE_BYPASS)
         return CACHE_BYPASSED;
+    if (code != 0)
+        return fault(c, "insert", code);
     c->resident[object] = 1;
     c->n_resident++;
     c->n_pinned += moe_is_pinned(&c->pinned, object);
@@ -115,7 +115,7 @@ enum cache_result cache_access(struct cache *c, uint32_t object, const struct mo
         r = miss(c, ops, c->policy->self, object, a, victim);
     } else if (ops->hit) {
         int code = ops->hit(c->policy->self, c->device, object, a);
-        r = code < 0 ? fault(c, "hit", code) : CACHE_HIT;
+        r = code != 0 ? fault(c, "hit", code) : CACHE_HIT;
     }
     policy_leave(c->policy, "access", 0);
     return r;
@@ -147,7 +147,7 @@ HOT int replay(struct cache *c, const uint32_t *key, int64_t n, const int64_t *n
         }
         if (resident[object]) {
             int code = hit ? hit(self, device, object, &a) : 0;
-            if (code < 0) {
+            if (code != 0) {
                 fault(c, "hit", code);
                 return c->policy->context->err->code;
             }

@@ -10,6 +10,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+static volatile struct policy_note *note;
+
 /* ---- arenas ---- */
 
 struct arena_block { struct arena_block *next; size_t used, room; _Alignas(16) unsigned char data[]; };
@@ -411,8 +413,12 @@ int policy_open(struct policy *p, struct policy_context *c, const struct moe_plu
 
 void policy_close(struct policy *p)
 {
-    if (p->self && p->plugin->fini)
+    if (p->self && p->plugin->fini) {
+        policy_enter(p, "fini");
         p->plugin->fini(p->self);
+        if (note)
+            note->hook[0] = '\0';
+    }
     free(p->self);
     param_free(&p->params);
     arena_free(&p->run);
@@ -420,8 +426,6 @@ void policy_close(struct policy *p)
     graph_free(&p->trial);
     memset(p, 0, sizeof *p);
 }
-
-static volatile struct policy_note *note;
 
 void policy_note_to(volatile struct policy_note *n)
 {
@@ -453,5 +457,8 @@ int policy_leave(struct policy *p, const char *hook, int code)
     if (code < 0)
         err_set(p->context->err, ERR_RUN, "%s %s: %s returned %d without saying why", kind_name[p->plugin->kind],
                 p->plugin->name, hook, code);
+    if (code > 0)
+        err_set(p->context->err, ERR_RUN, "%s %s: %s returned %d, expected 0 or a negative error",
+                kind_name[p->plugin->kind], p->plugin->name, hook, code);
     return p->context->err->code;
 }

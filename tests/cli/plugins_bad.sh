@@ -42,6 +42,7 @@ refused 'calls itself "worse", expected "bad" \(the file.s stem\)' bad_header.c 
 refused 'calls itself "", expected "bad"' bad_header.c -DNAME=NULL
 refused 'has no summary' bad_header.c -DSUMMARY=NULL
 refused 'required hook missing: route, or score and select' bad_header.c -DROUTE=NULL
+refused 'needs has unknown bits 0x40080000' bad_header.c -DNEEDS='0x40080000|MOE_OWN_GATE'
 refused '.*undefined_somewhere' bad_header.c -DUNDEFINED
 # name, type, offset, default, min, max, text, unit, help
 refused 'parameter n: default 5 is not within \[1, 4\]' bad_header.c \
@@ -95,6 +96,7 @@ fails 'router bad: deciding costs 0 FLOPs, 0 bytes and 1 gathered bytes; expecte
 fails 'router bad: deciding costs -1 FLOPs, .* and no negative ones' bad_router.c -DFAULT_COST
 fails 'router bad: the moon is full' bad_router.c -DFAULT_FAIL
 fails 'router bad: route returned -3 without saying why' bad_router.c -DFAULT_SILENT
+fails 'router bad: route returned 5, expected 0 or a negative error' bad_router.c -DFAULT_POSITIVE
 fails 'router bad: out of memory for' bad_router.c -DFAULT_MEMORY
 fails 'router bad: will not begin with 8 experts' bad_router.c -DFAULT_INIT
 
@@ -112,6 +114,8 @@ printf 'local moe = require "moelab"\nrequire "tiny".experiment { machine = "rtx
 placement = "contiguous",
 offload = moe.each { "lru", "bad", "lfu" } }:run()\n' >x.lua
 fails 'offload bad' bad_others.c -DKIND_offload -DFAULT_RANGE
+fails 'offload bad: insert returned 5, expected 0 or a negative error' bad_others.c -DKIND_offload -DFAULT_INSERT
+fails 'offload bad: evict returned 5, expected 0 or a negative error' bad_others.c -DKIND_offload -DFAULT_EVICT
 fails 'offload bad: its predictor costs 1e\+09 FLOPs' bad_others.c -DKIND_offload -DFAULT_PREDICTOR
 fails 'offload bad' bad_others.c -DKIND_offload -DFAULT_PINNED
 printf 'local moe = require "moelab"\nrequire "tiny".experiment { placement = "contiguous",
