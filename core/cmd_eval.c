@@ -1,16 +1,27 @@
 /* SPDX-License-Identifier: Apache-2.0
- * cmd_eval.c - moelab eval KIND NAME: the command line over eval(). */
+ * cmd_eval.c - moelab eval KIND NAME: the command line over eval(), which runs in a process of its own. */
 #include "config.h"
 
+#include "child.h"
 #include "cmd.h"
 #include "eval.h"
 #include "npy.h"
+#include "record.h"
 
+#include <dirent.h>
 #include <errno.h>
+#include <fcntl.h>
+#include <math.h>
+#include <poll.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
 
 static const char *const examples[N_EVAL_KINDS] = {
     [MOE_ROUTER] = "moelab eval router softmax-top-k --logits logits.npy --top-k 8 --out routes",
@@ -58,11 +69,12 @@ static void help(int kind)
     }
     if (kind < 0 || kind == MOE_ROUTER)
         printf("  %-26s %s\n", "--out DIR", "router: write the arrays there as .npy, print the rest");
+    printf("  %-26s %s\n", "--run-timeout S", "seconds after which it is ended (default: 600; 0: never)");
     printf("\nExample%s:\n", kind < 0 ? "s" : "");
     for (int k = 0; k < N_EVAL_KINDS; k++)
         if (kind < 0 || kind == k)
             printf("  %s\n", examples[k]);
-    puts("\nExit code: 0 done, 2 bad usage or input.");
+    puts("\nExit code: 0 done, 1 the policy crashed, ended the process or took too long, 2 bad usage or input.");
 }
 
 /* ---- the command line ---- */
@@ -120,19 +132,34 @@ static int add_option(json_t *options, const struct eval_option *o, const char *
 
 static int unknown_flag(const char *flag, struct err *e)
 {
-    const char *names[64] = { "--out", "--help" };
-    char flags[62][40];
-    int n = 2;
+    enum { N_OWN = 3 };
+    const char *names[64] = { "--out", "--run-timeout", "--help" };
+    char flags[64 - N_OWN][40];
+    int n = N_OWN;
     for (const struct eval_option *o = eval_options(); o->name && n < 64; o++, n++) {
-        flag_of(o->name, flags[n - 2]);
-        names[n] = flags[n - 2];
+        flag_of(o->name, flags[n - N_OWN]);
+        names[n] = flags[n - N_OWN];
     }
     const char *near = cmd_nearest_option(flag, names, n);
     return err_set(e, ERR_INPUT, "unknown option %s%s%s%s (see: moelab eval --help)", flag,
                    near ? "; did you mean " : "", near ? near : "", near ? "?" : "");
 }
 
-struct line { const char *kind, *name, *out; bool help; };
+struct line {
+    const char *kind, *name, *out;
+    char dir[500], part[520]; /* `out` without final slashes; where it is built */
+    double timeout_s;
+    bool help, building;
+};
+
+static int read_timeout(struct line *line, const char *text, struct err *e)
+{
+    char *end;
+    line->timeout_s = strtod(text, &end);
+    if (end == text || *end || !(line->timeout_s >= 0) || line->timeout_s > 1e9)
+        return bad(e, "--run-timeout", text, "seconds, 0 or more");
+    return 0;
+}
 
 static int parse(int argc, char **argv, struct line *line, json_t *options, struct err *e)
 {
@@ -156,25 +183,79 @@ static int parse(int argc, char **argv, struct line *line, json_t *options, stru
             if (strlen(flag) == n && !memcmp(flag, text, n))
                 break;
         }
-        bool out = n == 5 && !memcmp(text, "--out", 5);
-        if (!o->name && !out)
+        bool out = n == 5 && !memcmp(text, "--out", 5), timeout = n == 13 && !memcmp(text, "--run-timeout", 13);
+        if (!o->name && !out && !timeout)
             return unknown_flag(text, e);
-        if (out || o->type != EVAL_FLAG) {
+        if (!o->name || o->type != EVAL_FLAG) {
             value = text[n] ? text + n + 1 : i + 1 < argc ? argv[++i] : NULL;
             if (!value)
-                return err_set(e, ERR_INPUT, "%s needs a value: %s", text, out ? "DIR" : o->argument);
+                return err_set(e, ERR_INPUT, "%s needs a value: %s", text,
+                               out ? "DIR" : timeout ? "S" : o->argument);
         } else if (text[n]) {
             return err_set(e, ERR_INPUT, "%s takes no value", flag);
         }
         if (out)
             line->out = value;
-        else if (add_option(options, o, flag, value, e) < 0)
+        else if (timeout)
+            read_timeout(line, value, e);
+        else
+            add_option(options, o, flag, value, e);
+        if (e->code)
             return e->code;
     }
     return 0;
 }
 
 /* ---- arrays as files ---- */
+
+static const struct { const char *key, *dtype; } arrays[] = {
+    { "offsets", "i8" }, { "experts", "i4" }, { "weights", "f4" }, { "load", "i8" },
+};
+enum { N_ARRAYS = sizeof arrays / sizeof *arrays };
+
+/* Nothing there, or a directory with nothing in it but arrays like these, whole or half written. */
+static bool is_ours(const char *path)
+{
+    DIR *d = opendir(path);
+    bool ours = d || errno == ENOENT;
+    for (struct dirent *f; d && (f = readdir(d));) {
+        bool known = !strcmp(f->d_name, ".") || !strcmp(f->d_name, "..");
+        for (int i = 0; i < N_ARRAYS; i++) {
+            size_t n = strlen(arrays[i].key);
+            const char *rest = strncmp(f->d_name, arrays[i].key, n) ? "" : f->d_name + n;
+            known |= !strcmp(rest, ".npy") || !strcmp(rest, ".npy.part");
+        }
+        ours &= known;
+    }
+    if (d)
+        closedir(d);
+    return ours;
+}
+
+static int open_out(struct line *line, struct err *e)
+{
+    size_t n = strlen(line->out);
+    if (n >= sizeof line->dir)
+        return err_set(e, ERR_INPUT, "--out %s: the path is too long", line->out);
+    memcpy(line->dir, line->out, n + 1);
+    while (n > 1 && line->dir[n - 1] == '/')
+        line->dir[--n] = '\0';
+    const char *last = record_base_name(line->dir);
+    if (!*last || !strcmp(last, ".") || !strcmp(last, ".."))
+        return err_set(e, ERR_INPUT, "--out \"%s\": expected the name of a directory to make", line->out);
+    snprintf(line->part, sizeof line->part, "%s.part", line->dir);
+    if (!is_ours(line->dir))
+        return err_set(e, ERR_INPUT, "%s: exists and is no directory of arrays that moelab eval wrote; choose another "
+                       "--out", line->dir);
+    if (!is_ours(line->part))
+        return err_set(e, ERR_INPUT, "%s: exists and was not left by moelab; arrays are built there: remove it or "
+                       "choose another --out", line->part);
+    record_discard(line->part);
+    if (mkdir(line->part, 0777) < 0)
+        return err_set(e, ERR_IO, "cannot make %s: %s", line->part, strerror(errno));
+    line->building = true;
+    return 0;
+}
 
 static int write_array(json_t *result, const char *key, const char *dtype, const char *dir, struct err *e)
 {
@@ -193,41 +274,123 @@ static int write_array(json_t *result, const char *key, const char *dtype, const
         const void *from = dtype[0] == 'f' ? (const void *)&real : bytes == 8 ? (const void *)&wide : &whole;
         memcpy(data + (size_t)i * bytes, from, bytes);
     }
-    int code = ERR_INPUT;
-    if (snprintf(path, sizeof path, "%s/%s.npy", dir, key) >= (int)sizeof path)
-        err_set(e, ERR_INPUT, "--out %s: the path is too long", dir);
-    else
-        code = npy_write(path, dtype, 1, &n, data, e);
+    snprintf(path, sizeof path, "%s/%s.npy", dir, key);
+    npy_write(path, dtype, 1, &n, data, e);
     free(data);
     json_object_del(result, key);
-    return code;
+    return e->code;
 }
 
-static int write_arrays(json_t *result, const char *dir, struct err *e)
+/* Arrays of an earlier call give way in one step where the file system can do that. */
+static int put_in_place(const struct line *line, struct err *e)
 {
-    static const struct { const char *key, *dtype; } arrays[] = {
-        { "offsets", "i8" }, { "experts", "i4" }, { "weights", "f4" }, { "load", "i8" },
-    };
-    if (mkdir(dir, 0777) < 0 && errno != EEXIST)
-        return err_set(e, ERR_IO, "--out %s: %s", dir, strerror(errno));
-    for (size_t i = 0; i < sizeof arrays / sizeof *arrays; i++)
-        if (write_array(result, arrays[i].key, arrays[i].dtype, dir, e) < 0)
-            return e->code;
+    if (rename(line->part, line->dir) == 0)
+        return 0;
+    if (errno != ENOTEMPTY && errno != EEXIST)
+        return err_set(e, ERR_IO, "cannot rename %s to %s: %s", line->part, line->dir, strerror(errno));
+    if (renameat2(AT_FDCWD, line->part, AT_FDCWD, line->dir, RENAME_EXCHANGE) == 0) {
+        record_discard(line->part);
+        return 0;
+    }
+    record_discard(line->dir);
+    if (rename(line->part, line->dir) < 0)
+        return err_set(e, ERR_IO, "cannot rename %s to %s: %s", line->part, line->dir, strerror(errno));
     return 0;
 }
 
-static int print(const json_t *result, struct err *e)
+/* ---- a process of its own: a policy may crash it, end it or never leave it ---- */
+
+struct shared { struct policy_note note; struct err err; };
+
+static void child(const struct line *line, const json_t *options, struct shared *shared, int fd)
 {
-    if (json_dumpf(result, stdout, JSON_COMPACT | JSON_REAL_PRECISION(17)) < 0 || putchar('\n') == EOF)
-        return err_set(e, ERR_IO, "standard output: cannot be written");
-    return 0;
+    struct err e = { 0 };
+    char *text = NULL;
+    child_begin(&shared->note);
+    json_t *result = eval(line->kind, line->name, options, true, &e);
+    for (int i = 0; result && line->out && !e.code && i < N_ARRAYS; i++)
+        write_array(result, arrays[i].key, arrays[i].dtype, line->part, &e);
+    if (!e.code && !(text = json_dumps(result, JSON_COMPACT | JSON_REAL_PRECISION(17))))
+        err_set(&e, ERR_MEMORY, "out of memory for the result");
+    if (text)
+        child_write(fd, text, strlen(text));
+    shared->err = e;
+    free(text);
+    json_decref(result);
+}
+
+static double now_s(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+/* Until the child has ended, and its end of the pipe with it; false: it did not within timeout_s. */
+static bool read_answer(int fd, double timeout_s, FILE *to)
+{
+    const double deadline = timeout_s > 0 ? now_s() + timeout_s : INFINITY;
+    static char piece[65536];
+    for (;;) {
+        double left = deadline - now_s();
+        struct pollfd p = { .fd = fd, .events = POLLIN };
+        if (left <= 0)
+            return false;
+        if (poll(&p, 1, isinf(left) ? -1 : left > 3600 ? 3600000 : (int)(left * 1000) + 1) <= 0)
+            continue;
+        ssize_t n = read(fd, piece, sizeof piece);
+        if (n == 0 || (n < 0 && errno != EINTR))
+            return true;
+        if (n > 0)
+            fwrite(piece, 1, (size_t)n, to);
+    }
+}
+
+/* Stays in the process group: a terminal's input and its Ctrl-C are for the child too. */
+static int eval_apart(const struct line *line, const json_t *options, char **text, size_t *n, struct err *e)
+{
+    int fd[2], status = 0;
+    struct shared *s = mmap(NULL, sizeof *s, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    FILE *to = open_memstream(text, n);
+    if (s == MAP_FAILED || !to || pipe2(fd, O_CLOEXEC) < 0)
+        return err_set(e, ERR_IO, "cannot make a pipe: %s", strerror(errno));
+    fflush(NULL);
+    pid_t pid = fork();
+    if (pid < 0)
+        return err_set(e, ERR_IO, "cannot start a process: %s", strerror(errno));
+    if (pid == 0) {
+        close(fd[0]);
+        child(line, options, s, fd[1]);
+        exit(0); /* through atexit: sanitizers report leaks there */
+    }
+    close(fd[1]);
+    bool ended = read_answer(fd[0], line->timeout_s, to);
+    if (!ended)
+        kill(pid, SIGKILL);
+    while (waitpid(pid, &status, 0) < 0 && errno == EINTR)
+        ;
+    close(fd[0]);
+    bool whole = fclose(to) == 0;
+    if (ended && WIFEXITED(status) && WEXITSTATUS(status) == 0 && s->err.code) {
+        *e = s->err;
+    } else if (!ended || status != 0 || *n == 0) {
+        char why[400];
+        child_fault(&s->note, status, ended ? 0 : line->timeout_s, why, sizeof why);
+        err_set(e, ERR_RUN, "%s", why);
+    } else if (!whole) {
+        err_set(e, ERR_MEMORY, "out of memory for the result");
+    }
+    munmap(s, sizeof *s);
+    return e->code;
 }
 
 int cmd_eval(int argc, char **argv)
 {
     struct err e = { 0 };
-    struct line line = { 0 };
-    json_t *options = json_object(), *result = NULL;
+    struct line line = { .timeout_s = 600 };
+    json_t *options = json_object();
+    char *text = NULL;
+    size_t n = 0;
     if (parse(argc, argv, &line, options, &e) == 0 && line.help) {
         help(line.kind ? kind_of_name(line.kind) : -1);
     } else if (!e.code) {
@@ -235,12 +398,14 @@ int cmd_eval(int argc, char **argv)
             err_set(&e, ERR_INPUT, "eval: expected a kind and a name (see: moelab eval --help)");
         else if (line.out && strcmp(line.kind, eval_kind_name[MOE_ROUTER]) != 0)
             err_set(&e, ERR_INPUT, "--out: only routers write arrays");
-        else
-            result = eval(line.kind, line.name, options, true, &e);
-        if (result && (!line.out || write_arrays(result, line.out, &e) == 0))
-            print(result, &e);
+        else if (!line.out || open_out(&line, &e) == 0)
+            eval_apart(&line, options, &text, &n, &e);
+        if (!e.code && (!line.out || put_in_place(&line, &e) == 0) && puts(text) == EOF)
+            err_set(&e, ERR_IO, "standard output: cannot be written");
+        if (e.code && line.building)
+            record_discard(line.part);
     }
+    free(text);
     json_decref(options);
-    json_decref(result);
     return e.code ? cmd_fail(&e) : 0;
 }

@@ -3,6 +3,7 @@
 #include "config.h"
 
 #include "sweep.h"
+#include "child.h"
 #include "rank.h"
 #include "run.h"
 
@@ -16,7 +17,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <sys/prctl.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -123,16 +123,10 @@ static void child(const struct state *s, struct slot *slot, int fd)
 {
     json_t *o = answer(s, slot);
     char *text = json_dumps(o, JSON_COMPACT | JSON_SORT_KEYS | JSON_REAL_PRECISION(17));
-    size_t n = text ? strlen(text) : 0;
-    for (size_t at = 0; at < n;) {
-        ssize_t w = write(fd, text + at, n - at);
-        if (w < 0 && errno != EINTR)
-            _exit(3);
-        at += w > 0 ? (size_t)w : 0;
-    }
+    if (text && !child_write(fd, text, strlen(text)))
+        _exit(3);
     free(text);
-    json_decref(o);
-    close(fd);
+    json_decref(o); /* fd stays open until the process has ended, which a policy can still prevent */
 }
 
 /* ---- the parent ---- */
@@ -198,9 +192,8 @@ static int start(struct state *s, struct job *j)
     }
     if (pid == 0) {
         setpgid(0, 0); /* so that a time-out also ends what the run started */
-        prctl(PR_SET_PDEATHSIG, SIGKILL);
+        child_begin(&slot->note);
         close(fd[0]);
-        policy_note_to(&slot->note);
         child(s, slot, fd[1]);
         exit(0); /* through atexit: sanitizers report leaks there */
     }
@@ -210,32 +203,10 @@ static int start(struct state *s, struct job *j)
     return 0;
 }
 
-static void whose_fault(const struct state *s, const struct job *j, char *text, size_t room)
-{
-    const volatile struct policy_note *n = &s->board->slot[j - s->job].note;
-    char kind[sizeof n->kind], name[sizeof n->name], hook[sizeof n->hook];
-    for (size_t i = 0; i < sizeof kind; i++)
-        kind[i] = n->kind[i];
-    for (size_t i = 0; i < sizeof name; i++)
-        name[i] = n->name[i];
-    for (size_t i = 0; i < sizeof hook; i++)
-        hook[i] = n->hook[i];
-    if (hook[0])
-        snprintf(text, room, "%s %s, in %s", kind, name, hook);
-    else
-        snprintf(text, room, "the core%s%s", name[0] ? ", after " : "", name);
-}
-
 static json_t *failure(const struct state *s, const struct job *j, int status)
 {
-    char who[160], text[400];
-    whose_fault(s, j, who, sizeof who);
-    if (j->timed_out)
-        snprintf(text, sizeof text, "%s: did not end within %g s (--run-timeout)", who, s->options->timeout_s);
-    else if (WIFSIGNALED(status))
-        snprintf(text, sizeof text, "%s: crashed: %s", who, strsignal(WTERMSIG(status)));
-    else
-        snprintf(text, sizeof text, "%s: ended with exit code %d and no result", who, WEXITSTATUS(status));
+    char text[400];
+    child_fault(&s->board->slot[j - s->job].note, status, j->timed_out ? s->options->timeout_s : 0, text, sizeof text);
     return json_pack("{s:s, s:s}", "status", "failed", "error", text);
 }
 
