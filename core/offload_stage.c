@@ -90,7 +90,31 @@ struct split {
     int32_t *first;  /* [tasks + 1] into before */
     int32_t *before;
     int32_t known;   /* task after which the layer's routes are known everywhere; -1: not made yet */
+    struct served { double weight; int64_t rows; } *served; /* [D*E] gate weights of the rows an expert gets */
 };
+
+/* What each device's experts are asked for, by the gate: one pass over the layer's routes. */
+static int weigh(struct run *r, struct split *s)
+{
+    const size_t n_experts = (size_t)r->model.n_experts;
+    s->served = calloc((size_t)r->topology->n_devices * n_experts, sizeof *s->served);
+    if (!s->served)
+        return err_set(r->err, ERR_MEMORY, "out of memory for the layer's accesses");
+    for (int64_t i = 0; i < r->routes.n; i++)
+        if (r->to[i] >= 0) {
+            struct served *x = &s->served[(size_t)r->to[i] * n_experts + (size_t)r->routes.expert[i]];
+            x->weight += r->routes.weight[i];
+            x->rows++;
+        }
+    return 0;
+}
+
+/* Sum of the gate weights of `rows` rows of an expert; a layout that cuts them does not say which: their share. */
+static float score_of(const struct run *r, const struct split *s, int32_t device, int32_t expert, int64_t rows)
+{
+    const struct served *x = &s->served[(size_t)device * (size_t)r->model.n_experts + (size_t)expert];
+    return (float)(rows < x->rows ? x->weight * (double)rows / (double)x->rows : x->weight);
+}
 
 /* Predecessors of the tasks from first_task on, in the order of their edges, by counting. */
 static int list_predecessors(struct run *r, struct split *s, int64_t first_edge)
@@ -139,7 +163,8 @@ static int fetch(struct run *r, struct split *split, const struct moe_batch *b, 
                        r->offload.plugin->name, b->step, b->layer, device);
     struct moe_access a = { .index = s->at, .next_use = s->next ? s->next[s->at] : -1, .step = b->step,
                             .layer = b->layer, .expert = expert, .n_tokens = (int32_t)rows,
-                            .phase = b->phase, .bytes = run_expert_bytes(r) };
+                            .phase = b->phase, .bytes = run_expert_bytes(r),
+                            .score = score_of(r, split, device, expert, rows) };
     s->at++;
     enum cache_result hit = cache_access(c, object, &a, &victim);
     if (hit == CACHE_ERROR)
@@ -265,7 +290,7 @@ int offload_expand(struct run *r, const struct moe_batch *b, int32_t first_task,
             return err_set(r->err, ERR_RUN, "offload %s: its predictor costs %g FLOPs and %g bytes, which this "
                            "version's pipeline does not charge", r->offload.plugin->name, own.flops, own.bytes);
     }
-    if (!r->recording && list_predecessors(r, &s, first_edge) < 0)
+    if (!r->recording && (list_predecessors(r, &s, first_edge) < 0 || weigh(r, &s) < 0))
         n_tasks = first_task;
     for (int32_t t = first_task; t < n_tasks && !r->err->code; t++) {
         if (r->graph.task[t].kind != TASK_EXPERTS)
@@ -277,5 +302,6 @@ int offload_expand(struct run *r, const struct moe_batch *b, int32_t first_task,
     }
     free(s.first);
     free(s.before);
+    free(s.served);
     return r->err->code;
 }

@@ -189,6 +189,137 @@ static void first_pass_decides_alike(void **state)
     json_decref(spec);
 }
 
+/* ---- what an access says of itself ---- */
+
+/* Token t goes to expert 0 and to expert 1 + t: its gate gives the first 1/8 or 5/8, the other what is left. */
+static int weigher_route(void *self, const struct moe_batch *b, const struct moe_bias *bias, struct moe_routes *out,
+                         struct moe_cost *own)
+{
+    const struct moe_env *env = ((const struct test_env *)self)->env;
+    (void)bias, (void)own;
+    if (env->host->routes_reserve(env, out, 2 * b->n_tokens) < 0)
+        return MOE_ENOMEM;
+    out->n = 2 * b->n_tokens;
+    for (int32_t t = 0; t < b->n_tokens; t++) {
+        out->offset[t + 1] = 2 * (t + 1);
+        out->expert[2 * t] = 0;
+        out->expert[2 * t + 1] = 1 + t;
+        out->weight[2 * t] = 0.125f + 0.5f * (float)t;
+        out->weight[2 * t + 1] = 1 - out->weight[2 * t];
+    }
+    return 0;
+}
+
+static const struct moe_plugin weigher_plugin = TEST_POLICY(MOE_ROUTER, "weigher",
+                                                            .state_size = sizeof(struct test_env),
+                                                            .init = test_keep_env,
+                                                            .ops.router = { .route = weigher_route });
+
+struct listener { int32_t n; struct { int32_t object, n_tokens; float score; } heard[16]; };
+
+static int listener_insert(void *self, int32_t device, uint32_t object, const struct moe_access *a)
+{
+    struct listener *s = self;
+    (void)device;
+    assert_in_range(s->n, 0, 15);
+    s->heard[s->n].object = (int32_t)object;
+    s->heard[s->n].n_tokens = a->n_tokens;
+    s->heard[s->n++].score = a->score;
+    return MOE_BYPASS;
+}
+
+static int listener_evict(void *self, int32_t device, const struct moe_access *cause, const struct moe_pinned *pinned,
+                          uint32_t *victim)
+{
+    (void)self, (void)device, (void)cause, (void)pinned, (void)victim;
+    return MOE_BYPASS;
+}
+
+static const struct moe_plugin listener_plugin = TEST_POLICY(MOE_OFFLOAD, "listener",
+                                                             .state_size = sizeof(struct listener),
+                                                             .ops.offload = { .insert = listener_insert,
+                                                                              .evict = listener_evict });
+
+/* Lays out a task per row, all on one stream. */
+static int rows_lay_out(void *self, const struct moe_traffic *in, struct moe_graph *g)
+{
+    const struct moe_env *env = ((const struct test_env *)self)->env;
+    const int64_t one = 1;
+    int32_t end = env->host->task_compute(env, g, &(struct moe_work){ .op = MOE_OP_COMBINE });
+    for (int64_t i = 0; i < in->routes->n; i++) {
+        int32_t id = env->host->task_experts(env, g, &(struct moe_expert_work){ .layer = in->layer, .n = 1,
+                                                                               .expert = &in->routes->expert[i],
+                                                                               .rows = &one, .fraction = 1 });
+        if (env->host->task_after(env, g, id, in->entry[0]) < 0 || env->host->task_after(env, g, end, id) < 0)
+            return MOE_EFAIL;
+    }
+    in->exit[0] = end;
+    return 0;
+}
+
+static const struct moe_plugin rows_plugin = TEST_POLICY(MOE_DISPATCH, "rows", .state_size = sizeof(struct test_env),
+                                                         .init = test_keep_env,
+                                                         .ops.dispatch = { .lay_out = rows_lay_out });
+
+static json_t *pair_spec(struct scratch *s, int layers, int k, const uint8_t *expert)
+{
+    json_t *spec = test_spec(test_description("rtx4090-pcie4", 1), test_trace(s, "pair", 2, 1, layers, 4, k, expert),
+                             layers, 4, k, 2, 1);
+    test_policy(spec, "offload", "lru");
+    test_set(spec, NULL, "cache", json_real(0.75));
+    return spec;
+}
+
+/* Sums over the rows that an access serves; a layout that takes an expert's rows one by one names none of them. */
+static void scores_are_sums_of_gate_weights(void **state)
+{
+    static const uint8_t any[8] = { 0, 1, 0, 1, 0, 1, 0, 1 };
+    json_t *spec = pair_spec(*state, 2, 2, any);
+    for (int cut = 0; cut < 2; cut++) {
+        struct err e = { 0 };
+        struct run *r = test_open_run(spec, &e);
+        test_swap_policy(r, &r->router, &weigher_plugin);
+        test_swap_policy(r, &r->offload, &listener_plugin);
+        if (cut)
+            test_swap_policy(r, &r->dispatch, &rows_plugin);
+        test_ok(run_go(r), &e);
+        const struct listener *s = r->offload.self;
+        double sum[8] = { 0 };
+        for (int32_t i = 0; i < s->n; i++) {
+            sum[s->heard[i].object] += (double)s->heard[i].score;
+            assert_int_equal(s->heard[i].n_tokens, !cut && s->heard[i].object % 4 == 0 ? 2 : 1);
+        }
+        assert_int_equal(s->n, cut ? 8 : 6);
+        for (int layer = 0; layer < 2; layer++) {
+            assert_near(sum[4 * layer], 0.125 + 0.625, 1e-6);
+            assert_near(sum[4 * layer + 1], 0.875, 1e-6);
+            assert_near(sum[4 * layer + 2], 0.375, 1e-6);
+            assert_near(sum[4 * layer + 3], 0, 0);
+        }
+        test_close_run(r);
+    }
+    json_decref(spec);
+}
+
+/* The second row finds the expert in the cache, but its weights are still on their way. */
+static void hits_wait_for_weights_on_their_way(void **state)
+{
+    static const uint8_t zero[2] = { 0 };
+    struct err e = { 0 };
+    json_t *spec = pair_spec(*state, 1, 1, zero);
+    struct run *r = test_open_run(spec, &e);
+    test_swap_policy(r, &r->dispatch, &rows_plugin);
+    test_ok(run_go(r), &e);
+    assert_near(test_metric(r, METRIC_hit_rate, 0), 0.5, 1e-12);
+    assert_near(test_metric(r, METRIC_loaded_bytes, 0), 3e6, 1e-12);
+    const struct task *x = nth(r, TASK_LOAD, 0, 0);
+    assert_true(x->end - x->start > 0.9 * load);
+    for (int i = 0; i < 2; i++)
+        assert_true(nth(r, TASK_EXPERTS, 0, i)->start >= x->end);
+    test_close_run(r);
+    json_decref(spec);
+}
+
 #define WITH_SCRATCH(test) cmocka_unit_test_setup_teardown(test, scratch_make, scratch_remove)
 
 int main(void)
@@ -198,6 +329,8 @@ int main(void)
         WITH_SCRATCH(slots_are_free_after_their_last_use),
         WITH_SCRATCH(loads_wait_for_every_gate),
         WITH_SCRATCH(first_pass_decides_alike),
+        WITH_SCRATCH(scores_are_sums_of_gate_weights),
+        WITH_SCRATCH(hits_wait_for_weights_on_their_way),
     };
     cmocka_set_message_output(CM_OUTPUT_TAP);
     return cmocka_run_group_tests(tests, NULL, NULL);
