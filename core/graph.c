@@ -87,6 +87,8 @@ int32_t graph_compute(struct moe_graph *g, const struct moe_work *w, struct err 
         return ERR_RUN;
     if (check_fused(w->fused, e) < 0)
         return ERR_RUN;
+    if ((int)w->op < 0 || w->op > MOE_OP_OTHER)
+        return err_set(e, ERR_RUN, "compute task with op %d, expected 0 to %d", (int)w->op, MOE_OP_OTHER);
     if (!(w->flops >= 0) || !(w->bytes >= 0) || !isfinite(w->flops + w->bytes))
         return err_set(e, ERR_RUN, "compute task with flops %g, bytes %g", w->flops, w->bytes);
     return add(g, &(struct task){ .kind = TASK_COMPUTE, .op = w->op, .device = w->device, .stream = w->stream,
@@ -101,6 +103,8 @@ int32_t graph_experts(struct moe_graph *g, const struct moe_expert_work *w, stru
                       .first = g->n_experts, .n = w->n, .first_item = g->n_items, .fraction = w->fraction };
     if (check_fused(w->fused, e) < 0)
         return ERR_RUN;
+    if (w->layer != g->layer)
+        return err_set(e, ERR_RUN, "experts task of layer %d, expected %d", w->layer, g->layer);
     if (w->n < 0)
         return err_set(e, ERR_RUN, "experts task with %d experts", w->n);
     if (!(w->fraction > 0 && w->fraction <= 1))
@@ -134,6 +138,8 @@ int32_t graph_experts(struct moe_graph *g, const struct moe_expert_work *w, stru
 int32_t graph_exchange(struct moe_graph *g, const struct moe_exchange *x, struct err *e)
 {
     struct task t = { .kind = TASK_EXCHANGE, .payload = x->payload, .first = g->n_parts, .n = x->n_parts };
+    if ((int)x->payload < 0 || x->payload > MOE_PAY_BYTES)
+        return err_set(e, ERR_RUN, "exchange with payload %d, expected 0 to %d", (int)x->payload, MOE_PAY_BYTES);
     if (x->n_parts < 0)
         return err_set(e, ERR_RUN, "exchange with %d parts", x->n_parts);
     RESERVE(g->part_item, g->room_part_item, (int64_t)g->n_parts + x->n_parts, e);

@@ -51,6 +51,7 @@ static int check_routes(struct run *r, const struct moe_batch *b, const struct p
         return err_set(r->err, ERR_RUN, "%s: routes of %d tokens, expected %d", who, r->routes.n_tokens, b->n_tokens);
     /* The header has more than this version's pipeline carries; what it does not carry must not pass as plain. */
     const char *more = r->routes.form != MOE_TOKENS ? "slots or merged experts (form)"
+                     : r->routes.slot || r->routes.n_slots ? "tokens and slots at once (slot)"
                      : r->routes.skip ? "tokens that skip the layer (skip)"
                      : r->routes.layer ? "experts of other layers (layer)"
                      : r->routes.again ? "another round in the same layer (again)" : NULL;

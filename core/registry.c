@@ -144,6 +144,10 @@ static int check(const struct moe_plugin *p, enum moe_kind kind, const char *nam
     }
     if (missing)
         return err_set(e, ERR_INPUT, "%s: required hook missing: %s", path, missing);
+    const struct moe_offload_ops *o = &p->ops.offload;
+    if (kind == MOE_OFFLOAD && !o->insert && (o->hit || o->remove || o->observe))
+        return err_set(e, ERR_INPUT, "%s: hooks without insert and evict, which nothing would call: %s", path,
+                       o->hit ? "hit" : o->remove ? "remove" : "observe");
     return param_check_table(p, path, e);
 }
 

@@ -88,6 +88,9 @@ fails 'router bad, step 1, layer 0: token 1: expert -1, expected 0 to 7' bad_rou
 fails 'router bad, step 1, layer 0: token 1: offsets decrease from 1099511627776 to 4' bad_router.c -DFAULT_OFFSETS
 fails 'router bad, step 1, layer 0: routes say 31 entries, offsets run from 0 to 32' bad_router.c -DFAULT_COUNT
 fails 'router bad, step 1, layer 0: routes with slots or merged experts \(form\)' bad_router.c -DFAULT_FORM
+for fault in SLOT N_SLOTS; do
+    fails 'router bad, step 1, layer 0: routes with tokens and slots at once \(slot\)' bad_router.c "-DFAULT_$fault"
+done
 fails 'router bad, step 1, layer 0: routes with tokens that skip the layer' bad_router.c -DFAULT_SKIP
 fails 'router bad, step 1, layer 0: routes with another round in the same layer' bad_router.c -DFAULT_AGAIN
 fails 'router bad, step 1, layer 0: routes with experts of other layers' bad_router.c -DFAULT_LAYER
@@ -158,6 +161,10 @@ undriven balancer loss 'has hook loss,'
 for use in saliency similarity; do undriven placement $use "needs the $use of experts,"; done
 for use in prefetch assign form precision; do undriven offload $use "has hook $use,"; done
 undriven offload local 'MOE_LOCAL'
+for use in hit remove observe; do
+    build undriven.c "-DUSE_$use" -DKIND_offload -DRESIDENT
+    run_expect 2 "x.lua:2: offload bad: .*: hooks without insert and evict, .*: $use" "$moelab" run x.lua --out undriven
+done
 
 # A file of another maker under one of our names runs, and the manifest tells.
 mkdir -p shadow

@@ -79,6 +79,12 @@ static void refuses(void **state)
     REFUSED(graph_compute(&g, &(struct moe_work){ .flops = -1 }, &e), "flops -1");
     REFUSED(graph_compute(&g, &(struct moe_work){ .bytes = NAN }, &e), "bytes nan");
     REFUSED(graph_compute(&g, &(struct moe_work){ .fused = true }, &e), "fused");
+    REFUSED(graph_compute(&g, &(struct moe_work){ .op = (enum moe_op)9 }, &e), "compute task with op 9", "0 to 6");
+    REFUSED(graph_compute(&g, &(struct moe_work){ .op = (enum moe_op)-3 }, &e), "op -3", "0 to 6");
+    REFUSED(graph_exchange(&g, &(struct moe_exchange){ (enum moe_payload)3, 0, NULL }, &e), "exchange with payload 3",
+            "0 to 2");
+    REFUSED(graph_exchange(&g, &(struct moe_exchange){ (enum moe_payload)-1, 0, NULL }, &e), "payload -1");
+    REFUSED(graph_experts(&g, &(struct moe_expert_work){ .layer = 3, .fraction = 1 }, &e), "of layer 3", "expected 0");
     REFUSED(graph_experts(&g, &(struct moe_expert_work){ .n = 0, .fraction = 1, .fused = true }, &e), "fused");
     REFUSED(graph_exchange(&g, &(struct moe_exchange){ MOE_PAY_BYTES, 1, &(struct moe_part){ 0, 1, 1, 0, NULL, 2 } },
                            &e),

@@ -39,8 +39,9 @@ static void flat_layer(struct moe_graph *g, int32_t n, int chunks, int64_t (*row
             int32_t last = test_arrival(g, out, d);
             for (int i = 0; i < chunks; i++) {
                 int64_t part = into[d] * (i + 1) / chunks - into[d] * i / chunks;
-                int32_t x = graph_experts(g, &(struct moe_expert_work){ .device = d, .n = 1, .expert = (int32_t[]){ 0 },
-                                                                        .rows = &part, .fraction = 1 }, &e);
+                int32_t x = graph_experts(g, &(struct moe_expert_work){ .device = d, .layer = g->layer, .n = 1,
+                                                                        .expert = (int32_t[]){ 0 }, .rows = &part,
+                                                                        .fraction = 1 }, &e);
                 test_after(g, x, last);
                 last = x;
             }
@@ -152,6 +153,7 @@ static void step_figures(void **state)
                                                                &(struct moe_part){ 4, 12, 100e3, 0, NULL, 0 } }, &e);
     g.task[moved].moves_weights = true;
     graph_load(&g, 5, topology_host(t, 0), 0, 63e9 * 0.85 * 10 * US, &e);
+    graph_load(&g, 6, topology_host(t, 0), 0, 63e9 * 0.85 * 5 * US, &e); /* beside it: the longest counts */
     double seconds = test_run_graph(t, NET_EXACT, &g);
     test_ok(metrics_step(&m, &g, t, 300, seconds, &e), &e);
     assert_int_equal(m.n_steps, 1);
@@ -197,12 +199,15 @@ static void summary_of_steps(void **state)
         for (int s = 0; s < N; s++)
             m.value[i][s] = NAN;
     }
-    const double step[N] = { 4, 1, 3, 2 }, tokens = 60, hit[N] = { 0.5, NAN, 1, 0 }, accesses[N] = { 10, NAN, 1, 1 };
+    const double step[N] = { 4, 1, 3, 2 }, tokens = 60, hit[N] = { 0.5, NAN, 1, 0 }, accesses[N] = { 10, NAN, 4, 1 };
+    const double bound[N] = { 1, 1, 3, 2 };
     for (int s = 0; s < N; s++) {
         m.value[METRIC_step_s][s] = step[s];
         m.value[METRIC_tokens_per_s][s] = tokens / step[s];
         m.value[METRIC_hit_rate][s] = hit[s];
         m.value[METRIC_accesses][s] = accesses[s];
+        m.value[METRIC_bound_s][s] = bound[s];
+        m.value[METRIC_over_bound][s] = step[s] / bound[s];
     }
     json_t *all = metrics_json(&m);
     assert_near(summary(all, "step_s", "mean"), 2.5, 1e-12);
@@ -212,7 +217,8 @@ static void summary_of_steps(void **state)
     assert_near(summary(all, "step_s", "max"), 4, 0);
     assert_near(summary(all, "tokens_per_s", "mean"), 4 * tokens / 10, 1e-12); /* all tokens / all time */
     assert_near(summary(all, "tokens_per_s", "max"), 60, 1e-12);
-    assert_near(summary(all, "hit_rate", "mean"), 6.0 / 12, 1e-12); /* all hits / all accesses */
+    assert_near(summary(all, "hit_rate", "mean"), 9.0 / 15, 1e-12); /* all hits / all accesses */
+    assert_near(summary(all, "over_bound", "mean"), 10.0 / 7, 1e-12); /* all time / all bounds */
     assert_near(summary(all, "hit_rate", "p50"), 0.5, 1e-12);       /* of the steps that had any */
     assert_null(json_object_get(all, "migration_s"));               /* never applied */
     json_decref(all);
