@@ -174,8 +174,10 @@ struct moe_host {
     /* A task that ends when everything that `exchange` carries to `device` has arrived. */
     int32_t (*task_arrival)(const struct moe_env *, struct moe_graph *, int32_t exchange, int32_t device);
     int (*task_after)(const struct moe_env *, struct moe_graph *, int32_t task, int32_t before);
-    /* A graph to try: same builders, thrown away at the end of the hook; and how long the flow model of the run's
-     * machine says it takes (tier flow: concurrent exchanges share links). MOE_EUNSUPPORTED where there is no model. */
+    /* A graph to try: same builders, thrown away at the end of the hook; NULL after fail(). It starts with one empty
+     * task per device: in a trial, the task after which device d's tokens are ready is d, not entry[d]. And how long the
+     * flow model of the run's machine says it takes (tier flow: concurrent exchanges share links). MOE_EUNSUPPORTED
+     * where there is no model: an answer, not a failure, so a policy can go on without. */
     struct moe_graph *(*graph_try)(const struct moe_env *);
     int (*estimate)(const struct moe_env *, struct moe_graph *, double *seconds);
 };
@@ -378,7 +380,7 @@ struct moe_access {
     int32_t step, layer, expert;
     enum moe_phase phase;
     int32_t n_tokens;          /* rows that this access serves */
-    float score;               /* sum of gate weights; 0 if not known */
+    float score;               /* sum of their gate weights; 0 if not known */
     double bytes;              /* of the object, at the precision it is stored in; 0 where only objects are counted */
     bool prefetch;             /* brought in before it was asked for */
 };

@@ -255,6 +255,8 @@ static int32_t host_task_compute(const struct moe_env *env, struct moe_graph *g,
 
 static int32_t host_task_experts(const struct moe_env *env, struct moe_graph *g, const struct moe_expert_work *w)
 {
+    if (g == &of_env(env)->trial && w->layer >= 0 && w->layer < env->model->n_layers)
+        g->layer = w->layer; /* of any layer, even of several */
     BUILD(env, graph_experts(g, w, err_));
 }
 
@@ -278,6 +280,9 @@ static struct moe_graph *host_graph_try(const struct moe_env *env)
     struct policy *p = of_env(env);
     graph_reset(&p->trial);
     p->trial.n_devices = env->topology->n_devices;
+    for (int32_t d = 0; d < p->trial.n_devices; d++) /* what entry[d] is in the layer's graph */
+        if (graph_join(&p->trial, err_of(env)) < 0)
+            return NULL;
     return &p->trial;
 }
 
@@ -286,7 +291,7 @@ static int host_estimate(const struct moe_env *env, struct moe_graph *g, double 
     struct policy_context *c = of_env(env)->context;
     struct machine *m = c->machine;
     if (!m || (strcmp(m->ops->name, "flow") && strcmp(m->ops->name, "simgrid")))
-        return host_fail(env, MOE_EUNSUPPORTED, "this machine has no model to ask for an estimate");
+        return MOE_EUNSUPPORTED; /* an answer: a policy may go on without */
     struct machine trial;
     if (machine_open_sim(&trial, c->topology, c->model, m->precision, NET_FLOW, c->err) < 0)
         return MOE_EFAIL;

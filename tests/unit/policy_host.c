@@ -233,7 +233,10 @@ static struct moe_graph *host_graph_try(const struct moe_env *env)
 {
     struct moe_graph *g = must(calloc(1, sizeof *g));
     g->next = host_of(env)->tries;
-    return host_of(env)->tries = g;
+    host_of(env)->tries = g;
+    for (int32_t d = 0; d < env->topology->n_devices; d++) /* after which device d's tokens are ready */
+        add_task(g, (struct policy_task){.kind = TASK_COMPUTE, .device = d});
+    return g;
 }
 
 static int host_estimate(const struct moe_env *env, struct moe_graph *g, double *seconds)

@@ -61,6 +61,23 @@ static void layers_and_shared_experts(void **state)
     json_decref(spec);
 }
 
+/* In decode every token reads the keys and values of its own context. */
+static void every_token_reads_its_context(void **state)
+{
+    static const uint8_t all_zero[8] = { 0 };
+    const double rows = 4, context = 1e5;
+    struct err e = { 0 };
+    json_t *spec = test_spec(star(1), test_trace(*state, "zero", 2, 4, 1, 2, 1, all_zero), 1, 2, 1, (int)rows, 1);
+    test_set(spec, "workload", "context", json_integer((json_int_t)context));
+    struct run *r = test_open_run(spec, &e);
+    test_ok(run_go(r), &e);
+    assert_near(test_metric(r, METRIC_attention_s, 0),
+                by_hand(&h100, rows * (8 * 1000 * 800 + 4 * context * 800), 4 * 1000 * 800 + rows * context * 3200),
+                1e-9);
+    test_close_run(r);
+    json_decref(spec);
+}
+
 static void warmup_is_left_out(void **state)
 {
     struct scratch *s = *state;
@@ -210,6 +227,73 @@ static void transitions_are_counted_on_the_way(void **state)
     json_decref(spec);
 }
 
+/* ---- replicas ---- */
+
+/* Expert 0 on the second device of each node, expert 1 on the first device. */
+static int twin_place(void *self, const struct moe_stats *stats, struct moe_placement *out)
+{
+    const struct moe_env *env = ((const struct test_env *)self)->env;
+    (void)stats;
+    return env->host->place(env, out, 0, 0, 1, 1) < 0 || env->host->place(env, out, 0, 0, 9, 1) < 0 ||
+                   env->host->place(env, out, 0, 1, 0, 1) < 0 ? MOE_EFAIL : 0;
+}
+
+static const struct moe_plugin twin_plugin = TEST_POLICY(MOE_PLACEMENT, "twin", .state_size = sizeof(struct test_env),
+                                                         .init = test_keep_env,
+                                                         .ops.placement = { .place = twin_place });
+
+static void replicas_on_the_node_come_first(void **state)
+{
+    static const uint8_t all_zero[16] = { 0 };
+    struct err e = { 0 };
+    json_t *spec = test_spec(test_description("dgx-h100", 2), test_trace(*state, "zero", 16, 1, 1, 2, 1, all_zero), 1,
+                             2, 1, 1, 1);
+    struct run *r = test_open_run(spec, &e);
+    test_swap_policy(r, &r->placement, &twin_plugin);
+    test_ok(run_go(r), &e);
+    for (int32_t t = 0; t < 16; t++)
+        assert_int_equal(r->to[t], t < 8 ? 1 : 9);
+    assert_near(test_metric(r, METRIC_inter_node_bytes, 0), 0, 0);
+    assert_near(test_metric(r, METRIC_intra_node_bytes, 0), 2 * 14 * 1000, 1e-12); /* 9 and 1 have their own */
+    test_close_run(r);
+    json_decref(spec);
+}
+
+/* ---- a balancer that drops ---- */
+
+static int halve(void *self, const struct moe_batch *b, const float *scores, const struct moe_placement *p,
+                 struct moe_routes *io)
+{
+    (void)self, (void)b, (void)scores, (void)p;
+    for (int32_t t = 0; t < io->n_tokens; t++) {
+        io->expert[t] = io->expert[io->offset[t]];
+        io->weight[t] = io->weight[io->offset[t]];
+    }
+    for (int32_t t = 0; t <= io->n_tokens; t++)
+        io->offset[t] = t;
+    io->n = io->n_tokens;
+    return 0;
+}
+
+static const struct moe_plugin halve_plugin = TEST_POLICY(MOE_BALANCER, "halve", .ops.balancer = { .rewrite = halve });
+
+static void dropped_is_a_share_of_all_layers(void **state)
+{
+    static const uint8_t both[32] = { 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1,
+                                      0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1 };
+    struct err e = { 0 };
+    json_t *spec = test_spec(star(2), test_trace(*state, "both", 2, 4, 2, 2, 2, both), 2, 2, 2, 1, 2);
+    struct run *r = test_open_run(spec, &e);
+    test_ok(policy_open(&r->balancer[r->n_balancers++], &r->context, &halve_plugin, NULL, "test", &e), &e);
+    test_ok(run_go(r), &e);
+    for (int s = 0; s < 2; s++) {
+        assert_near(test_metric(r, METRIC_routes, s), 8, 0);
+        assert_near(test_metric(r, METRIC_dropped, s), 0.5, 1e-12);
+    }
+    test_close_run(r);
+    json_decref(spec);
+}
+
 /* ---- a balancer that plans ---- */
 
 struct planner { struct moe_plan plan; struct moe_split split[4]; struct moe_weight_move move[4]; int64_t load; };
@@ -355,6 +439,56 @@ static void estimates_share_links(void **state)
     test_close_run(r);
     json_decref(spec);
     topology_free(t);
+}
+
+struct careful { struct test_env env; int n, code; double seconds; };
+
+static int careful_build(const struct moe_traffic *in, const struct moe_env *env, struct moe_graph *g, int32_t entry)
+{
+    int64_t rows = in->routes->n;
+    int32_t x = env->host->task_experts(env, g, &(struct moe_expert_work){ .layer = in->layer, .n = 1,
+                                                                          .expert = in->routes->expert, .rows = &rows,
+                                                                          .fraction = 1 });
+    return x < 0 || env->host->task_after(env, g, x, entry) < 0 ? MOE_EFAIL : x;
+}
+
+/* Tries what it then lays out, and goes on where nobody can say how long that takes. */
+static int careful_lay_out(void *self, const struct moe_traffic *in, struct moe_graph *g)
+{
+    struct careful *s = self;
+    const struct moe_env *env = s->env.env;
+    struct moe_graph *trial = env->host->graph_try(env);
+    if (careful_build(in, env, trial, 0) < 0)
+        return MOE_EFAIL;
+    s->n++;
+    s->code = env->host->estimate(env, trial, &s->seconds);
+    in->exit[0] = careful_build(in, env, g, in->entry[0]);
+    return in->exit[0] < 0 ? MOE_EFAIL : 0;
+}
+
+static const struct moe_plugin careful_plugin = TEST_POLICY(MOE_DISPATCH, "careful",
+                                                            .state_size = sizeof(struct careful), .init = test_keep_env,
+                                                            .ops.dispatch = { .lay_out = careful_lay_out });
+
+static void trials_are_laid_out_alike(void **state)
+{
+    static const uint8_t all_zero[16] = { 0 };
+    json_t *spec = test_spec(star(1), test_trace(*state, "zero", 2, 4, 2, 2, 1, all_zero), 2, 2, 1, 1, 1);
+    for (int model = 0; model < 2; model++) {
+        struct err e = { 0 };
+        struct run *r = test_open_run(spec, &e);
+        test_swap_policy(r, &r->dispatch, &careful_plugin);
+        if (!model)
+            r->context.machine = NULL;
+        test_ok(run_go(r), &e);
+        const struct careful *s = r->dispatch.self;
+        assert_int_equal(s->n, 2); /* layers */
+        assert_int_equal(s->code, model ? MOE_OK : MOE_EUNSUPPORTED);
+        if (model)
+            assert_near(s->seconds, experts(&h100, 1, 1), 1e-9);
+        test_close_run(r);
+    }
+    json_decref(spec);
 }
 
 /* ---- what policies may not do ---- */
@@ -511,13 +645,17 @@ int main(void)
     const struct CMUnitTest tests[] = {
         WITH_SCRATCH(one_layer_two_devices),
         WITH_SCRATCH(layers_and_shared_experts),
+        WITH_SCRATCH(every_token_reads_its_context),
         WITH_SCRATCH(warmup_is_left_out),
         WITH_SCRATCH(machines_change_no_decision),
         WITH_SCRATCH(migration_is_counted_and_timed),
         WITH_SCRATCH(transitions_are_counted_on_the_way),
+        WITH_SCRATCH(replicas_on_the_node_come_first),
+        WITH_SCRATCH(dropped_is_a_share_of_all_layers),
         WITH_SCRATCH(plans_move_rows_and_weights),
         WITH_SCRATCH(plans_that_cannot_be),
         WITH_SCRATCH(estimates_share_links),
+        WITH_SCRATCH(trials_are_laid_out_alike),
         WITH_SCRATCH(rogues_are_named),
         WITH_SCRATCH(bad_specifications),
     };
