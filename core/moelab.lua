@@ -409,6 +409,9 @@ end
 --- What `moelab eval KIND NAME` prints, as a table: options as on its command line (doc/eval.md), input as a table.
 function moe.eval(kind, name, options)
   local o = {}
+  if type(kind) ~= "string" or type(name) ~= "string" then
+    fail(text_of(here()), "moe.eval: expected (kind, name, options), found a %s and a %s", type(kind), type(name))
+  end
   if type(options) ~= "table" then
     fail(text_of(here()), "moe.eval: options: expected a table, found %s", type(options))
   end

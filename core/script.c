@@ -331,13 +331,13 @@ static void remove_synthetic(const struct script *s)
         rmdir(s->synth_dir);
 }
 
-/* Where the error arose is in front of every message that Lua makes; keep what a native function said of its own. */
+/* Where the error arose is in front of every message by now; keep the code of what a native function said. */
 static int fail_from_lua(struct script *s, lua_State *L)
 {
     const char *text = lua_tostring(L, -1);
     int code = s->err.code ? s->err.code : ERR_INPUT;
     memset(&s->err, 0, sizeof s->err);
-    return err_set(&s->err, code, "%s", text ? text : "the script raised something that is not a message");
+    return err_set(&s->err, code, "%s", text ? text : "an error while the script's last one was reported");
 }
 
 int script_run(const char *path, const struct script_options *options, json_t **claims, struct err *e)
@@ -355,9 +355,9 @@ int script_run(const char *path, const struct script_options *options, json_t **
         L = new_state(&s, options->unsafe);
         if (!L)
             err_set(&s.err, ERR_MEMORY, "out of memory for Lua");
-        else if (open_modules(L, options->unsafe), load_text(L, path, &s.err) == 0) {
+        else if (open_modules(L, options->unsafe), lua_pushcfunction(L, script_place_error), load_text(L, path, &s.err) == 0) {
             script_clock_start(L, options->timeout_s);
-            int status = lua_pcall(L, 0, 0, 0);
+            int status = lua_pcall(L, 0, 0, -2);
             script_clock_stop(L, NULL);
             if (status == LUA_ERRMEM)
                 err_set(&s.err, ERR_MEMORY, "%s: the script holds more than %d MiB", path, MAX_SCRIPT_BYTES >> 20);

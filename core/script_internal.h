@@ -42,6 +42,9 @@ void script_policy_forget(void);
 
 /* Raises an error that begins with the scenario's file and line, if one is running. Does not return. */
 int script_error(lua_State *, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
+/* Handler of a pcall, while the call that failed is still there: every message begins with the file and line of the
+ * scenario, or of its module, whatever C function raised it and wherever in the prelude. */
+int script_place_error(lua_State *);
 /* The string argument at `index`; one with a NUL in it, which would end a path early, is an error. */
 const char *script_text(lua_State *, int index);
 /* File and line of the innermost function from `level` on that is not the prelude's. */

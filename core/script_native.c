@@ -34,6 +34,17 @@ void script_where(lua_State *L, int level, const char **file, int *line)
     *line = 0;
 }
 
+/* Raises the error of what the scenario asked for here: its file and line come first. */
+static int raise_here(lua_State *L, struct err *e)
+{
+    const char *file;
+    int line;
+    script_where(L, 0, &file, &line);
+    if (line > 0)
+        err_prefix(e, "%s:%d", file, line);
+    return script_raise(L, e);
+}
+
 int script_error(lua_State *L, const char *fmt, ...)
 {
     struct err e = { 0 };
@@ -56,8 +67,42 @@ const char *script_text(lua_State *L, int index)
 {
     size_t length;
     const char *text = luaL_checklstring(L, index, &length);
-    luaL_argcheck(L, strlen(text) == length, index, "a string with a NUL in it");
+    if (strlen(text) != length)
+        script_error(L, "\"%s\" goes on after a NUL: a string with a NUL in it is no name", text);
     return text;
+}
+
+/* Whether a message begins with a script's file and line; `after` is then what follows them. */
+static bool has_place(const struct script *s, const char *text, const char **after)
+{
+    size_t n = strlen(s->path);
+    const char *at = !strncmp(text, s->path, n) && text[n] == ':' ? text + n : strstr(text, ".lua:");
+    if (!at)
+        return false;
+    at = strchr(at, ':') + 1;
+    size_t digits = strspn(at, "0123456789");
+    *after = at + digits + 2;
+    return digits > 0 && !strncmp(at + digits, ": ", 2);
+}
+
+int script_place_error(lua_State *L)
+{
+    const char *text = lua_type(L, 1) == LUA_TSTRING ? lua_tostring(L, 1) : NULL, *file, *after;
+    int line;
+    if (!text)
+        text = lua_pushfstring(L, "raised a %s, expected a message", luaL_typename(L, 1));
+    else if (has_place(script_of(L), text, &after)) {
+        const char *prelude = strstr(text, "core/moelab");
+        if (!prelude || prelude > after)
+            return 1;
+        text = after;
+    }
+    script_where(L, 1, &file, &line);
+    if (line > 0)
+        lua_pushfstring(L, "%s:%d: %s", file, line, text);
+    else
+        lua_pushfstring(L, "%s: %s", file, text); /* a tail call left nothing of the script */
+    return 1;
 }
 
 /* where(level): file and line of the caller's caller..., as in messages. */
@@ -220,7 +265,7 @@ static int n_synth(lua_State *L)
     lua_getfield(L, 1, "like");
     const char *model = lua_tostring(L, -1);
     if (model && trace_open(&like, model, &e) < 0)
-        return script_raise(L, &e);
+        return raise_here(L, &e);
     lua_getfield(L, 1, "logits");
     struct trace_synth t = {
         .n_layers = (int32_t)field_number(L, 1, "layers", like.n_layers, 1, 1000),
@@ -238,7 +283,7 @@ static int n_synth(lua_State *L)
         trace_synth_like(&t, &like, NULL, &e);
         trace_close(&like);
         if (e.code)
-            return script_raise(L, &e);
+            return raise_here(L, &e);
     }
     if (!s->synth_dir[0]) {
         const char *tmp = getenv("TMPDIR");
@@ -246,13 +291,13 @@ static int n_synth(lua_State *L)
         if (!mkdtemp(s->synth_dir)) {
             err_set(&e, ERR_IO, "cannot make %s for synthetic traces: %s", s->synth_dir, strerror(errno));
             s->synth_dir[0] = '\0';
-            return script_raise(L, &e);
+            return raise_here(L, &e);
         }
         script_watch_synth(s->synth_dir);
     }
     snprintf(dir, sizeof dir, "%s/%d", s->synth_dir, s->n_synth);
     if (trace_synthesise(&t, dir, &e) < 0)
-        return script_raise(L, &e);
+        return raise_here(L, &e);
     s->n_synth++;
     lua_pushstring(L, dir);
     push_synth(L, &t, model);
@@ -268,7 +313,7 @@ static int n_eval(lua_State *L)
     json_t *result = eval(kind, name, options, script_of(L)->options->unsafe, &e);
     json_decref(options);
     if (!result)
-        return script_raise(L, &e);
+        return raise_here(L, &e);
     script_push_json(L, result);
     json_decref(result);
     return 1;
@@ -290,7 +335,7 @@ static int n_run(lua_State *L)
     json_decref(axes);
     if (e.code) {
         json_decref(results);
-        return script_raise(L, &e);
+        return e.code == ERR_INPUT ? script_raise(L, &e) : raise_here(L, &e); /* a run's input says where it is from */
     }
     for (size_t i = 0; i < json_array_size(results); i++) {
         const char *error = json_string_value(json_object_get(json_array_get(results, i), "error"));
@@ -310,7 +355,7 @@ static int n_write(lua_State *L)
     size_t n;
     struct err e = { 0 };
     const char *name = script_text(L, 1), *text = luaL_checklstring(L, 2, &n);
-    return record_file(&script_of(L)->record, name, text, n, &e) < 0 ? script_raise(L, &e) : 0;
+    return record_file(&script_of(L)->record, name, text, n, &e) < 0 ? raise_here(L, &e) : 0;
 }
 
 /* draw(name): NAME.gp by gnuplot, if there is one. */

@@ -86,9 +86,13 @@ static void ring(int signal_number)
         lua_sethook(clocked, on_clock, LUA_MASKCOUNT | LUA_MASKCALL | LUA_MASKRET, 1);
         return;
     }
-    static const char text[] = "moelab: the script did not end within --run-timeout, and is inside one call of a "
-                               "library\n";
-    if (write(STDERR_FILENO, text, sizeof text - 1) < 0) {
+    char text[800];
+    const char *file;
+    int line; /* the state can be read: for the whole interval it has stood still inside the call */
+    script_where(clocked, 0, &file, &line);
+    int n = snprintf(text, sizeof text, "moelab: %.600s:%d: the script did not end within --run-timeout, and is inside "
+                     "one call of a library\n", file, line);
+    if (n < 0 || write(STDERR_FILENO, text, (size_t)n) < 0) {
         /* nobody to tell */
     }
     remove_leftovers();

@@ -41,7 +41,20 @@ refused_text 'x\.lua:3: .* near' $'local y = 1\nlocal z = = 2'
 printf '\033Lua' >x.lua
 refused 'x\.lua: is Lua bytecode, expected text' x.lua
 refused_text 'x\.lua:3: attempt to index a nil value' $'local y\nprint(y.z)'
-refused_text 'not a message' 'error({})'
+refused_text '^moelab: x\.lua:2: raised a table, expected a message' 'error({})'
+refused_text '^moelab: x\.lua:3: raised a nil, expected a message' $'local y\nerror()'
+refused_text '^moelab: x\.lua:2: no place' 'error("no place", 0)'
+# What C functions and the prelude say, too.
+refused_text '^moelab: x\.lua:3: "\.\./x" is not a file name' $'local y\nmoe.write("../x", "y")'
+refused_text '^moelab: x\.lua:2: runs\.jsonl is moelab.s own' 'moe.write("runs.jsonl", "x")'
+refused_text '^moelab: x\.lua:2: "a" goes on after a NUL' 'moe.write("a\0b", "x")'
+refused_text '^moelab: x\.lua:3: placement eplb: .*replicas = 5 is not a multiple' \
+    $'local load = { { 1, 2, 3, 4 } }
+moe.eval("placement", "eplb", { input = { load = load, devices = 2, replicas = 5 } })'
+refused_text '^moelab: x\.lua:2: moe.eval: expected \(kind, name, options\), found a table and a nil' 'moe.eval({})'
+refused_text '^moelab: x\.lua:2: attempt to index a number value' 'local x = moe.value(1, "step_s")'
+refused_text '^moelab: x\.lua:3: .*9' \
+    $'local w = moe.decode { trace = moe.synth { layers = 2, experts = 8, top_k = 9 } }\ntiny.experiment { workload = w }'
 refused_text 'x\.lua:2: module "nowhere" not found' 'require "nowhere"'
 printf 'return = 1\n' >broken.lua
 refused_text 'broken\.lua:1: ' 'require "broken"'
@@ -180,7 +193,7 @@ refused_with 'no trace at "tiny-moe"' "$workload"
 
 refused_text 'x\.lua:2: the script did not end within 0\.2 s \(--run-timeout\)' 'while true do end' --run-timeout 0.2
 refused_text 'did not end within 0\.2 s' 'while true do pcall(function() while true do end end) end' --run-timeout 0.2
-refused_text 'did not end within --run-timeout, and is inside one call' \
+refused_text '^moelab: x\.lua:2: the script did not end within --run-timeout, and is inside one call' \
     'string.find(("a"):rep(1e5), (".-"):rep(20) .. "b")' --run-timeout 0.2
 refused_text 'did not end within --run-timeout' \
     'xpcall(function() while true do end end, function() while true do end end)' \
