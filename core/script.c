@@ -355,7 +355,8 @@ int script_run(const char *path, const struct script_options *options, json_t **
         L = new_state(&s, options->unsafe);
         if (!L)
             err_set(&s.err, ERR_MEMORY, "out of memory for Lua");
-        else if (open_modules(L, options->unsafe), lua_pushcfunction(L, script_place_error), load_text(L, path, &s.err) == 0) {
+        else if (open_modules(L, options->unsafe), lua_pushcfunction(L, script_place_error),
+                 load_text(L, path, &s.err) == 0) {
             script_clock_start(L, options->timeout_s);
             int status = lua_pcall(L, 0, 0, -2);
             script_clock_stop(L, NULL);

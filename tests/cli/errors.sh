@@ -54,7 +54,8 @@ moe.eval("placement", "eplb", { input = { load = load, devices = 2, replicas = 5
 refused_text '^moelab: x\.lua:2: moe.eval: expected \(kind, name, options\), found a table and a nil' 'moe.eval({})'
 refused_text '^moelab: x\.lua:2: attempt to index a number value' 'local x = moe.value(1, "step_s")'
 refused_text '^moelab: x\.lua:3: .*9' \
-    $'local w = moe.decode { trace = moe.synth { layers = 2, experts = 8, top_k = 9 } }\ntiny.experiment { workload = w }'
+    $'local w = moe.decode { trace = moe.synth { layers = 2, experts = 8, top_k = 9 } }\n'\
+$'tiny.experiment { workload = w }'
 refused_text 'x\.lua:2: module "nowhere" not found' 'require "nowhere"'
 printf 'return = 1\n' >broken.lua
 refused_text 'broken\.lua:1: ' 'require "broken"'
