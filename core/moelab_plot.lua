@@ -137,5 +137,5 @@ function Runs:plot(o)
   end
   gp[#gp + 1] = #parts > 0 and "plot " .. table.concat(parts, ", \\\n     ") or "# nothing to plot: every run failed"
   native.write(stem .. ".gp", table.concat(gp, "\n") .. "\n")
-  if #parts > 0 then native.draw(stem .. ".gp") end
+  if #parts > 0 then native.draw(stem) end
 end

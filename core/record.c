@@ -14,7 +14,6 @@
 #include <string.h>
 #include <sys/file.h>
 #include <sys/stat.h>
-#include <sys/wait.h>
 #include <unistd.h>
 
 enum { SCHEMA = 2 }; /* of runs.jsonl and manifest.json: raised when a key's meaning changes */
@@ -70,8 +69,7 @@ static bool has_file(const char *dir, const char *name)
     return access(path, F_OK) == 0;
 }
 
-/* Stays in the directory, and is nobody's option. */
-static bool is_plain(const char *name)
+bool record_is_plain(const char *name)
 {
     return *name && *name != '.' && *name != '-' && !strchr(name, '/') && strlen(name) <= 200;
 }
@@ -139,7 +137,7 @@ int record_open(struct record *r, const char *out, struct err *e)
 
 int record_file(struct record *r, const char *name, const char *text, size_t n, struct err *e)
 {
-    if (!is_plain(name))
+    if (!record_is_plain(name))
         return err_set(e, ERR_INPUT, "\"%s\" is not a file name (no slashes, no leading dot or dash)", name);
     if (!strcmp(name, "runs.jsonl") || !strcmp(name, "manifest.json"))
         return err_set(e, ERR_INPUT, "%s is moelab's own; choose another name", name);
@@ -265,38 +263,4 @@ void record_abandon(struct record *r)
     if (r->lock >= 0)
         close(r->lock);
     r->open = false;
-}
-
-int record_draw(struct record *r, const char *gp, struct err *e)
-{
-    int fd[2];
-    char text[400] = "";
-    if (!is_plain(gp))
-        return err_set(e, ERR_INPUT, "\"%s\" is not a file name", gp);
-    if (pipe(fd) < 0)
-        return err_set(e, ERR_IO, "cannot make a pipe: %s", strerror(errno));
-    fflush(NULL);
-    pid_t pid = fork();
-    if (pid == 0) {
-        dup2(fd[1], 2);
-        dup2(fd[1], 1);
-        close(fd[0]);
-        if (chdir(r->part) == 0)
-            execlp("gnuplot", "gnuplot", gp, (char *)NULL);
-        _exit(errno == ENOENT ? 127 : 126);
-    }
-    close(fd[1]);
-    size_t n = 0;
-    for (ssize_t got; pid > 0 && (got = read(fd[0], text + n, sizeof text - 1 - n)) > 0;)
-        n += (size_t)got;
-    close(fd[0]);
-    text[n] = '\0';
-    int status = 0;
-    if (pid < 0 || waitpid(pid, &status, 0) < 0)
-        return err_set(e, ERR_IO, "cannot start gnuplot: %s", strerror(errno));
-    if (WIFEXITED(status) && WEXITSTATUS(status) == 127)
-        return 1;
-    if (!WIFEXITED(status) || WEXITSTATUS(status) != 0)
-        return err_set(e, ERR_IO, "gnuplot %s failed: %s", gp, text);
-    return 0;
 }

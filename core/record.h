@@ -36,7 +36,11 @@ int record_commit(struct record *, const char *scenario, const json_t *overrides
 void record_abandon(struct record *);
 /* Removes a results directory (plain files and the directory itself). */
 void record_discard(const char *out);
-/* Draws NAME.gp in the directory with gnuplot. 0: drawn; 1: there is no gnuplot; < 0: gnuplot failed. */
-int record_draw(struct record *, const char *gp, struct err *);
+/* Whether a name stays in the directory, and is nobody's option. */
+bool record_is_plain(const char *name);
+/* Draws STEM.gp in the directory with gnuplot, in at most limit_s seconds. What it does not draw is no error of the
+ * scenario: its data are there. `why` says how gnuplot ended and its first words. record_draw.c */
+enum drawn { DRAWN, NO_GNUPLOT, GNUPLOT_FAILED, GNUPLOT_HANGS };
+enum drawn record_draw(struct record *, const char *stem, double limit_s, char *why, size_t room);
 
 #endif

@@ -20,7 +20,7 @@ struct script {
     struct err err;       /* of a native function, on its way through Lua */
     char synth_dir[300];   /* synthetic traces of this scenario, removed at the end */
     int n_synth;
-    bool no_gnuplot_told;
+    bool no_gnuplot, no_gnuplot_told;
     size_t bytes;         /* memory the script holds */
 };
 

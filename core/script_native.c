@@ -358,21 +358,26 @@ static int n_write(lua_State *L)
     return record_file(&script_of(L)->record, name, text, n, &e) < 0 ? raise_here(L, &e) : 0;
 }
 
-/* draw(name): NAME.gp by gnuplot, if there is one. */
+/* draw(stem): STEM.gp by gnuplot, if there is one that works; else a note, once, and the data are left. */
 static int n_draw(lua_State *L)
 {
+    enum { LIMIT_S = 60 };
     struct script *s = script_of(L);
-    struct err e = { 0 };
-    int code = record_draw(&s->record, luaL_checkstring(L, 1), &e);
-    if (code < 0)
-        return script_raise(L, &e);
-    if (code == 1 && !s->no_gnuplot_told) {
-        fprintf(stderr, "moelab: gnuplot is not installed: pictures are left as .gp and .dat; with it, run "
-                        "\"gnuplot NAME.gp\" in %s\n", s->record.out);
-        s->no_gnuplot_told = true;
-    }
-    lua_pushboolean(L, code == 0);
-    return 1;
+    const char *stem = luaL_checkstring(L, 1);
+    char why[700] = "gnuplot is not installed";
+    const double timeout = s->options->timeout_s;
+    if (s->no_gnuplot)
+        return 0;
+    script_clock_pause();
+    enum drawn drawn = record_draw(&s->record, stem, timeout > 0 && timeout < LIMIT_S ? timeout : LIMIT_S, why,
+                                   sizeof why);
+    script_clock_resume();
+    s->no_gnuplot = drawn == NO_GNUPLOT || drawn == GNUPLOT_HANGS; /* nor would the next one be drawn */
+    if (drawn != DRAWN && !s->no_gnuplot_told)
+        fprintf(stderr, "moelab: %s: pictures are left as .gp and .dat; with %s, run \"gnuplot NAME.gp\" in %s\n", why,
+                drawn == NO_GNUPLOT ? "it" : "one that works", s->record.out);
+    s->no_gnuplot_told |= drawn != DRAWN;
+    return 0;
 }
 
 /* claim(table): one row of published against ours, for `moelab reproduce`. */
