@@ -317,7 +317,9 @@ local function run_spec(run, where)
       policies[kind] = { policy_spec(kind, given, where) }
     end
   end
-  if math.type(run.seed) ~= "integer" then fail(at_key(where, "seed"), "seed: expected a whole number") end
+  if math.type(run.seed) ~= "integer" then
+    fail(at_key(where, "seed"), "seed: expected a whole number, found %s", check.shown(run.seed))
+  end
   if run.cache ~= nil then check_type(where, "experiment", "cache", run.cache, "number") end
   return {
     where = text_of(where), seed = run.seed, model = model_spec(run.model, where),

@@ -52,6 +52,12 @@ local function check_type(where, what, key, value, wanted)
   end
 end
 
+-- A value as messages show what was found. Not tostring(): a table's would be an address, or the scenario's function.
+local function shown(v)
+  if type(v) == "string" then return "\"" .. v .. "\"" end
+  return (type(v) == "number" or type(v) == "boolean") and tostring(v) or "a " .. type(v)
+end
+
 -- A plain copy of the options of a function that shows results. types: key -> type, or types separated by "|".
 local function options_of(where, what, given, types, required)
   if type(given) ~= "table" then fail(text_of(where), "%s: expected a table, found %s", what, type(given)) end
@@ -90,4 +96,5 @@ return {
   check_keys = check_keys,
   check_type = check_type,
   options_of = options_of,
+  shown = shown,
 }

@@ -134,6 +134,19 @@ static const char *json_kind(const json_t *v)
     return kind[json_typeof(v)];
 }
 
+const char *param_found(const json_t *v, char text[PARAM_FOUND])
+{
+    if (!json_is_number(v) && !(json_is_string(v) && json_string_length(v) + 3 <= PARAM_FOUND))
+        return json_kind(v);
+    if (json_is_string(v))
+        snprintf(text, PARAM_FOUND, "\"%s\"", json_string_value(v));
+    else if (json_is_integer(v))
+        snprintf(text, PARAM_FOUND, "%lld", (long long)json_integer_value(v));
+    else
+        snprintf(text, PARAM_FOUND, "%g", json_real_value(v));
+    return text;
+}
+
 static int own(struct param_set *s, void *memory, struct err *e)
 {
     void **grown = memory ? realloc(s->owned, sizeof *grown * (size_t)(s->n_owned + 1)) : NULL;

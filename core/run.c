@@ -28,9 +28,11 @@ static int get_number(struct run *r, const json_t *from, const char *table, cons
                       double max, double *out)
 {
     const json_t *v = json_object_get(from, key);
+    char found[PARAM_FOUND];
     *out = def;
     if (v && !json_is_number(v))
-        return err_set(r->err, ERR_INPUT, "%s: %s.%s: expected a number", r->where, table, key);
+        return err_set(r->err, ERR_INPUT, "%s: %s.%s: expected a number, found %s", r->where, table, key,
+                       param_found(v, found));
     if (v)
         *out = json_number_value(v);
     if (isnan(*out))
@@ -193,12 +195,14 @@ static int open_policies(struct run *r, const json_t *spec)
 {
     const json_t *policies = json_object_get(spec, "policies");
     const json_t *cache = json_object_get(spec, "cache");
+    char found[PARAM_FOUND];
     if (policy_context_init(&r->context, &r->model, r->topology, r->precision, device_memory_fixed(r), r->seed,
                             r->err) < 0)
         return r->err->code;
     r->context.machine = &r->machine;
     if (cache && !(json_is_number(cache) && json_number_value(cache) > 0 && json_number_value(cache) <= 1))
-        return err_set(r->err, ERR_INPUT, "%s: cache: expected a share of all experts within (0, 1]", r->where);
+        return err_set(r->err, ERR_INPUT, "%s: cache: expected a share of all experts within (0, 1], found %s",
+                       r->where, param_found(cache, found));
     r->cache_share = json_number_value(cache);
     r->context.cache_objects = cache ? llround(r->cache_share * r->context.n_objects) : device_memory_objects(r);
     struct policy *one[MOE_N_KINDS] = { [MOE_ROUTER] = &r->router, [MOE_PLACEMENT] = &r->placement,

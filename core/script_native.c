@@ -230,12 +230,20 @@ static double field_number(lua_State *L, int table, const char *key, double def,
 {
     struct err e = { 0 };
     lua_getfield(L, table, key);
-    double x = lua_isnil(L, -1) ? def : lua_isnumber(L, -1) ? lua_tonumber(L, -1) : min - 1;
+    const char *text = lua_type(L, -1) == LUA_TSTRING ? lua_tostring(L, -1) : NULL; /* the table keeps it */
+    const bool number = lua_isnumber(L, -1);
+    double x = lua_isnil(L, -1) ? def : number ? lua_tonumber(L, -1) : min - 1;
+    char found[80];
+    if (number)
+        snprintf(found, sizeof found, "%g", x);
+    else
+        snprintf(found, sizeof found, text ? "\"%s\"" : "a %s", text ? text : luaL_typename(L, -1));
     lua_pop(L, 1);
     if (x >= min && x <= max)
         return x;
     lua_getfield(L, table, "where");
-    err_set(&e, ERR_INPUT, "%s: moe.synth: %s: expected a number from %g to %g", lua_tostring(L, -1), key, min, max);
+    err_set(&e, ERR_INPUT, "%s: moe.synth: %s: expected a number from %g to %g, found %s", lua_tostring(L, -1), key,
+            min, max, found);
     script_raise(L, &e);
     return 0;
 }

@@ -12,8 +12,10 @@ static int read_int(const json_t *spec, const char *key, int64_t def, int64_t mi
                     const char *who, struct err *e)
 {
     const json_t *v = json_object_get(spec, key);
+    char found[PARAM_FOUND];
     if (v && !json_is_integer(v))
-        return err_set(e, ERR_INPUT, "%s: workload.%s: expected a whole number", who, key);
+        return err_set(e, ERR_INPUT, "%s: workload.%s: expected a whole number, found %s", who, key,
+                       param_found(v, found));
     *out = v ? json_integer_value(v) : def;
     if (*out < min || *out > max)
         return err_set(e, ERR_INPUT, "%s: workload.%s: %lld is out of range, expected %lld to %lld", who, key,
@@ -82,9 +84,11 @@ int workload_open(struct workload *w, const json_t *spec, const struct moe_model
         read_int(spec, "context", 1024, 0, 1 << 24, &context, who, e) < 0)
         return e->code;
     const json_t *profile = json_object_get(spec, "profile");
+    char found[PARAM_FOUND];
     w->profile = profile ? json_number_value(profile) : 0.5;
     if ((profile && !json_is_number(profile)) || !(w->profile >= 0 && w->profile < 1))
-        return err_set(e, ERR_INPUT, "%s: workload.profile: expected a share of requests within [0, 1)", who);
+        return err_set(e, ERR_INPUT, "%s: workload.profile: expected a share of requests within [0, 1), found %s",
+                       who, param_found(profile, found));
     if (batch * n_devices > 1 << 24)
         return err_set(e, ERR_INPUT, "%s: workload.%s: %lld tokens on %d devices are more than a step holds (%d)",
                        who, key, (long long)batch, n_devices, 1 << 24);

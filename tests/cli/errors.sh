@@ -115,22 +115,24 @@ refused_with 'placement eplb: .*replicas.*expected a whole number' \
     'placement = moe.plugin("eplb", { replicas = "many" })'
 refused_with 'placement eplb: .*replicas.*expected a whole number' 'placement = moe.plugin("eplb", { replicas = 1.5 })'
 refused_with 'placement: expected a value, found a function' 'placement = print'
-refused_with 'x\.lua:3: seed: expected a whole number' 'seed = 1.5'
+refused_with 'x\.lua:3: seed: expected a whole number, found 1\.5' 'seed = 1.5'
 refused_with 'x\.lua:3: experiment.cache: expected a number, found string' 'cache = "half"'
-refused_with 'x\.lua:2: cache: expected a share of all experts within \(0, 1\]|cache: expected a share' 'cache = 2'
+refused_with 'x\.lua:2: cache: expected a share of all experts within \(0, 1\], found 1.5' 'cache = 1.5'
 refused_with 'warmup: 5 is out of range, expected 0 to 1' 'warmup = 5'
 refused_with 'model.layers: 0 is out of range, expected 1 to 1000' 'model = moe.model "tiny-moe" { layers = 0 }'
-refused_with 'model.layers: expected a number' 'model = moe.model "tiny-moe" { layers = "two" }'
+refused_with 'model.layers: expected a number, found "two"' 'model = moe.model "tiny-moe" { layers = "two" }'
 refused_with 'model.layers: expected a whole number, found 1\.5' 'model = moe.model "tiny-moe" { layers = 1.5 }'
 refused_with 'model.top_k: 40 is more than the 32 experts' 'model = moe.model "tiny-moe" { top_k = 40 }'
 refused_with 'model.d_model: is missing' 'model = { layers = 2, experts = 8, top_k = 2 }'
 refused_with 'workload.steps: 0 is out of range' 'workload = moe.decode { trace = tiny.trace, steps = 0 }'
-refused_with 'workload.steps: expected a whole number' 'workload = moe.decode { trace = tiny.trace, steps = "5" }'
-refused_with 'workload.profile: expected a share' 'workload = moe.decode { trace = tiny.trace, profile = 1 }'
+refused_with 'workload.steps: expected a whole number, found "5"' \
+    'workload = moe.decode { trace = tiny.trace, steps = "5" }'
+refused_with 'workload.profile: expected a share of requests within \[0, 1\), found 1$' \
+    'workload = moe.decode { trace = tiny.trace, profile = 1 }'
 refused_with 'workload: expected moe.decode' 'workload = "decode"'
-refused_with 'moe.synth: top_k: expected a number from 1 to 1024' \
+refused_with 'moe.synth: top_k: expected a number from 1 to 1024, found 0' \
     'workload = moe.decode { trace = moe.synth { layers = 1, experts = 8, top_k = 0 } }'
-refused_with 'moe.synth: skew: expected a number' \
+refused_with 'moe.synth: skew: expected a number from 0 to 10, found "much"' \
     'workload = moe.decode { trace = moe.synth { layers = 2, experts = 8, top_k = 2, skew = "much" } }'
 refused_with 'top_k.*9.*8|9 .*8 experts' \
     'workload = moe.decode { trace = moe.synth { layers = 2, experts = 8, top_k = 9 } }'
@@ -225,7 +227,7 @@ refused \
     'model: unknown key|--set model.experst: unknown key "experst"; did you mean "experts"' x.lua --set model.experst=5
 refused 'router replay: unknown parameter "bias"|router replay: .*bias' x.lua --set router.bias=5
 refused 'no placement named "eplc"' x.lua --set placement=eplc
-refused 'workload.steps: expected a whole number' x.lua --set workload.steps=nan
+refused 'workload.steps: expected a whole number, found "nan"' x.lua --set workload.steps=nan
 refused 'seed: expected a whole number' x.lua --set seed=1e999
 refused 'no executor named "flew"' x.lua --machine flew
 refused 'jobs 0: expected a number from 1 to 4096' x.lua --jobs 0
