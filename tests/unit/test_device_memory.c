@@ -143,6 +143,23 @@ static void caches_hold_what_is_placed(void **state)
     }
 }
 
+/* A shard takes its share of an expert: a device with room for four experts holds eight halves, not nine. */
+static void shards(void **state)
+{
+    struct err e = { 0 };
+    json_t *spec = spec_with(*state, (fixed + 4 * expert) / 0.9 + 1, 1e6);
+    struct run *r = test_open_run(spec, &e);
+    struct moe_replica half[9];
+    for (int i = 0; i < 9; i++)
+        half[i] = (struct moe_replica){ .layer = 0, .expert = i / 2, .device = 0, .fraction = 0.5f };
+    struct moe_placement p = { .n = 8, .replica = half };
+    test_ok(device_memory_check(r, &p), &e);
+    p.n = 9;
+    assert_says(&e, device_memory_check(r, &p), "its experts take 0.0135 GB", NULL);
+    test_close_run(r);
+    json_decref(spec);
+}
+
 static void none_has_no_cache(void **state)
 {
     json_t *spec = spec_with(*state, 24e9, 1e9);
@@ -162,7 +179,7 @@ int main(void)
         WITH_SCRATCH(all_resident), WITH_SCRATCH(cached), WITH_SCRATCH(host_of_each_node),
         WITH_SCRATCH(default_cache), WITH_SCRATCH(shared_experts),
         WITH_SCRATCH(keys_and_values), WITH_SCRATCH(caches_hold_what_is_placed),
-        WITH_SCRATCH(none_has_no_cache),
+        WITH_SCRATCH(none_has_no_cache), WITH_SCRATCH(shards),
     };
     cmocka_set_message_output(CM_OUTPUT_TAP);
     return cmocka_run_group_tests(tests, NULL, NULL);
