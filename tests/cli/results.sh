@@ -201,13 +201,13 @@ if [ -x "${MOELAB_LIBEXEC:-$top_builddir/hw}/moelab-simgrid" ]; then
 else
     skip "runs that take long" "SimGrid is not built"
 fi
-if command -v script >/dev/null; then
+if script -qec true /dev/null </dev/null >/dev/null 2>&1; then # needs a pseudo-terminal, too
     sed -i 's/steps = 200/steps = 4000/' long.lua
     script -qec "'$moelab' run long.lua --out long --run-timeout 4 --jobs 1" said </dev/null >/dev/null 2>&1
     ok "a terminal sees the steps of a long run" \
         grep -q '0 of 2 runs, .* left; run 1: step [0-9]* of 4000, [0-9]* s' said
 else
-    skip "progress" "no script(1)"
+    skip "progress" "no script(1), or no terminal for it"
 fi
 
 # ---- --set ----
