@@ -13,6 +13,7 @@
 
 struct work {
     struct moe_batch batch;
+    struct moe_cost own;                /* not printed */
     int64_t *steps, n_steps;            /* [S][E] loads to observe: given, or those of the routes before */
     bool loads_given;
     float *start, *scores;              /* [E] bias at the start; [T][E] */
@@ -219,7 +220,7 @@ static int balance_routes(struct eval_job *j, struct work *w, struct policy *p, 
     }
     if (ops->rewrite)
         TIMED(seconds, HOOK(p, balancer, rewrite, &w->batch, w->batch.router_logits ? w->scores : NULL,
-                            &w->placed.view, &w->after));
+                            &w->placed.view, &w->after, &w->own));
     if (!j->err->code && routes_check(&w->after, j->model.n_experts, j->who, j->err) == 0)
         count(&w->after, j->model.n_experts, w->load);
     return j->err->code;
@@ -264,7 +265,8 @@ static int balance_once(struct eval_job *j, struct work *w)
     for (size_t e = 0; e < n_experts; e++)
         w->bias.scale[e] = 1;
     if (ops->adjust)
-        TIMED(&seconds, HOOK(&p, balancer, adjust, &w->batch, w->batch.router_logits ? w->scores : NULL, &w->bias));
+        TIMED(&seconds, HOOK(&p, balancer, adjust, &w->batch, w->batch.router_logits ? w->scores : NULL, &w->bias,
+                             &w->own));
     if (j->err->code)
         goto out;
     if (w->routed && balance_routes(j, w, &p, &seconds) < 0)
@@ -273,7 +275,7 @@ static int balance_once(struct eval_job *j, struct work *w)
         memcpy(w->load, w->steps + (size_t)(w->n_steps - 1) * n_experts, sizeof *w->load * n_experts);
     if (ops->plan) {
         w->plan.n_splits = w->plan.n_moves = 0;
-        TIMED(&seconds, HOOK(&p, balancer, plan, 0, w->load, &w->placed.view, &w->plan));
+        TIMED(&seconds, HOOK(&p, balancer, plan, 0, w->load, &w->placed.view, &w->plan, &w->own));
         if (!j->err->code)
             check_plan(j, w);
     }

@@ -255,6 +255,7 @@ struct moe_batch {
     const float *router_logits;        /* [T][E] as recorded */
     const struct moe_routes *recorded; /* what the captured model chose */
     const int32_t *token_id, *position, *request, *device, *label; /* [T] each */
+    const int32_t *previous_token_id;  /* [T] of the same request; -1 at its first; NULL in eval */
     const float *hidden;               /* [T][H] entering the gate */
     const float *importance;           /* [T] for example attention received */
     const struct moe_routes *previous; /* the same tokens in the previous MoE layer */
@@ -330,7 +331,8 @@ struct moe_expert_work {
 enum moe_payload {
     MOE_PAY_HIDDEN,  /* items are route indices; each carries its token's hidden state to the expert */
     MOE_PAY_OUTPUT,  /* items are route indices; each carries the expert's output back */
-    MOE_PAY_BYTES    /* nothing that a real machine would have to interpret */
+    MOE_PAY_BYTES,   /* nothing that a real machine would have to interpret */
+    MOE_PAY_WEIGHTS  /* items are experts of the layer: dst may compute them afterwards, whatever `to` says */
 };
 struct moe_part {
     int32_t src, dst;
@@ -391,7 +393,7 @@ static inline bool moe_is_pinned(const struct moe_pinned *p, uint32_t object)
     return p->mark != NULL && p->mark[object] == p->now;
 }
 
-enum moe_where { MOE_ON_DEVICE, MOE_ON_HOST };
+enum moe_where { MOE_ON_DEVICE, MOE_ON_HOST, MOE_ON_DISK }; /* on disk: host memory fetches it first */
 struct moe_layer_work {        /* one layer's experts on one device, for the split between GPU and CPU */
     int32_t step, layer, n;
     const int32_t *expert;     /* [n] */
@@ -443,12 +445,15 @@ struct moe_router_ops {
 };
 
 struct moe_balancer_ops { /* at least one is required */
-    int (*adjust)(void *self, const struct moe_batch *, const float *scores, struct moe_bias *in_out);
+    /* own, here and below: what deciding costs, may be left at zero. */
+    int (*adjust)(void *self, const struct moe_batch *, const float *scores, struct moe_bias *in_out,
+                  struct moe_cost *own);
     /* After selection; may drop (shrink a token's list), reroute or fill. Routes stay token-major. */
     int (*rewrite)(void *self, const struct moe_batch *, const float *scores, const struct moe_placement *,
-                   struct moe_routes *in_out);
+                   struct moe_routes *in_out, struct moe_cost *own);
     /* After placement. load: [E] tokens of this layer. */
-    int (*plan)(void *self, int32_t layer, const int64_t *load, const struct moe_placement *, struct moe_plan *out);
+    int (*plan)(void *self, int32_t layer, const int64_t *load, const struct moe_placement *, struct moe_plan *out,
+                struct moe_cost *own);
     int (*observe)(void *self, int32_t layer, const int64_t *load); /* once per layer and step, after routing */
     /* For the trainable gate: adds to the loss and to d_logits [T][E']; d_gate is NULL unless tensors are trained. */
     int (*loss)(void *self, const struct moe_batch *, const float *scores, const struct moe_routes *, double *loss,

@@ -32,10 +32,13 @@ static void hash_add(uint64_t *h, const void *data, size_t bytes)
 }
 
 /* Bytes that have to be gathered before anyone can decide: the header has them, nothing here sends them. */
-int pipeline_check_cost(struct run *r, const struct policy *p, const struct moe_cost *own)
+int pipeline_charge(struct run *r, const struct policy *p, const struct moe_cost *own, struct moe_cost *sum)
 {
-    if (own->gathered == 0 && own->flops >= 0 && own->bytes >= 0 && isfinite(own->flops + own->bytes))
+    if (own->gathered == 0 && own->flops >= 0 && own->bytes >= 0 && isfinite(own->flops + own->bytes)) {
+        sum->flops += own->flops;
+        sum->bytes += own->bytes;
         return 0;
+    }
     return err_set(r->err, ERR_RUN, "%s %s: deciding costs %g FLOPs, %g bytes and %g gathered bytes; expected none of "
                    "the last, which this version's pipeline does not carry, and no negative ones",
                    kind_name[p->plugin->kind], p->plugin->name, own->flops, own->bytes, own->gathered);
@@ -60,35 +63,41 @@ static int check_routes(struct run *r, const struct moe_batch *b, const struct p
     return routes_check(&r->routes, moe_experts_of(&r->model, b->layer), who, r->err);
 }
 
-static int route_layer(struct run *r, const struct moe_batch *b, struct moe_cost *own)
+static int route_layer(struct run *r, const struct moe_batch *b, struct moe_cost *sum)
 {
     const struct moe_router_ops *router = &r->router.plugin->ops.router;
     const size_t n_experts = (size_t)r->model.n_experts;
+    struct moe_cost own = { 0, 0, 0 };
     for (size_t e = 0; e < n_experts; e++) {
         r->bias.add[e] = 0;
         r->bias.scale[e] = 1;
     }
     bool scored = router->score && router->select;
-    if (scored && HOOK(&r->router, router, score, b, r->scores, own) < 0)
+    if (scored && HOOK(&r->router, router, score, b, r->scores, &own) < 0)
         return r->err->code;
     const float *scores = r->gate_scores = scored ? r->scores : b->router_logits;
-    for (int i = 0; i < r->n_balancers; i++)
+    for (int i = 0; i < r->n_balancers; i++) {
+        struct moe_cost each = { 0, 0, 0 };
         if (r->balancer[i].plugin->ops.balancer.adjust &&
-            HOOK(&r->balancer[i], balancer, adjust, b, scores, &r->bias) < 0)
+            (HOOK(&r->balancer[i], balancer, adjust, b, scores, &r->bias, &each) < 0 ||
+             pipeline_charge(r, &r->balancer[i], &each, sum) < 0))
             return r->err->code;
+    }
     if (routes_begin(&r->routes, b->n_tokens, &r->room_routes, r->err) < 0)
         return r->err->code;
     if (scored)
         HOOK(&r->router, router, select, b, r->scores, &r->bias, &r->routes);
     else
-        HOOK(&r->router, router, route, b, &r->bias, &r->routes, own);
-    if (r->err->code || pipeline_check_cost(r, &r->router, own) < 0 || check_routes(r, b, &r->router) < 0)
+        HOOK(&r->router, router, route, b, &r->bias, &r->routes, &own);
+    if (r->err->code || pipeline_charge(r, &r->router, &own, sum) < 0 || check_routes(r, b, &r->router) < 0)
         return r->err->code;
     r->metrics.routed += r->routes.n;
     for (int i = 0; i < r->n_balancers; i++) {
+        struct moe_cost each = { 0, 0, 0 };
         if (!r->balancer[i].plugin->ops.balancer.rewrite)
             continue;
-        if (HOOK(&r->balancer[i], balancer, rewrite, b, scores, &r->placed.view, &r->routes) < 0 ||
+        if (HOOK(&r->balancer[i], balancer, rewrite, b, scores, &r->placed.view, &r->routes, &each) < 0 ||
+            pipeline_charge(r, &r->balancer[i], &each, sum) < 0 ||
             check_routes(r, b, &r->balancer[i]) < 0)
             return r->err->code;
     }
@@ -329,7 +338,7 @@ int pipeline_step(struct run *r, int32_t step)
         if (route_layer(r, &b, &own) < 0)
             return r->err->code;
         count_experts(r, layer);
-        if (placement_assign(r, &b) < 0)
+        if (placement_assign(r, &b, &own) < 0)
             return r->err->code;
         count_devices(r);
         hash_add(&r->decisions, r->routes.offset, sizeof *r->routes.offset * ((size_t)b.n_tokens + 1));

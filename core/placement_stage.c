@@ -164,7 +164,7 @@ static int keep_moves(struct run *r, const struct moe_plan *plan)
     return 0;
 }
 
-static int run_plans(struct run *r, const struct moe_batch *b)
+static int run_plans(struct run *r, const struct moe_batch *b, struct moe_cost *sum)
 {
     r->n_moves = 0;
     for (int i = 0; i < r->n_balancers && !r->err->code; i++) {
@@ -172,6 +172,7 @@ static int run_plans(struct run *r, const struct moe_batch *b)
         if (!p->plugin->ops.balancer.plan)
             continue;
         char who[128];
+        struct moe_cost own = { 0, 0, 0 };
         snprintf(who, sizeof who, "balancer %s, layer %d", p->plugin->name, b->layer);
         int64_t room = (int64_t)r->model.n_experts * r->topology->n_devices;
         struct moe_plan plan = { .max_splits = (int32_t)room, .max_moves = (int32_t)room,
@@ -179,7 +180,8 @@ static int run_plans(struct run *r, const struct moe_batch *b)
                                  .move = malloc(sizeof *plan.move * (size_t)room) };
         if (room > INT32_MAX || !plan.split || !plan.move)
             err_set(r->err, ERR_MEMORY, "out of memory for a plan");
-        else if (HOOK(p, balancer, plan, b->layer, r->load, &r->placed.view, &plan) == 0 &&
+        else if (HOOK(p, balancer, plan, b->layer, r->load, &r->placed.view, &plan, &own) == 0 &&
+                 pipeline_charge(r, p, &own, sum) == 0 &&
                  check_plan(r, b->layer, &plan, who) == 0 && apply_plan(r, &plan) == 0 && keep_moves(r, &plan) == 0)
             device_memory_moves(r, who);
         free(plan.split);
@@ -188,7 +190,7 @@ static int run_plans(struct run *r, const struct moe_batch *b)
     return r->err->code;
 }
 
-int placement_assign(struct run *r, const struct moe_batch *b)
+int placement_assign(struct run *r, const struct moe_batch *b, struct moe_cost *sum)
 {
     int64_t n = r->routes.n;
     if (n > r->room_to) {
@@ -221,7 +223,7 @@ int placement_assign(struct run *r, const struct moe_batch *b)
                                "does not hold expert %d", r->placement.plugin->name, b->layer, t, id, expert);
             r->to[i] = r->placed.replica[id].device;
         }
-    return run_plans(r, b);
+    return run_plans(r, b, sum);
 }
 
 /* Whether replica i is the first of its expert on its device: a second one there costs no transfer. */

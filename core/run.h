@@ -108,8 +108,8 @@ static inline double run_expert_bytes(const struct run *r)
 /* ---- stages, in the order of the pipeline (pipeline.c and the file named) ---- */
 
 int pipeline_step(struct run *, int32_t step);
-/* That what a policy says of its cost can be charged. */
-int pipeline_check_cost(struct run *, const struct policy *, const struct moe_cost *own);
+/* Adds what a policy says that deciding cost, if it can be charged. */
+int pipeline_charge(struct run *, const struct policy *, const struct moe_cost *own, struct moe_cost *sum);
 /* That the tasks which dispatch appended do the layer's work: layout_check.c */
 int layout_check(struct run *, const struct moe_batch *, int32_t first_task, int64_t first_edge);
 /* That nothing was used before it was there: after a step on a simulated machine (layout_times.c). */
@@ -121,7 +121,7 @@ int device_memory_check(struct run *, const struct moe_placement *);
 /* That devices hold what plans of the layer (r->moves) send them as well; `who` planned last. */
 int device_memory_moves(struct run *, const char *who);
 int placement_start(struct run *);                     /* placement_stage.c */
-int placement_assign(struct run *, const struct moe_batch *);
+int placement_assign(struct run *, const struct moe_batch *, struct moe_cost *own);
 int placement_observe(struct run *, int32_t step);
 int offload_open(struct run *);                        /* offload_stage.c */
 void offload_close(struct run *);

@@ -176,8 +176,10 @@ static int router_route(void *self, const struct moe_batch *b, const struct moe_
 }
 
 /* adjust(batch) -> { [e] = added to the score } */
-static int balancer_adjust(void *self, const struct moe_batch *b, const float *scores, struct moe_bias *bias)
+static int balancer_adjust(void *self, const struct moe_batch *b, const float *scores, struct moe_bias *bias,
+                           struct moe_cost *own)
 {
+    (void)own;
     struct lua_self *s = self;
     lua_State *L = begin(s, "adjust");
     (void)scores;

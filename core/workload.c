@@ -103,7 +103,7 @@ int workload_open(struct workload *w, const json_t *spec, const struct moe_model
     size_t n = (size_t)w->n_tokens;
     w->stream = calloc((size_t)w->n_streams, sizeof *w->stream);
     w->row = calloc(n, sizeof *w->row);
-    w->device = calloc(n * 5, sizeof *w->device);
+    w->device = calloc(n * 6, sizeof *w->device);
     w->importance = calloc(n, sizeof *w->importance);
     if (!w->stream || !w->row || !w->device || !w->importance)
         return err_set(e, ERR_MEMORY, "out of memory for %d tokens per step", w->n_tokens);
@@ -111,6 +111,7 @@ int workload_open(struct workload *w, const json_t *spec, const struct moe_model
     w->position = w->device + 2 * n;
     w->request = w->device + 3 * n;
     w->label = w->device + 4 * n;
+    w->previous_token_id = w->device + 5 * n;
     workload_rewind(w, seed);
     return 0;
 }
@@ -186,6 +187,8 @@ void workload_step(struct workload *w)
             w->position[t] = w->trace.positions.data ? (int32_t)npy_int(&w->trace.positions, row)
                                                      : (int32_t)(row - offset[request]);
             w->token_id[t] = w->trace.token_ids.data ? (int32_t)npy_int(&w->trace.token_ids, row) : 0;
+            w->previous_token_id[t] = w->trace.token_ids.data && row > offset[request]
+                                          ? (int32_t)npy_int(&w->trace.token_ids, row - 1) : -1;
             w->label[t] = w->trace.domains.data ? (int32_t)npy_int(&w->trace.domains, request) : 0;
             w->importance[t] = w->trace.importance.data ? (float)npy_real(&w->trace.importance, row) : 0;
             if (++x->token == offset[request + 1]) {
@@ -229,6 +232,7 @@ int workload_batch(struct workload *w, int32_t step, int32_t layer, uint32_t nee
     b->request = w->request;
     b->position = w->position;
     b->token_id = t->token_ids.data ? w->token_id : NULL;
+    b->previous_token_id = t->token_ids.data ? w->previous_token_id : NULL;
     b->label = t->domains.data ? w->label : NULL;
     b->importance = t->importance.data ? w->importance : NULL;
     if (needs & (MOE_NEEDS_LOGITS | MOE_NEEDS_SCORES | MOE_NEEDS_PREVIOUS_LOGITS)) {

@@ -25,7 +25,7 @@ struct workload {
 
     int32_t n_tokens;               /* of the current step */
     int64_t *row;                   /* [T] token of the trace */
-    int32_t *device, *token_id, *position, *request, *label; /* [T] */
+    int32_t *device, *token_id, *previous_token_id, *position, *request, *label; /* [T] */
     float *importance;              /* [T] */
     float *logits, *previous_logits, *hidden; /* [T][E], [T][E], [T][H]; allocated when a policy needs them */
     struct moe_routes recorded;

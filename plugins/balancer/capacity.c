@@ -139,13 +139,13 @@ static void compact(struct moe_routes *r, const uint8_t *keep, bool renormalise)
 }
 
 static int rewrite(void *self, const struct moe_batch *batch, const float *scores,
-                   const struct moe_placement *placement, struct moe_routes *r)
+                   const struct moe_placement *placement, struct moe_routes *r, struct moe_cost *own)
 {
     const struct state *s = self;
     const struct moe_env *env = s->env;
     int32_t scopes = s->conf->scope == SCOPE_DEVICE ? env->topology->n_devices : 1;
     struct groups g;
-    (void)scores, (void)placement;
+    (void)scores, (void)placement, (void)own;
     if (scopes > 1 && batch->device == NULL)
         return env->host->fail(env, MOE_EINVAL, "scope = device: the workload does not say which device a token is on");
     int rc = group(env, batch, r, scopes, &g);

@@ -40,11 +40,12 @@ static int init(void *self, const void *conf, const struct moe_env *env)
 
 /* Optional. Per layer and micro-batch, before selection, and only with a router that has scores: [T][E]. The router
  * selects on scale * score + add; its weights keep the score. Several balancers add up in the scenario's order. */
-static int adjust(void *self, const struct moe_batch *batch, const float *scores, struct moe_bias *bias)
+static int adjust(void *self, const struct moe_batch *batch, const float *scores, struct moe_bias *bias,
+                  struct moe_cost *own)
 {
     const struct state *s = self;
     const float *shift = s->shift + (size_t)batch->layer * (size_t)s->env->model->n_experts;
-    (void)scores;
+    (void)scores, (void)own;
     for (int32_t e = 0; e < batch->n_experts; e++)
         bias->add[e] += shift[e];
     return MOE_OK;
@@ -53,18 +54,18 @@ static int adjust(void *self, const struct moe_batch *batch, const float *scores
 /* Optional. Per layer and micro-batch, after selection: may drop routes (shrink a token's list and move the rest up),
  * send them elsewhere or add some. Routes stay token-major; the core checks them again. Here: nothing to do. */
 static int rewrite(void *self, const struct moe_batch *batch, const float *scores,
-                   const struct moe_placement *placement, struct moe_routes *routes)
+                   const struct moe_placement *placement, struct moe_routes *routes, struct moe_cost *own)
 {
-    (void)self, (void)batch, (void)scores, (void)placement, (void)routes;
+    (void)self, (void)batch, (void)scores, (void)placement, (void)routes, (void)own;
     return MOE_OK;
 }
 
 /* Optional. Per layer, after placement: rows from..to of an expert's tokens are computed on another device, and which
  * weights travel there first. Rows that no split names stay. Here: all stay. */
 static int plan(void *self, int32_t layer, const int64_t *load, const struct moe_placement *placement,
-                struct moe_plan *out)
+                struct moe_plan *out, struct moe_cost *own)
 {
-    (void)self, (void)layer, (void)load, (void)placement;
+    (void)self, (void)layer, (void)load, (void)placement, (void)own;
     out->n_splits = out->n_moves = 0;
     return MOE_OK;
 }

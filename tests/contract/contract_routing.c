@@ -206,7 +206,8 @@ static void run_plan(struct policy *policy, const struct contract_size *size, in
     struct moe_plan plan = {.max_splits = room, .max_moves = room};
     plan.split = calloc((size_t)room, sizeof *plan.split);
     plan.move = calloc((size_t)room, sizeof *plan.move);
-    assert_int_equal(policy->plugin->ops.balancer.plan(policy->state, layer, load, placement, &plan), MOE_OK);
+    assert_int_equal(policy->plugin->ops.balancer.plan(policy->state, layer, load, placement, &plan,
+                                                                &(struct moe_cost){0, 0, 0}), MOE_OK);
     policy_host_end_hook(policy->host);
     check_plan(&plan, size, load);
     contract_note(notes, plan.split, (size_t)plan.n_splits * sizeof *plan.split);
@@ -242,8 +243,9 @@ static void balance_layer(struct policy *policy, const struct contract_size *siz
     struct moe_routes routes;
     policy_routes_copy(&routes, &b->recorded);
     count_load(&routes, size->n_experts, before);
+    struct moe_cost own = {0, 0, 0};
     if (ops->adjust != NULL) {
-        assert_int_equal(ops->adjust(policy->state, &b->batch, b->scores, &bias), MOE_OK);
+        assert_int_equal(ops->adjust(policy->state, &b->batch, b->scores, &bias, &own), MOE_OK);
         policy_host_end_hook(policy->host);
         for (int32_t e = 0; e < size->n_experts; e++)
             assert_true(isfinite(bias.add[e]) && isfinite(bias.scale[e]));
@@ -251,7 +253,7 @@ static void balance_layer(struct policy *policy, const struct contract_size *siz
         contract_note(notes, bias.scale, (size_t)size->n_experts * sizeof *bias.scale);
     }
     if (ops->rewrite != NULL) {
-        assert_int_equal(ops->rewrite(policy->state, &b->batch, b->scores, placement, &routes), MOE_OK);
+        assert_int_equal(ops->rewrite(policy->state, &b->batch, b->scores, placement, &routes, &own), MOE_OK);
         policy_host_end_hook(policy->host);
         contract_check_routes(&routes, size->n_tokens, size->n_experts);
         contract_note_routes(notes, &routes);

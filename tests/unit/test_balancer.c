@@ -13,7 +13,8 @@ static void trim(const char *settings, int32_t n_experts, int32_t n_devices, con
     struct moe_batch batch = {.n_tokens = r->n_tokens, .n_experts = n_experts, .top_k = 1, .device = device};
     policy_host_open(&host, &shape);
     assert_int_equal(policy_start(&policy, &host, capacity, settings), MOE_OK);
-    assert_int_equal(capacity->ops.balancer.rewrite(policy.state, &batch, NULL, NULL, r), MOE_OK);
+    struct moe_cost own = {0, 0, 0};
+    assert_int_equal(capacity->ops.balancer.rewrite(policy.state, &batch, NULL, NULL, r, &own), MOE_OK);
     policy_stop(&policy);
     policy_host_close(&host);
 }

@@ -262,9 +262,9 @@ static void replicas_on_the_node_come_first(void **state)
 /* ---- a balancer that drops ---- */
 
 static int halve(void *self, const struct moe_batch *b, const float *scores, const struct moe_placement *p,
-                 struct moe_routes *io)
+                 struct moe_routes *io, struct moe_cost *own)
 {
-    (void)self, (void)b, (void)scores, (void)p;
+    (void)self, (void)b, (void)scores, (void)p, (void)own;
     for (int32_t t = 0; t < io->n_tokens; t++) {
         io->expert[t] = io->expert[io->offset[t]];
         io->weight[t] = io->weight[io->offset[t]];
@@ -296,12 +296,20 @@ static void dropped_is_a_share_of_all_layers(void **state)
 
 /* ---- a balancer that plans ---- */
 
-struct planner { struct moe_plan plan; struct moe_split split[4]; struct moe_weight_move move[4]; int64_t load; };
+struct planner {
+    struct moe_plan plan;
+    struct moe_split split[4];
+    struct moe_weight_move move[4];
+    int64_t load;
+    double cost_bytes;
+};
 
-static int plan(void *self, int32_t layer, const int64_t *load, const struct moe_placement *p, struct moe_plan *out)
+static int plan(void *self, int32_t layer, const int64_t *load, const struct moe_placement *p, struct moe_plan *out,
+                struct moe_cost *own)
 {
     struct planner *s = self;
     (void)layer, (void)p;
+    own->bytes = s->cost_bytes;
     s->load = load[0];
     memcpy(out->split, s->split, sizeof s->split);
     memcpy(out->move, s->move, sizeof s->move);
@@ -323,6 +331,26 @@ static struct run *open_planned(struct scratch *s, const struct planner *p, stru
     test_ok(policy_open(&r->balancer[r->n_balancers++], &r->context, &plan_plugin, NULL, "test", e), e);
     memcpy(r->balancer[0].self, p, sizeof *p);
     return r;
+}
+
+/* What planning costs is the gates' to carry, each device's tokens their share: here a half. */
+static void planning_costs(void **state)
+{
+    double took[2];
+    for (int i = 0; i < 2; i++) {
+        struct err e = { 0 };
+        struct planner p = { .cost_bytes = i * 1e6 };
+        struct run *r = open_planned(*state, &p, &e);
+        test_ok(run_go(r), &e);
+        took[i] = test_metric(r, METRIC_step_s, 0);
+        test_close_run(r);
+    }
+    assert_near(took[1] - took[0], 0.5e6 / h100.bandwidth, 1e-6);
+    struct err e = { 0 };
+    struct planner bad = { .cost_bytes = NAN };
+    struct run *r = open_planned(*state, &bad, &e);
+    assert_says(&e, run_go(r), "balancer planner: deciding costs 0 FLOPs, nan bytes", NULL);
+    test_close_run(r);
 }
 
 /* Rows 2 and 3 stay where their tokens are, on device 1, which is sent the weights once both gates have spoken. Nothing
@@ -652,6 +680,7 @@ int main(void)
         WITH_SCRATCH(transitions_are_counted_on_the_way),
         WITH_SCRATCH(replicas_on_the_node_come_first),
         WITH_SCRATCH(dropped_is_a_share_of_all_layers),
+        WITH_SCRATCH(planning_costs),
         WITH_SCRATCH(plans_move_rows_and_weights),
         WITH_SCRATCH(plans_that_cannot_be),
         WITH_SCRATCH(estimates_share_links),

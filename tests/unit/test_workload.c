@@ -218,6 +218,8 @@ static void batch_is_the_trace(void **state)
                 int32_t request = trace_request(t, row);
                 assert_int_equal(b.request[i], request);
                 assert_int_equal(b.token_id[i], npy_int(&t->token_ids, row));
+                int64_t first = ((const int64_t *)t->offsets.data)[request];
+                assert_int_equal(b.previous_token_id[i], row > first ? npy_int(&t->token_ids, row - 1) : -1);
                 assert_int_equal(b.position[i], npy_int(&t->positions, row));
                 assert_int_equal(b.label[i], npy_int(&t->domains, request));
                 assert_true((double)b.importance[i] == npy_real(&t->importance, row));
