@@ -161,7 +161,7 @@ moe.prefill = workload("prefill", "tokens_per_device")
 local axes_part = native.part("axes", check, {
   Each = Each, Plugin = Plugin, Machine = Machine, Model = Model, Workload = Workload, Synth = Synth, Label = Label,
 })
-local label_of, unfold = axes_part.label_of, axes_part.unfold
+local label_of, unfold, cross = axes_part.label_of, axes_part.unfold, axes_part.cross
 
 -- ---- experiments ---------------------------------------------------------------------------------------------------
 
@@ -350,20 +350,7 @@ function moe.experiment(t)
   -- One combination at a time, axis by axis, so that the order of runs is the order of axis_order.
   local all = { { value = {}, axes = {} } }
   for _, key in ipairs(axis_order) do
-    if given[key] ~= nil then
-      local grown, parts = {}, unfold(given[key], key, where)
-      for _, a in ipairs(all) do
-        for _, p in ipairs(parts) do
-          local copy = {}
-          for k, v in pairs(a.value) do copy[k] = v end
-          copy[key] = p.value
-          local axes = table.move(a.axes, 1, #a.axes, 1, {})
-          table.move(p.axes, 1, #p.axes, #axes + 1, axes)
-          grown[#grown + 1] = { value = copy, axes = axes }
-        end
-      end
-      all = grown
-    end
+    if given[key] ~= nil then all = cross(all, key, unfold(given[key], key, where)) end
   end
   local specs, axes = {}, {}
   for i, one in ipairs(all) do

@@ -42,6 +42,22 @@ function label_of(v)
   return tostring(v)
 end
 
+-- Every combination of `all` with a key that takes each of `parts`; both lists as unfold() returns them.
+local function cross(all, key, parts)
+  local grown = {}
+  for _, a in ipairs(all) do
+    for _, p in ipairs(parts) do
+      local copy = setmetatable({}, getmetatable(a.value))
+      for k, v in pairs(a.value) do copy[k] = v end
+      copy[key] = p.value
+      local axes = table.move(a.axes, 1, #a.axes, 1, {})
+      table.move(p.axes, 1, #p.axes, #axes + 1, axes)
+      grown[#grown + 1] = { value = copy, axes = axes }
+    end
+  end
+  return grown
+end
+
 -- All combinations of `value`: a list of { value = plain, axes = { {name, label}, ... } }.
 local function unfold(value, path, where, depth)
   depth = depth or 1
@@ -82,20 +98,9 @@ local function unfold(value, path, where, depth)
     -- `options` and `params` are how objects keep what was given; they are not part of an axis's name.
     local sub = (k == "options" or k == "params" or type(k) == "number") and path or path .. "." .. k
     local parts = k == "where" and { { value = value[k], axes = {} } } or unfold(value[k], sub, where, depth + 1)
-    local grown = {}
-    for _, a in ipairs(all) do
-      for _, p in ipairs(parts) do
-        local copy = setmetatable({}, getmetatable(value))
-        for kk, v in pairs(a.value) do copy[kk] = v end
-        copy[k] = p.value
-        local axes = table.move(a.axes, 1, #a.axes, 1, {})
-        table.move(p.axes, 1, #p.axes, #axes + 1, axes)
-        grown[#grown + 1] = { value = copy, axes = axes }
-      end
-    end
-    all = grown
+    all = cross(all, k, parts)
   end
   return all
 end
 
-return { label_of = label_of, unfold = unfold }
+return { label_of = label_of, unfold = unfold, cross = cross }
