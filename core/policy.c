@@ -230,7 +230,7 @@ static double host_latency(const struct moe_env *env, int32_t src, int32_t dst)
     return topology_route(of_env(env)->context->topology, src, dst, link, &latency) < 0 ? INFINITY : latency;
 }
 
-/* One way between any two for now: topology_route() is it. */
+/* A topology has one route between two endpoints, or none. */
 static int32_t host_n_paths(const struct moe_env *env, int32_t src, int32_t dst)
 {
     int32_t link[TOPOLOGY_MAX_HOPS];

@@ -279,9 +279,10 @@ int64_t workload_profile(const struct workload *w, struct statistics *s)
         for (int32_t i = 0; i < w->n_profiled; i++)
             for (int64_t row = offset[w->profiled[i]]; row < offset[w->profiled[i] + 1]; row++) {
                 trace_experts(t, row, recorded_layer(w, l), now);
-                if (l > 0)
+                const bool between = l > 0 && s->transitions; /* else nobody asks what came before */
+                if (between)
                     trace_experts(t, row, recorded_layer(w, l - 1), before);
-                statistics_add(s, l, now, t->top_k, l > 0 ? before : NULL, t->top_k);
+                statistics_add(s, l, now, t->top_k, between ? before : NULL, t->top_k);
             }
     for (int32_t i = 0; i < w->n_profiled; i++)
         n_tokens += offset[w->profiled[i] + 1] - offset[w->profiled[i]];
