@@ -99,7 +99,9 @@ static const struct moe_plugin eager_plugin = TEST_POLICY(MOE_DISPATCH, "eager",
  * place of layer 0's expert 1, and expert 3 that of expert 2. */
 static int miser_insert(void *self, int32_t device, uint32_t object, const struct moe_access *a)
 {
-    (void)self, (void)device, (void)object, (void)a;
+    (void)self, (void)device, (void)object;
+    assert_near(a->bytes, 3e6, 1e-12);
+    assert_int_equal(a->phase, MOE_DECODE);
     return 0;
 }
 

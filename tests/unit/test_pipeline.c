@@ -569,6 +569,33 @@ static const struct moe_plugin rogue_router = TEST_POLICY(MOE_ROUTER, "rogue", .
                                                           .init = test_keep_env,
                                                           .ops.router = { .route = rogue_route });
 
+/* A router with a gate of its own, here one that costs nothing: the core lays out none beside it. */
+static void own_gates(void **state)
+{
+    static const uint8_t all_zero[8] = { 0 };
+    static const struct moe_plugin own_gate =
+        TEST_POLICY(MOE_ROUTER, "own", .needs = MOE_OWN_GATE, .state_size = sizeof(struct rogue), .init = test_keep_env,
+                    .ops.router = { .route = rogue_route });
+    json_t *spec = test_spec(star(2), test_trace(*state, "zero", 2, 4, 1, 2, 1, all_zero), 1, 2, 1, 1, 1);
+    for (int own = 0; own < 2; own++) {
+        struct err e = { 0 };
+        struct run *r = test_open_run(spec, &e);
+        test_swap_policy(r, &r->router, own ? &own_gate : &rogue_router);
+        ((struct rogue *)r->router.self)->what = 2; /* no fault: all to expert 0 */
+        test_ok(run_go(r), &e);
+        int n = 0;
+        for (int32_t t = 0; t < r->graph.n_tasks; t++)
+            if (r->graph.task[t].op == MOE_OP_GATE && r->graph.task[t].kind == TASK_COMPUTE) {
+                assert_near(r->graph.task[t].flops, own ? 0 : 2 * 1000 * 2, 0);
+                assert_true((r->graph.task[t].bytes > 0) == !own);
+                n++;
+            }
+        assert_int_equal(n, 2);
+        test_close_run(r);
+    }
+    json_decref(spec);
+}
+
 static void rogues_are_named(void **state)
 {
     static const uint8_t all_zero[8] = { 0 };
@@ -685,6 +712,7 @@ int main(void)
         WITH_SCRATCH(plans_that_cannot_be),
         WITH_SCRATCH(estimates_share_links),
         WITH_SCRATCH(trials_are_laid_out_alike),
+        WITH_SCRATCH(own_gates),
         WITH_SCRATCH(rogues_are_named),
         WITH_SCRATCH(bad_specifications),
     };
