@@ -64,7 +64,7 @@ static double even_exchange(struct evening *v, const struct moe_graph *g, const 
     for (int32_t i = 0; i < t->n; i++) {
         const struct moe_part *p = &g->part[t->first + i];
         int32_t link[TOPOLOGY_MAX_HOPS];
-        int n = p->src == p->dst || p->bytes <= 0 ? 0 : topology_route(v->topology, p->src, p->dst, link, NULL);
+        int n = p->src == p->dst || p->bytes <= 0 ? 0 : topology_route(v->topology, p->src, p->dst, 0, link, NULL);
         for (int j = 0; j < n; j++)
             v->role_seconds[v->role[link[j]]] += p->bytes / v->topology->link[link[j]].bandwidth;
     }

@@ -23,7 +23,7 @@ int offload_open(struct run *r)
         return 0;
     int32_t link[TOPOLOGY_MAX_HOPS];
     if (!r->graph.keep_items && /* machines that really compute say themselves what they cannot do */
-        topology_route(r->topology, topology_host(r->topology, 0), 0, link, NULL) < 0)
+        topology_route(r->topology, topology_host(r->topology, 0), 0, 0, link, NULL) < 0)
         return err_set(r->err, ERR_INPUT, "%s: offload %s: machine %s has no way from host memory to its devices "
                        "(pcie and host in its file)", r->where, r->offload.plugin->name, r->topology->name);
     r->cache = calloc(n_devices, sizeof *r->cache);

@@ -216,7 +216,7 @@ static double host_bandwidth(const struct moe_env *env, int32_t src, int32_t dst
 {
     const struct topology *t = of_env(env)->context->topology;
     int32_t link[TOPOLOGY_MAX_HOPS];
-    int n = topology_route(t, src, dst, link, NULL);
+    int n = topology_route(t, src, dst, 0, link, NULL);
     double least = INFINITY;
     for (int i = 0; i < n; i++)
         least = fmin(least, t->link[link[i]].bandwidth);
@@ -227,14 +227,14 @@ static double host_latency(const struct moe_env *env, int32_t src, int32_t dst)
 {
     int32_t link[TOPOLOGY_MAX_HOPS];
     double latency = 0;
-    return topology_route(of_env(env)->context->topology, src, dst, link, &latency) < 0 ? INFINITY : latency;
+    return topology_route(of_env(env)->context->topology, src, dst, 0, link, &latency) < 0 ? INFINITY : latency;
 }
 
 /* A topology has one route between two endpoints, or none. */
 static int32_t host_n_paths(const struct moe_env *env, int32_t src, int32_t dst)
 {
     int32_t link[TOPOLOGY_MAX_HOPS];
-    return topology_route(of_env(env)->context->topology, src, dst, link, NULL) >= 0;
+    return topology_route(of_env(env)->context->topology, src, dst, 0, link, NULL) >= 0;
 }
 
 /* Runs a builder of the graph; what it refuses is this policy's fault, and says so. */
@@ -341,7 +341,7 @@ int policy_context_init(struct policy_context *c, const struct moe_model *model,
         figures[n + (size_t)d] = t->device[d].peak[precision];
         figures[2 * n + (size_t)d] = t->device[d].mem_bandwidth;
         double least = INFINITY;
-        int hops = topology_route(t, topology_host(t, node[d]), d, link, NULL);
+        int hops = topology_route(t, topology_host(t, node[d]), d, 0, link, NULL);
         for (int i = 0; i < hops; i++)
             least = fmin(least, t->link[link[i]].bandwidth);
         figures[3 * n + (size_t)d] = hops > 0 ? least : 0;

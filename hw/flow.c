@@ -366,7 +366,7 @@ static double weigh(struct flow *s, const struct topology *t, const struct net_f
     for (size_t i = 0; i < n; i++) {
         if (!net_moves(&flow[i]))
             continue;
-        int hops = topology_route(t, flow[i].src, flow[i].dst, link, NULL);
+        int hops = net_route(t, &flow[i], link, NULL);
         for (int h = 0; h < hops; h++) {
             if (s->bytes[link[h]] == 0)
                 s->touched[s->n_touched++] = link[h];
@@ -405,7 +405,7 @@ static int find_milestones(struct net *net, struct flow *s, int32_t slot, const 
         if (!net_moves(&flow[i]))
             continue;
         struct milestone *m = &p->milestone[net->receiver_of[flow[i].dst]];
-        int hops = topology_route(t, flow[i].src, flow[i].dst, link, &latency);
+        int hops = net_route(t, &flow[i], link, &latency);
         double at = 0;
         for (int h = 0; h < hops; h++)
             at = larger(at, s->seconds[link[h]]);
@@ -452,7 +452,7 @@ static int start_flows(struct net *net, struct flow *s, int32_t slot, const stru
             continue;
         int32_t link[TOPOLOGY_MAX_HOPS];
         struct part p = { .slot = slot, .receiver = net->receiver_of[flow[i].dst], .amount = flow[i].bytes };
-        int hops = topology_route(net->topology, flow[i].src, flow[i].dst, link, &p.latency);
+        int hops = net_route(net->topology, &flow[i], link, &p.latency);
         s->fluid[s->n] = (struct fluid){
             .work = flow[i].bytes, .slack = bound * tolerance[net->tier], .hop = s->n_hops, .n_hops = hops
         };

@@ -35,6 +35,9 @@ struct link { char name[64]; double bandwidth; double latency; };
 
 #define TOPOLOGY_MAX_HOPS 8
 
+/* From `at` on, in seconds of the machine's clock, a link has another bandwidth; 0: it has failed. */
+struct link_change { double at; int32_t link; double bandwidth; };
+
 /* Endpoints: device d is d; the memory of node n is D + n; its SSD is D + N + n. */
 struct topology {
     char name[64];
@@ -42,6 +45,8 @@ struct topology {
     struct device_spec *device;  /* [D] */
     int32_t n_links;
     struct link *link;           /* one direction each; shared by every route over it */
+    int32_t n_changes;
+    struct link_change *change;  /* [n_changes] in order of (at, link) */
     double *host_memory, *host_mem_bandwidth, *host_flops; /* [N] */
     void *priv;                  /* what topology.c needs to answer routes */
     json_t *description;         /* as loaded, defaults filled in: for the manifest */
@@ -52,10 +57,12 @@ struct topology {
  * positive are errors that name `file` and the key. */
 int topology_build(struct topology **, const json_t *description, const char *file, struct err *);
 void topology_free(struct topology *);
-/* Links from src to dst in order; returns their number, 0 for src == dst, < 0 if there is no way. Cheap: called
+/* Links from src to dst in order; path: 0 as the network chooses, p the p-th of several; returns their number, 0 for src == dst, < 0 if there is no way. Cheap: called
  * per flow. latency (may be NULL): the sum, in seconds. */
-int topology_route(const struct topology *, int32_t src, int32_t dst, int32_t link[TOPOLOGY_MAX_HOPS],
+int topology_route(const struct topology *, int32_t src, int32_t dst, int32_t path, int32_t link[TOPOLOGY_MAX_HOPS],
                    double *latency);
+/* Links that a copy crosses which a kernel pushes through its own device's port to the NVLink switch; 0: none. */
+int topology_loop(const struct topology *, int32_t device, int32_t link[TOPOLOGY_MAX_HOPS]);
 static inline int32_t topology_host(const struct topology *t, int32_t node) { return t->n_devices + node; }
 static inline int32_t topology_ssd(const struct topology *t, int32_t node)
 {
@@ -74,7 +81,13 @@ double compute_plain(const struct device_spec *, enum precision, double flops, d
 
 /* ---- net: transfers that share links ---- */
 
-struct net_flow { int32_t src, dst; double bytes; };       /* endpoints */
+struct net_flow {
+    int32_t src, dst; /* endpoints */
+    double bytes;
+    int32_t path;     /* as topology_route has it */
+    bool loop;        /* src == dst, and the bytes pass through the device's own port all the same */
+    double delay;     /* s, on top of the route's latency */
+};
 struct net_done { int64_t exchange; int32_t dst; double time; }; /* all of an exchange's bytes for dst are there */
 
 enum net_tier { NET_BOUND, NET_FLOW, NET_EXACT, NET_SIMGRID, N_NET_TIERS };
@@ -86,7 +99,7 @@ struct net; /* state: virtual clock, exchanges under way */
  *        with bytes end when their own busiest link would, at the earliest.
  * flow:  max-min fair sharing among all flows; flows that end within 1e-3 of each other end together.
  * exact: the same without that shortcut.     simgrid: libexec/moelab-simgrid over a pipe.
- * Latency of a flow's route is added to its arrival, not to its sharing. Flows with src == dst or 0 bytes arrive
+ * Latency of a flow's route is added to its arrival, not to its sharing. Flows with 0 bytes, or src == dst and no loop, arrive
  * at once. Concurrent exchanges share links in every tier. */
 int net_open(struct net **, const struct topology *, enum net_tier, struct err *);
 /* Whether there is a SimGrid server to start. */

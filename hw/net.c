@@ -157,7 +157,7 @@ static int list_receivers(struct net *net, int64_t id, const struct net_flow *fl
                            (long long)id, i, f->src, f->dst, f->bytes);
         /* Devices always reach each other: topology_build sees to that. */
         if ((f->src >= t->n_devices || f->dst >= t->n_devices) && net_moves(f) &&
-            topology_route(t, f->src, f->dst, link, NULL) < 0)
+            topology_route(t, f->src, f->dst, 0, link, NULL) < 0)
             return err_set(err, ERR_RUN, "exchange %lld, flow %zu: %s has no way from endpoint %d to %d", (long long)id,
                            i, t->name, f->src, f->dst);
         int32_t r = net->receiver_of[f->dst];

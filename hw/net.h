@@ -65,7 +65,23 @@ extern const struct net_ops net_simgrid_ops;
 
 static inline bool net_moves(const struct net_flow *f)
 {
-    return f->src != f->dst && f->bytes > NET_LEAST_BYTES;
+    return (f->src != f->dst || f->loop) && f->bytes > NET_LEAST_BYTES;
+}
+
+/* The links of a flow that moves; their number. latency (may be NULL): what its arrival has on top. */
+static inline int net_route(const struct topology *t, const struct net_flow *f, int32_t link[TOPOLOGY_MAX_HOPS],
+                            double *latency)
+{
+    int n;
+    if (latency)
+        *latency = 0;
+    if (f->loop)
+        n = topology_loop(t, f->src, link);
+    else
+        n = topology_route(t, f->src, f->dst, f->path, link, latency);
+    if (latency)
+        *latency += f->delay;
+    return n;
 }
 /* A part for this receiver ends its way at `arrival`, latency included. */
 void net_part_end(struct net *, int32_t slot, int32_t receiver, double arrival);

@@ -30,8 +30,9 @@ extern char **environ;
 #define UNDER_WAY (-2) /* in place of next_free */
 
 struct flying {
-    int32_t slot, receiver, src, dst;
-    double latency, bytes;
+    int32_t slot, receiver;
+    struct net_flow flow;
+    double latency;
     int64_t next_free;
 };
 
@@ -230,13 +231,13 @@ static int put_platform(struct client *c, const struct topology *t, struct err *
     int rc = 0;
     for (int32_t src = 0; src < n; src++)
         for (int32_t dst = 0; dst < n; dst++)
-            n_routes += topology_route(t, src, dst, link, NULL) > 0;
+            n_routes += topology_route(t, src, dst, 0, link, NULL) > 0;
     rc = put(c, err, "platform %d %d %ld\n", n, t->n_links, n_routes);
     for (int32_t l = 0; l < t->n_links && rc == 0; l++)
         rc = put(c, err, "%a\n", t->link[l].bandwidth);
     for (int32_t src = 0; src < n; src++) {
         for (int32_t dst = 0; dst < n && rc == 0; dst++) {
-            int hops = topology_route(t, src, dst, link, NULL);
+            int hops = topology_route(t, src, dst, 0, link, NULL);
             if (hops <= 0)
                 continue;
             rc = put(c, err, "%d %d %d", src, dst, hops);
@@ -320,11 +321,13 @@ static int client_start(struct net *net, double now, int32_t slot, const struct 
             break;
         int32_t link[TOPOLOGY_MAX_HOPS];
         struct flying *f = &c->flow[id];
-        *f = (struct flying){
-            slot, net->receiver_of[flow[i].dst], flow[i].src, flow[i].dst, 0, flow[i].bytes, UNDER_WAY
-        };
-        topology_route(net->topology, f->src, f->dst, link, &f->latency);
-        rc = put(c, err, "%lld %d %d %a\n", (long long)id, f->src, f->dst, f->bytes);
+        if (flow[i].loop || flow[i].path > 0)
+            return err_set(err, ERR_RUN, "tier simgrid: flow %d -> %d on path %d%s: its platform has one route between "
+                           "two endpoints; use tier exact", flow[i].src, flow[i].dst, flow[i].path,
+                           flow[i].loop ? " through its own port" : "");
+        *f = (struct flying){ slot, net->receiver_of[flow[i].dst], flow[i], 0, UNDER_WAY };
+        net_route(net->topology, &f->flow, link, &f->latency);
+        rc = put(c, err, "%lld %d %d %a\n", (long long)id, flow[i].src, flow[i].dst, flow[i].bytes);
     }
     return rc; /* sent with the next advance */
 }
@@ -343,9 +346,9 @@ static int read_end(struct net *net, struct client *c, struct err *err)
                        line);
     struct flying *f = &c->flow[id];
     int32_t link[TOPOLOGY_MAX_HOPS];
-    int hops = topology_route(net->topology, f->src, f->dst, link, NULL);
+    int hops = net_route(net->topology, &f->flow, link, NULL);
     for (int h = 0; h < hops; h++)
-        net->link_bytes[link[h]] += f->bytes;
+        net->link_bytes[link[h]] += f->flow.bytes;
     net_part_end(net, f->slot, f->receiver, time + f->latency);
     f->next_free = c->free_flow;
     c->free_flow = id;

@@ -217,8 +217,20 @@ static int route_devices(const struct topology *t, int32_t src, int32_t dst, int
     return n;
 }
 
-int topology_route(const struct topology *t, int32_t src, int32_t dst, int32_t link[TOPOLOGY_MAX_HOPS], double *latency)
+int topology_loop(const struct topology *t, int32_t device, int32_t link[TOPOLOGY_MAX_HOPS])
 {
+    const struct layout *lay = t->priv;
+    if (lay->nvlink < 0)
+        return 0;
+    link[0] = lay->nvlink + 2 * device;
+    link[1] = lay->nvlink + 2 * device + 1;
+    return 2;
+}
+
+int topology_route(const struct topology *t, int32_t src, int32_t dst, int32_t path, int32_t link[TOPOLOGY_MAX_HOPS],
+                   double *latency)
+{
+    (void)path; /* there is one between any two endpoints */
     const struct layout *lay = t->priv;
     assert(src >= 0 && src < t->n_devices + 2 * t->n_nodes);
     assert(dst >= 0 && dst < t->n_devices + 2 * t->n_nodes);

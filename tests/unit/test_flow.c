@@ -170,7 +170,7 @@ static void conservation(void **state)
     int32_t link[TOPOLOGY_MAX_HOPS];
     double *expected = calloc((size_t)t->n_links, sizeof *expected);
     for (size_t i = 0; i < n_flows; i++)
-        for (int h = topology_route(t, flow[i].src, flow[i].dst, link, NULL); h-- > 0;)
+        for (int h = topology_route(t, flow[i].src, flow[i].dst, 0, link, NULL); h-- > 0;)
             expected[link[h]] += flow[i].bytes;
     TIERS(tier)
     {

@@ -7,7 +7,7 @@ static const char *route_text(const struct topology *t, int32_t src, int32_t dst
 {
     static char text[512];
     int32_t link[TOPOLOGY_MAX_HOPS];
-    int n = topology_route(t, src, dst, link, latency);
+    int n = topology_route(t, src, dst, 0, link, latency);
     snprintf(text, sizeof text, "%s", n < 0 ? "none" : "");
     for (int i = 0; i < n; i++)
         snprintf(text + strlen(text), sizeof text - strlen(text), "%s%s", i ? " " : "", t->link[link[i]].name);
