@@ -28,7 +28,15 @@ struct device_spec {
     double launch_s;            /* fixed cost of one kernel */
     double flops_efficiency;    /* of peak, reached by a large GEMM */
     double mem_efficiency;      /* of mem_bandwidth, reached by a large copy */
-    double half_rows;           /* rows per expert at which a GEMM reaches half of flops_efficiency */
+    struct {                    /* grouped GEMMs: gemm.c */
+        double sms;             /* tiles at once */
+        double mma_efficiency;  /* of peak, in the main loop of a tile */
+        double port_bandwidth;  /* B/s that one SM draws operands from L2 with */
+        double store_bandwidth; /* B/s that one SM's results leave with */
+        double mem_efficiency;  /* of mem_bandwidth */
+        double launch_s;
+        double overlap;         /* of tiles and memory: exponent, INFINITY hides one behind the other */
+    } gemm;
 };
 
 struct link { char name[64]; double bandwidth; double latency; };
@@ -57,8 +65,8 @@ struct topology {
  * positive are errors that name `file` and the key. */
 int topology_build(struct topology **, const json_t *description, const char *file, struct err *);
 void topology_free(struct topology *);
-/* Links from src to dst in order; path: 0 as the network chooses, p the p-th of several; returns their number, 0 for src == dst, < 0 if there is no way. Cheap: called
- * per flow. latency (may be NULL): the sum, in seconds. */
+/* Links from src to dst in order; path: 0 as the network chooses, p the p-th of several. Returns their number, 0 for
+ * src == dst, < 0 if there is no way. Cheap: called per flow. latency (may be NULL): the sum, in seconds. */
 int topology_route(const struct topology *, int32_t src, int32_t dst, int32_t path, int32_t link[TOPOLOGY_MAX_HOPS],
                    double *latency);
 /* Links that a copy crosses which a kernel pushes through its own device's port to the NVLink switch; 0: none. */
@@ -72,10 +80,14 @@ static inline int32_t topology_ssd(const struct topology *t, int32_t node)
 /* ---- compute ---- */
 
 /* Seconds for grouped FFNs on one device: for every expert i, rows[i] tokens through a gated FFN of three
- * matrices d_model x (width[i] or d_expert). Weights of every expert with rows > 0 are read once from device
- * memory. One launch for all of them. */
+ * matrices d_model x (width[i] or d_expert): one grouped GEMM for gate and up, the activation, one for down. */
 double compute_experts(const struct device_spec *, enum precision, const struct moe_model *, int32_t n,
                        const int64_t *rows, const double *width /* or NULL: 1 */);
+/* One grouped GEMM: rows x k times k x n per group, nothing for groups without rows. */
+struct gemm_group { int64_t rows, n, k; };
+struct gemm_bytes { double in, weight, out; }; /* of one element */
+double compute_gemm(const struct device_spec *, enum precision, int32_t n_groups, const struct gemm_group *,
+                    const struct gemm_bytes *);
 /* Anything else: max(flops / rate, bytes / bandwidth) + launch. */
 double compute_plain(const struct device_spec *, enum precision, double flops, double bytes);
 
@@ -99,8 +111,8 @@ struct net; /* state: virtual clock, exchanges under way */
  *        with bytes end when their own busiest link would, at the earliest.
  * flow:  max-min fair sharing among all flows; flows that end within 1e-3 of each other end together.
  * exact: the same without that shortcut.     simgrid: libexec/moelab-simgrid over a pipe.
- * Latency of a flow's route is added to its arrival, not to its sharing. Flows with 0 bytes, or src == dst and no loop, arrive
- * at once. Concurrent exchanges share links in every tier. */
+ * Latency of a flow's route is added to its arrival, not to its sharing. Flows with 0 bytes, or src == dst and no
+ * loop, arrive at once. Concurrent exchanges share links in every tier. */
 int net_open(struct net **, const struct topology *, enum net_tier, struct err *);
 /* Whether there is a SimGrid server to start. */
 bool net_simgrid_available(void);

@@ -84,16 +84,22 @@ static int copy_name(char out[64], const json_t *table, const char *path, const 
     return 0;
 }
 
-static void device_fill(struct device_spec *d, const json_t *device, const json_t *peak)
+static void device_fill(struct device_spec *d, const json_t *device, const json_t *peak, const json_t *gemm)
 {
     d->memory = number(device, "memory");
     d->mem_bandwidth = number(device, "mem_bandwidth");
     d->launch_s = number(device, "launch_s");
     d->flops_efficiency = number(device, "flops_efficiency");
     d->mem_efficiency = number(device, "mem_efficiency");
-    d->half_rows = number(device, "half_rows");
     for (int p = 0; p < N_PRECISIONS; p++)
         d->peak[p] = number(peak, precision_name[p]);
+    d->gemm.sms = number(gemm, "sms");
+    d->gemm.mma_efficiency = number(gemm, "mma_efficiency");
+    d->gemm.port_bandwidth = number(gemm, "port_bandwidth");
+    d->gemm.store_bandwidth = number(gemm, "store_bandwidth");
+    d->gemm.mem_efficiency = number(gemm, "mem_efficiency");
+    d->gemm.launch_s = number(gemm, "launch_s");
+    d->gemm.overlap = number(gemm, "overlap");
 }
 
 int topology_build(struct topology **out, const json_t *description, const char *file, struct err *err)
@@ -135,7 +141,7 @@ int topology_build(struct topology **out, const json_t *description, const char 
     for (int32_t d = 0; d < t->n_devices; d++)
         lay->node[d] = d / t->devices_per_node;
 
-    device_fill(&spec, table[DEVICE], table[PEAK]);
+    device_fill(&spec, table[DEVICE], table[PEAK], table[GEMM]);
     for (size_t d = 0; d < n_devices; d++)
         t->device[d] = spec;
     for (size_t n = 0; n < n_nodes && table[HOST]; n++) {

@@ -24,6 +24,7 @@ static const struct {
     [TOP] = { "", "", TOP, true, false },
     [DEVICE] = { "device", "device.", TOP, true, true },
     [PEAK] = { "peak", "device.peak.", DEVICE, true, false },
+    [GEMM] = { "gemm", "device.gemm.", DEVICE, true, false },
     [NVLINK] = { "nvlink", "nvlink.", TOP, false, true },
     [PCIE] = { "pcie", "pcie.", TOP, false, true },
     [HOST] = { "host", "host.", TOP, false, true },
@@ -61,7 +62,6 @@ static const struct field fields[] = {
     { DEVICE, "launch_s", NUMBER, true, SECONDS, 0, "s" },
     { DEVICE, "flops_efficiency", NUMBER, true, SHARE, 0, "of peak" },
     { DEVICE, "mem_efficiency", NUMBER, true, SHARE, 0, "of mem_bandwidth" },
-    { DEVICE, "half_rows", NUMBER, true, 0, 1e6, 0, "rows" },
 
     { PEAK, "fp32", NUMBER, false, RATE, 0, "FLOP/s" },
     { PEAK, "tf32", NUMBER, false, RATE, 0, "FLOP/s" },
@@ -69,6 +69,14 @@ static const struct field fields[] = {
     { PEAK, "fp8", NUMBER, false, RATE, 0, "FLOP/s" },
     { PEAK, "int8", NUMBER, false, RATE, 0, "FLOP/s" },
     { PEAK, "int4", NUMBER, false, RATE, 0, "FLOP/s" },
+
+    { GEMM, "sms", INTEGER, true, 1, 10000, 0, "tiles at once" },
+    { GEMM, "mma_efficiency", NUMBER, true, SHARE, 0, "of peak" },
+    { GEMM, "port_bandwidth", NUMBER, true, BANDWIDTH, 0, "B/s per SM" },
+    { GEMM, "store_bandwidth", NUMBER, true, BANDWIDTH, 0, "B/s per SM" },
+    { GEMM, "mem_efficiency", NUMBER, true, SHARE, 0, "of mem_bandwidth" },
+    { GEMM, "launch_s", NUMBER, true, SECONDS, 0, "s" },
+    { GEMM, "overlap", NUMBER, true, 1, 100, 0, "exponent" },
 
     { NVLINK, "bandwidth", NUMBER, true, BANDWIDTH, 0, "B/s per device each way" },
     { NVLINK, "efficiency", NUMBER, false, SHARE, 1, "of bandwidth" },

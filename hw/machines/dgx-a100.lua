@@ -16,8 +16,11 @@ return {
     launch_s         = 2.5e-6,
     flops_efficiency = 0.75,
     mem_efficiency   = 0.86,
-    half_rows        = 64,
-    assumed = "nothing fitted: rows, memory and launch as on Hopper; 0.75 of peak in large BF16 GEMMs",
+    gemm = {
+      sms = 108, mma_efficiency = 0.86, port_bandwidth = 85e9, store_bandwidth = 13.2e9, mem_efficiency = 0.88,
+      launch_s = 1.2e-6, overlap = 2.4,
+    },
+    assumed = "nothing fitted: GEMMs as on Hopper, bandwidths per SM by clock; 0.75 of peak elsewhere",
   },
 
   nvlink = {

@@ -16,7 +16,10 @@ return {
     launch_s         = 2.5e-6,
     flops_efficiency = 0.60,
     mem_efficiency   = 0.86,
-    half_rows        = 64,
+    gemm = {
+      sms = 132, mma_efficiency = 0.86, port_bandwidth = 106e9, store_bandwidth = 16.5e9, mem_efficiency = 0.88,
+      launch_s = 1.2e-6, overlap = 2.4,
+    },
     assumed = "fitted to FP8 DeepGEMM on H800, the same chip: doc/machines.md",
   },
 

@@ -47,8 +47,9 @@ static const struct moe_model test_model = {
  * d_model and d_expert 1000, 8 heads of 100 and as many KV heads, fp8, one byte per weight and activation, no context:
  * a row is 1000 B on the wire, an expert 3e6 B. */
 
-struct card { double flops, bandwidth; };
-static const struct card h100 = { 1978.9e12 * 0.60, 3.35e12 * 0.86 };
+struct card { double flops, bandwidth, sms, mma, port, store, gemm_bandwidth; };
+static const struct card h100 = { 1978.9e12 * 0.60, 3.35e12 * 0.86, 132, 1978.9e12 / 132 * 0.86, 106e9, 16.5e9,
+                                  3.35e12 * 0.88 };
 
 static inline double by_hand(const struct card *c, double flops, double bytes)
 {
@@ -70,10 +71,28 @@ static inline double permute(const struct card *c, double rows)
     return by_hand(c, 0, 2 * rows * 1000);
 }
 
-/* n experts of r rows each; 64 rows are lost to tiles that are not full. */
+/* One grouped GEMM: n experts of r rows each, k wide in and width wide out, one byte per operand, two per result. */
+static inline double gemm(const struct card *c, double n, double r, double width, double k)
+{
+    const double m = r <= 64 ? 64 : 128;
+    double waves = INFINITY, last = 0, tile = 0;
+    for (double t = 16; t <= 128; t += 8) {
+        double tiles = n * ceil(r / m) * ceil(width / t), w = ceil(tiles / c->sms), rest = tiles - (w - 1) * c->sms;
+        if (w > waves || (w == waves && rest <= last))
+            continue;
+        waves = w;
+        last = rest;
+        double cores = 2 * m * t * k / c->mma, fetch = (m + t) * k / c->port;
+        tile = pow(pow(cores, 4) + pow(fetch, 4), 0.25) + m * t * 2 / c->store;
+    }
+    double memory = n * (r * k + width * k + 2 * r * width) / c->gemm_bandwidth;
+    return 1.2 * US + pow(pow(waves * tile, 2.4) + pow(memory, 2.4), 1 / 2.4);
+}
+
+/* n experts of r rows each: gate and up, what comes between (4000 + 1000 bytes a row), down. */
 static inline double experts(const struct card *c, double n, double r)
 {
-    return by_hand(c, n * 2 * 3e6 * (r + 64), n * (3e6 + r * 4000));
+    return gemm(c, n, r, 2000, 1000) + by_hand(c, 0, n * r * 5000) + gemm(c, n, r, 1000, 1000);
 }
 
 static inline double combine(const struct card *c, double rows, double tokens)

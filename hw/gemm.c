@@ -1,0 +1,86 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * gemm.c - how long a grouped GEMM takes on one device: what tiles and waves cost, beside arithmetic and memory.
+ *
+ * Y[g] = X[g] W[g], rows[g] x k times k x n, all groups in one launch of a persistent kernel as DeepGEMM's:
+ *
+ *   tiles     tile_m x tile_n of Y. tile_m is 64 if groups have at most 64 rows on average, else 128; tile_n is the
+ *             multiple of 8 from 16 to 128 with the fewest waves, then the fullest last wave, then the least waste
+ *   one tile  its k steps, by tensor cores or by what one SM draws from L2, whichever is slower (soft: both stall a
+ *             little), and its result's way out, which nothing hides
+ *   waves     as many tiles at once as there are SMs; the last wave counts in full
+ *   memory    every operand read once and the result written, at the reachable bandwidth
+ *   launch    fixed
+ *
+ * Tiles and memory overlap, but neither hides the other wholly: a p-norm with exponent `overlap` joins the two. */
+#include "config.h"
+
+#include "machine.h"
+
+#include <math.h>
+
+/* Where tensor cores and operand fetch come near each other, each stalls the other: a 4-norm, 19 % at a tie. */
+static double slower(double a, double b)
+{
+    return pow(a * a * a * a + b * b * b * b, 0.25);
+}
+
+static double tile_seconds(const struct device_spec *d, enum precision p, double m, double n, double k,
+                           const struct gemm_bytes *b)
+{
+    const double rate = d->peak[p] / d->gemm.sms * d->gemm.mma_efficiency;
+    return slower(2 * m * n * k / rate, (m * b->in + n * b->weight) * k / d->gemm.port_bandwidth) +
+           m * n * b->out / d->gemm.store_bandwidth;
+}
+
+static double tiles_of(const struct gemm_group *g, int64_t tile_m, int64_t tile_n)
+{
+    return g->rows <= 0 ? 0 : (double)((g->rows + tile_m - 1) / tile_m) * (double)((g->n + tile_n - 1) / tile_n);
+}
+
+/* The widths that a kernel chooses from; the first of the best. *waves: how often the SMs are filled. */
+static int64_t choose_tile(const struct device_spec *d, int32_t n_groups, const struct gemm_group *group,
+                           int64_t tile_m, double *waves, double *n_tiles)
+{
+    int64_t best = 0;
+    double last = 0;
+    *waves = INFINITY;
+    for (int64_t tile_n = 16; tile_n <= 128; tile_n += 8) {
+        double tiles = 0;
+        for (int32_t g = 0; g < n_groups; g++)
+            tiles += tiles_of(&group[g], tile_m, tile_n);
+        const double w = ceil(tiles / d->gemm.sms), rest = tiles - (w - 1) * d->gemm.sms;
+        if (w < *waves || (w == *waves && rest > last)) {
+            *waves = w;
+            *n_tiles = tiles;
+            last = rest;
+            best = tile_n;
+        }
+    }
+    return best;
+}
+
+double compute_gemm(const struct device_spec *d, enum precision p, int32_t n_groups, const struct gemm_group *group,
+                    const struct gemm_bytes *b)
+{
+    double sum = 0, busy = 0, bytes = 0, waves, n_tiles = 0, seconds = 0, one = 0;
+    for (int32_t g = 0; g < n_groups; g++) {
+        const double m = (double)group[g].rows, n = (double)group[g].n, k = (double)group[g].k;
+        if (group[g].rows <= 0)
+            continue;
+        sum += m;
+        busy++;
+        bytes += m * k * b->in + n * k * b->weight + m * n * b->out;
+    }
+    if (busy == 0)
+        return 0;
+    const int64_t tile_m = sum / busy <= 64 ? 64 : 128;
+    const int64_t tile_n = choose_tile(d, n_groups, group, tile_m, &waves, &n_tiles);
+    for (int32_t g = 0; g < n_groups; g++) { /* groups of one k need it once */
+        if (g == 0 || group[g].k != group[g - 1].k)
+            one = tile_seconds(d, p, (double)tile_m, (double)tile_n, (double)group[g].k, b);
+        seconds += tiles_of(&group[g], tile_m, tile_n) * one;
+    }
+    const double computing = waves * seconds / n_tiles, q = d->gemm.overlap;
+    const double memory = bytes / (d->mem_bandwidth * d->gemm.mem_efficiency);
+    return d->gemm.launch_s + pow(pow(computing, q) + pow(memory, q), 1 / q);
+}
