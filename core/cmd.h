@@ -12,6 +12,8 @@ int cmd_eval(int argc, char **argv);
 int cmd_papers(int argc, char **argv);
 int cmd_reproduce(int argc, char **argv);
 int cmd_trace(int argc, char **argv);
+int cmd_machine(int argc, char **argv);
+int machine_validate(int argc, char **argv); /* of cmd_machine */
 int cmd_rank(int argc, char **argv); /* internal: one MPI rank of a run on machine host */
 
 /* "moelab: TEXT" on stderr; the exit code that goes with it. */

@@ -23,7 +23,7 @@ struct work {
     struct moe_routes routes;
     int32_t *device;          /* [T] */
     int32_t *to;              /* [n] */
-    double row_bytes;         /* of one token's row on the wire */
+    double row_bytes[2];      /* of one token's row on the wire: there, back */
     struct placement placed;
     struct machine machine;
     bool machine_open;
@@ -110,6 +110,8 @@ static int read_bytes(struct eval_job *j, struct work *w, int32_t *n_devices)
                         (long long)shape[1]);
     if (job_has(j, "phy2dev"))
         return job_fail(j, "phy2dev", "bytes name devices, not experts");
+    if (job_has(j, "dispatch_bytes") || job_has(j, "combine_bytes"))
+        return job_fail(j, "dispatch_bytes", "a row's size, which bytes do not have");
     const size_t n = (size_t)(shape[0] * shape[0]);
     for (size_t i = 0; i < n; i++) {
         total += bytes[i];
@@ -127,9 +129,9 @@ static int read_bytes(struct eval_job *j, struct work *w, int32_t *n_devices)
         rows[i] = bytes[i] > 0 ? llround(fmax(1, bytes[i] / row)) : 0;
         n_rows += rows[i];
     }
-    w->row_bytes = n_rows > 0 ? total / (double)n_rows : row;
+    w->row_bytes[0] = w->row_bytes[1] = n_rows > 0 ? total / (double)n_rows : row;
     if (j->model.d_model == 0)
-        j->model.d_model = (int32_t)fmax(1, round(w->row_bytes / 2));
+        j->model.d_model = (int32_t)fmax(1, round(w->row_bytes[0] / 2));
     *n_devices = (int32_t)shape[0];
     j->model.n_experts = *n_devices;
     return tokens_of_rows(j, w, "bytes", rows, *n_devices, *n_devices);
@@ -211,8 +213,10 @@ static int read_all(struct eval_job *j, struct work *w)
     for (int32_t t = 0; t < w->routes.n_tokens; t++)
         if (w->routes.offset[t + 1] - w->routes.offset[t] > m->top_k)
             m->top_k = (int32_t)(w->routes.offset[t + 1] - w->routes.offset[t]);
-    if (w->row_bytes <= 0)
-        w->row_bytes = m->d_model * m->act_bytes;
+    static const char *const row_key[2] = { "dispatch_bytes", "combine_bytes" };
+    for (int i = 0; i < 2 && w->row_bytes[i] <= 0; i++)
+        if (job_real(j, row_key[i], m->d_model * m->act_bytes, 1, 1e9, &w->row_bytes[i]) < 0)
+            return j->err->code;
     if (job_machine(j, n_devices) < 0 ||
         (!w->device && !(w->device = job_token_devices(j, w->routes.n_tokens))) || place(j, w) < 0)
         return j->err->code;
@@ -239,8 +243,8 @@ static int lay_out_once(struct eval_job *j, struct work *w)
         w->exit[d] = -1;
     }
     struct moe_traffic traffic = { .n_micro = 1, .routes = &w->routes, .device = w->device, .to = w->to,
-                                   .placement = &w->placed.view, .dispatch_bytes = w->row_bytes,
-                                   .combine_bytes = w->row_bytes, .entry = w->entry, .exit = w->exit };
+                                   .placement = &w->placed.view, .dispatch_bytes = w->row_bytes[0],
+                                   .combine_bytes = w->row_bytes[1], .entry = w->entry, .exit = w->exit };
     if (job_open_policy(j, &p) == 0) {
         double start = job_clock();
         HOOK(&p, dispatch, lay_out, &traffic, &w->graph);
@@ -257,7 +261,7 @@ static int lay_out_once(struct eval_job *j, struct work *w)
 
 /* ---- the result ---- */
 
-struct phase { const char *name; double start, end; };
+struct phase { const char *name; double start, end; int32_t first; };
 
 static int by_start(const void *a, const void *b)
 {
@@ -265,8 +269,32 @@ static int by_start(const void *a, const void *b)
     return x->start != y->start ? (x->start < y->start ? -1 : 1) : (x->end > y->end) - (x->end < y->end);
 }
 
+/* The link that the bytes of a phase keep busy longest, and how long: no less can it take. */
+static void put_busiest(struct eval_job *j, const struct moe_graph *g, enum moe_payload payload, json_t *out)
+{
+    const struct topology *t = j->topology;
+    double *seconds = job_alloc(j, (size_t)t->n_links, sizeof *seconds);
+    int32_t link[TOPOLOGY_MAX_HOPS], most = 0;
+    for (int32_t i = 0; seconds && i < g->n_tasks; i++)
+        for (int32_t p = g->task[i].first;
+             g->task[i].kind == TASK_EXCHANGE && g->task[i].payload == payload && p < g->task[i].first + g->task[i].n;
+             p++) {
+            const struct moe_part *x = &g->part[p];
+            int n = x->src == x->dst ? topology_loop(t, x->src, link)
+                                     : topology_route(t, x->src, x->dst, x->path, link, NULL);
+            for (int h = 0; h < n; h++)
+                seconds[link[h]] += x->bytes / t->link[link[h]].bandwidth;
+        }
+    for (int32_t l = 1; seconds && l < t->n_links; l++)
+        most = seconds[l] > seconds[most] ? l : most;
+    if (seconds && t->n_links > 0 && seconds[most] > 0) {
+        json_object_set_new(out, "busiest_link", json_string(t->link[most].name));
+        json_object_set_new(out, "busiest_s", json_real(seconds[most]));
+    }
+}
+
 /* From the first start to the last end of all tasks of a name. */
-static json_t *list_phases(const struct moe_graph *g)
+static json_t *list_phases(struct eval_job *j, const struct moe_graph *g)
 {
     struct phase phase[16];
     int n = 0;
@@ -278,15 +306,19 @@ static json_t *list_phases(const struct moe_graph *g)
         while (p < n && strcmp(phase[p].name, task_phase(t)) != 0)
             p++;
         if (p == n)
-            phase[n++] = (struct phase){ task_phase(t), t->start, t->end };
+            phase[n++] = (struct phase){ task_phase(t), t->start, t->end, i };
         phase[p].start = fmin(phase[p].start, t->start);
         phase[p].end = fmax(phase[p].end, t->end);
     }
     qsort(phase, (size_t)n, sizeof *phase, by_start);
     json_t *list = json_array();
-    for (int p = 0; p < n; p++)
-        json_array_append_new(list, json_pack("{s:s, s:f, s:f, s:f}", "phase", phase[p].name, "start", phase[p].start,
-                                              "end", phase[p].end, "seconds", phase[p].end - phase[p].start));
+    for (int p = 0; p < n; p++) {
+        json_t *o = json_pack("{s:s, s:f, s:f, s:f}", "phase", phase[p].name, "start", phase[p].start, "end",
+                              phase[p].end, "seconds", phase[p].end - phase[p].start);
+        if (g->task[phase[p].first].kind == TASK_EXCHANGE)
+            put_busiest(j, g, g->task[phase[p].first].payload, o);
+        json_array_append_new(list, o);
+    }
     return list;
 }
 
@@ -317,7 +349,7 @@ int eval_dispatch(struct eval_job *j, json_t *out)
     if (machine_run(&w.machine, &w.graph, j->err) < 0 || metrics_bound(&w.graph, j->topology, &bound, j->err) < 0)
         goto out;
     json_object_set_new(out, "seconds_simulated", json_real(w.machine.now));
-    json_object_set_new(out, "phases", list_phases(&w.graph));
+    json_object_set_new(out, "phases", list_phases(j, &w.graph));
     put_bytes(j, &w.graph, out);
     json_object_set_new(out, "bound_s", json_real(bound));
     json_object_set_new(out, "seconds", json_real(w.seconds));

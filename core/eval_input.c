@@ -26,7 +26,7 @@ static const char *const known_keys[N_EVAL_KINDS][24] = {
     [MOE_PLACEMENT] = { "load", "replicas", "groups", "nodes", "devices", "transitions", "current", "machine",
                         "expert_bytes" },
     [MOE_DISPATCH] = { "tokens_by", "bytes", "routes", "device", "devices", "nodes", "machine", "tier", "expert",
-                       "phy2dev", "n_experts" },
+                       "phy2dev", "n_experts", "dispatch_bytes", "combine_bytes" },
 };
 
 int job_fail(struct eval_job *j, const char *key, const char *fmt, ...)

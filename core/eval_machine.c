@@ -87,6 +87,10 @@ static int list_flows(struct eval_job *j, struct work *w)
             if (src != dst && bytes > 0)
                 w->flow[w->n_flows++] = (struct net_flow){ src, dst, bytes };
         }
+    struct message_count *sends = job_alloc(j, (size_t)j->topology->n_devices, sizeof *sends);
+    if (!sends)
+        return j->err->code;
+    message_costs(j->topology, w->flow, w->n_flows, 0, false, sends);
     return 0;
 }
 

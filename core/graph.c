@@ -137,11 +137,14 @@ int32_t graph_experts(struct moe_graph *g, const struct moe_expert_work *w, stru
 
 int32_t graph_exchange(struct moe_graph *g, const struct moe_exchange *x, struct err *e)
 {
-    struct task t = { .kind = TASK_EXCHANGE, .payload = x->payload, .first = g->n_parts, .n = x->n_parts };
+    struct task t = { .kind = TASK_EXCHANGE, .payload = x->payload, .first = g->n_parts, .n = x->n_parts,
+                      .message_bytes = x->message_bytes, .sms = x->sms, .fused = x->fused };
     if ((int)x->payload < 0 || x->payload > MOE_PAY_BYTES)
         return err_set(e, ERR_RUN, "exchange with payload %d, expected 0 to %d", (int)x->payload, MOE_PAY_BYTES);
     if (x->n_parts < 0)
         return err_set(e, ERR_RUN, "exchange with %d parts", x->n_parts);
+    if (!(x->message_bytes >= 0) || !isfinite(x->message_bytes) || x->sms < 0)
+        return err_set(e, ERR_RUN, "exchange with messages of %g bytes, %d SMs", x->message_bytes, x->sms);
     RESERVE(g->part_item, g->room_part_item, (int64_t)g->n_parts + x->n_parts, e);
     RESERVE(g->part, g->room_parts, (int64_t)g->n_parts + x->n_parts, e);
     for (int32_t i = 0; i < x->n_parts; i++) {

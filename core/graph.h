@@ -33,6 +33,9 @@ struct task {
     int32_t first, n;             /* TASK_EXCHANGE: parts; TASK_EXPERTS: experts and rows */
     int64_t first_item, n_items;  /* TASK_EXPERTS */
     float fraction;               /* TASK_EXPERTS */
+    double message_bytes;         /* TASK_EXCHANGE: size of its messages; 0: a part is one */
+    int32_t sms;                  /* TASK_EXCHANGE: that it takes from computing */
+    bool fused;                   /* TASK_EXCHANGE: no start-up of its own */
     bool moves_weights;           /* TASK_EXCHANGE: migration or a plan's transfers, not a layer's traffic */
     double flops, bytes;
     double start, end;            /* set by the machine, in seconds of its clock */

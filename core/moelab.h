@@ -28,7 +28,7 @@
 extern "C" {
 #endif
 
-#define MOE_ABI 2u /* bumped when a layout or a meaning changes: tests/unit/test_abi.c guards it */
+#define MOE_ABI 3u /* bumped when a layout or a meaning changes: tests/unit/test_abi.c guards it */
 
 #if defined(__GNUC__)
 #define MOE_EXPORT __attribute__((visibility("default")))
@@ -336,7 +336,7 @@ enum moe_payload {
 };
 struct moe_part {
     int32_t src, dst;
-    double bytes;
+    double bytes; /* src == dst: what a kernel pushes through its own device's port all the same; 0 where it need not */
     int64_t n_items;
     const int64_t *items;
     int32_t path; /* 0: as the network chooses; p: the p-th of host->n_paths() */
@@ -345,6 +345,9 @@ struct moe_exchange {
     enum moe_payload payload;
     int32_t n_parts;
     const struct moe_part *part;
+    double message_bytes; /* a part travels in messages of so many bytes; 0: as one */
+    int32_t sms;          /* that its kernel takes from computing on each of its devices; 0: none (copy engines, NICs) */
+    bool fused;           /* goes on in a kernel that runs already: no start-up of its own */
 };
 
 /* One micro-batch of one layer, for dispatch to lay out. */

@@ -41,6 +41,14 @@ struct device_spec {
 
 struct link { char name[64]; double bandwidth; double latency; };
 
+/* What an exchange costs beside its bytes and the links' latency. */
+struct exchange_costs {
+    double startup;          /* s per exchange: launch, packing, flags, polling */
+    double per_peer;         /* s for each other device that a device sends to */
+    double per_message;      /* s that a sender is busy with each message, links or not */
+    double message_overhead; /* bytes on the links beside each message */
+};
+
 #define TOPOLOGY_MAX_HOPS 8
 
 /* From `at` on, in seconds of the machine's clock, a link has another bandwidth; 0: it has failed. */
@@ -51,6 +59,7 @@ struct topology {
     char name[64];
     int32_t n_devices, n_nodes, devices_per_node;
     struct device_spec *device;  /* [D] */
+    struct exchange_costs exchange;
     int32_t n_links;
     struct link *link;           /* one direction each; shared by every route over it */
     int32_t n_changes;
@@ -99,8 +108,15 @@ struct net_flow {
     int32_t path;     /* as topology_route has it */
     bool loop;        /* src == dst, and the bytes pass through the device's own port all the same */
     double delay;     /* s, on top of the route's latency */
+    double at_least;  /* s after the start before which it does not arrive, whatever the links do */
 };
 struct net_done { int64_t exchange; int32_t dst; double time; }; /* all of an exchange's bytes for dst are there */
+
+/* Adds an exchange's own costs (topology->exchange) to its flows: bytes, delay, at_least. Devices as sources. fused: it
+ * goes on in a kernel that runs. sends: [D] scratch. message.c */
+struct message_count { double peers, messages; };
+void message_costs(const struct topology *, struct net_flow *, size_t n, double message_bytes, bool fused,
+                   struct message_count *sends);
 
 enum net_tier { NET_BOUND, NET_FLOW, NET_EXACT, NET_SIMGRID, N_NET_TIERS };
 extern const char *const net_tier_name[N_NET_TIERS];

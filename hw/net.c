@@ -165,7 +165,10 @@ static int list_receivers(struct net *net, int64_t id, const struct net_flow *fl
             r = net->receiver_of[f->dst] = net->n_listed++;
             net->listed[r] = (struct net_receiver){ .dst = f->dst, .arrival = now };
         }
-        net->listed[r].n_left += net_moves(f);
+        if (net_moves(f)) {
+            net->listed[r].n_left++;
+            net->listed[r].arrival = fmax(net->listed[r].arrival, now + f->at_least);
+        }
     }
     return 0;
 }

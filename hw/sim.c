@@ -19,6 +19,7 @@ struct arrival { int32_t exchange, device, task; };
 
 struct sim {
     struct net *net;
+    struct message_count *sends; /* [D] */
     struct queue *stream;       /* [D * N_STREAMS] */
     struct event_queue events;  /* ends of computation */
     struct net_flow *flow;
@@ -64,6 +65,24 @@ static double seconds_of(const struct walk *w, const struct task *t)
 
 static void finish(struct walk *w, int32_t id);
 
+/* The flows of an exchange in s->flow, with what messages cost; their number. */
+static size_t list_flows(struct walk *w, const struct task *t)
+{
+    const struct topology *topology = w->m->topology;
+    struct sim *s = w->s;
+    int32_t link[TOPOLOGY_MAX_HOPS];
+    size_t n = 0;
+    for (int32_t i = 0; i < t->n; i++) {
+        const struct moe_part *p = &w->g->part[t->first + i];
+        const bool loop = p->src == p->dst;
+        if (p->bytes > 0 && (!loop || topology_loop(topology, p->src, link) > 0))
+            s->flow[n++] = (struct net_flow){ .src = p->src, .dst = p->dst, .bytes = p->bytes, .path = p->path,
+                                              .loop = loop };
+    }
+    message_costs(topology, s->flow, n, t->message_bytes, t->fused, s->sends);
+    return n;
+}
+
 static void start_transfer(struct walk *w, int32_t id)
 {
     struct task *t = &w->g->task[id];
@@ -84,11 +103,7 @@ static void start_transfer(struct walk *w, int32_t id)
         if (t->bytes > 0)
             s->flow[n++] = (struct net_flow){ t->source, t->device, t->bytes };
     } else {
-        for (int32_t i = 0; i < t->n; i++) {
-            const struct moe_part *p = &w->g->part[t->first + i];
-            if (p->src != p->dst && p->bytes > 0)
-                s->flow[n++] = (struct net_flow){ p->src, p->dst, p->bytes };
-        }
+        n = list_flows(w, t);
     }
     int32_t n_devices = w->m->topology->n_devices;
     uint8_t *waits = calloc((size_t)n_devices, 1);
@@ -298,6 +313,7 @@ static void sim_close(struct machine *m)
     event_free(&s->events);
     free(s->flow);
     free(s->done);
+    free(s->sends);
     if (s->net)
         net_close(s->net);
     free(s);
@@ -320,8 +336,9 @@ int machine_open_sim(struct machine *m, const struct topology *t, const struct m
         s->room_done = (size_t)t->n_devices * 64 + 64;
         s->done = malloc(sizeof *s->done * s->room_done);
         s->stream = calloc((size_t)t->n_devices * N_STREAMS, sizeof *s->stream);
+        s->sends = calloc((size_t)t->n_devices, sizeof *s->sends);
     }
-    if (!s || !s->done || !s->stream)
+    if (!s || !s->done || !s->stream || !s->sends)
         err_set(e, ERR_MEMORY, "out of memory for the machine");
     else
         net_open(&s->net, t, tier, e);

@@ -150,6 +150,9 @@ int topology_build(struct topology **out, const json_t *description, const char 
         t->host_flops[n] = number(table[HOST], "flops");
     }
     build_links(t, lay, table);
+    t->exchange = (struct exchange_costs){ number(table[EXCHANGE], "startup"), number(table[EXCHANGE], "per_peer"),
+                                           number(table[EXCHANGE], "per_message"),
+                                           number(table[EXCHANGE], "message_overhead") };
     *out = t;
     t = NULL;
     rc = 0;

@@ -30,6 +30,7 @@ static const struct {
     [HOST] = { "host", "host.", TOP, false, true },
     [SSD] = { "ssd", "ssd.", TOP, false, true },
     [NIC] = { "nic", "nic.", TOP, false, true },
+    [EXCHANGE] = { "exchange", "exchange.", TOP, false, true },
 };
 
 enum type { NUMBER, INTEGER, BOOLEAN, STRING };
@@ -99,6 +100,11 @@ static const struct field fields[] = {
     { NIC, "efficiency", NUMBER, false, SHARE, 1, "of bandwidth" },
     { NIC, "latency", NUMBER, true, SECONDS, 0, "s from NIC to NIC" },
     { NIC, "shared", BOOLEAN, false, 0, 0, 0, "" },
+
+    { EXCHANGE, "startup", NUMBER, true, SECONDS, 0, "s per exchange" },
+    { EXCHANGE, "per_peer", NUMBER, false, SECONDS, 0, "s per device that a device sends to" },
+    { EXCHANGE, "per_message", NUMBER, false, SECONDS, 0, "s of the sender per message" },
+    { EXCHANGE, "message_overhead", NUMBER, false, 0, 1e6, 0, "bytes per message" },
 };
 
 #define N_FIELDS (sizeof fields / sizeof fields[0])

@@ -5,7 +5,7 @@
 
 #include "machine.h"
 
-enum section { TOP, DEVICE, PEAK, GEMM, NVLINK, PCIE, HOST, SSD, NIC, N_SECTIONS };
+enum section { TOP, DEVICE, PEAK, GEMM, NVLINK, PCIE, HOST, SSD, NIC, EXCHANGE, N_SECTIONS };
 
 /* table[s]: where the section is in the description, NULL if it is not. Defaults are filled in. */
 int topology_check(json_t *description, json_t *table[N_SECTIONS], const char *file, struct err *);

@@ -60,4 +60,13 @@ return {
     source  = "DeepEP: one ConnectX-7 of 400 Gb/s per GPU, about 50 GB/s",
     assumed = "line rate; switches do not block; latency: order of magnitude",
   },
+
+  exchange = {
+    startup          = 32e-6,
+    per_peer         = 50e-9,
+    message_overhead = 42,
+    source  = "startup: fitted to DeepEP's low-latency kernels on this node (doc/machines.md); overhead: InfiniBand "
+           .. "Architecture 1.4, headers of a first packet (LRH, BTH, RETH, ICRC, VCRC)",
+    assumed = "per_peer: the published rows do not tell it from 0",
+  },
 }

@@ -16,8 +16,14 @@
 
 #include <string.h>
 
+struct conf {
+    int32_t messages; /* PER_PAIR, PER_ROW */
+};
+enum { PER_PAIR, PER_ROW };
+
 struct state {
     const struct moe_env *env;
+    const struct conf *conf;
 };
 
 /* One layer's routes, sorted once. n_sent routes have a device to go to. */
@@ -81,8 +87,9 @@ static int sort_routes(const struct moe_env *env, const struct moe_traffic *in, 
 }
 
 /* One exchange over all pairs: token to expert (out), or back. Returns its task. */
-static int32_t exchange(const struct moe_env *env, const struct layout *l, bool out, struct moe_graph *g)
+static int32_t exchange(const struct state *s, const struct layout *l, bool out, struct moe_graph *g)
 {
+    const struct moe_env *env = s->env;
     struct moe_part *part = env->host->scratch(env, ((size_t)l->n_sent + 1) * sizeof *part);
     double row_bytes = out ? l->in->dispatch_bytes : l->in->combine_bytes;
     int32_t n_parts = 0;
@@ -103,7 +110,9 @@ static int32_t exchange(const struct moe_env *env, const struct layout *l, bool 
     }
     return env->host->task_exchange(env, g,
                                     &(struct moe_exchange){.payload = out ? MOE_PAY_HIDDEN : MOE_PAY_OUTPUT,
-                                                           .n_parts = n_parts, .part = part});
+                                                           .n_parts = n_parts, .part = part,
+                                                           .message_bytes = s->conf->messages == PER_ROW ? row_bytes
+                                                                                                         : 0});
 }
 
 /* The experts of one device; starts when its tokens are there. Returns its task. */
@@ -146,9 +155,10 @@ static int32_t compute(const struct moe_env *env, struct moe_graph *g, enum moe_
 
 /* Dispatch: permute on every device that sends, one exchange after all of them, the experts where their tokens have
  * arrived. Returns the exchange that brings the outputs back, which waits for all experts. */
-static int32_t there_and_back(const struct moe_env *env, const struct layout *l, struct moe_graph *g)
+static int32_t there_and_back(const struct state *s, const struct layout *l, struct moe_graph *g)
 {
-    int32_t out = exchange(env, l, true, g), back = out < 0 ? out : exchange(env, l, false, g);
+    const struct moe_env *env = s->env;
+    int32_t out = exchange(s, l, true, g), back = out < 0 ? out : exchange(s, l, false, g);
     for (int32_t d = 0; back >= 0 && d < env->topology->n_devices; d++) {
         int64_t sends = l->from_first[d + 1] - l->from_first[d];
         int32_t task = 0;
@@ -169,7 +179,8 @@ static int32_t there_and_back(const struct moe_env *env, const struct layout *l,
 
 static int lay_out(void *self, const struct moe_traffic *in, struct moe_graph *g)
 {
-    const struct moe_env *env = ((const struct state *)self)->env;
+    const struct state *s = self;
+    const struct moe_env *env = s->env;
     int32_t n_devices = env->topology->n_devices;
     const struct moe_placement *placement = in->placement;
     struct layout l;
@@ -181,7 +192,7 @@ static int lay_out(void *self, const struct moe_traffic *in, struct moe_graph *g
     int64_t *n_tokens = env->host->scratch(env, (size_t)n_devices * sizeof *n_tokens);
     if (n_tokens == NULL || sort_routes(env, in, &l) < 0)
         return MOE_ENOMEM;
-    int32_t back = l.n_sent > 0 ? there_and_back(env, &l, g) : 0;
+    int32_t back = l.n_sent > 0 ? there_and_back(s, &l, g) : 0;
     if (back < 0)
         return back;
     memset(n_tokens, 0, (size_t)n_devices * sizeof *n_tokens);
@@ -206,10 +217,17 @@ static int lay_out(void *self, const struct moe_traffic *in, struct moe_graph *g
 
 static int init(void *self, const void *conf, const struct moe_env *env)
 {
-    (void)conf;
-    ((struct state *)self)->env = env;
+    struct state *s = self;
+    s->env = env;
+    s->conf = conf;
     return MOE_OK;
 }
+
+static const struct moe_param params[] = {
+    {"messages", MOE_ENUM, offsetof(struct conf, messages), PER_PAIR, 0, 0, "pair|row", "", "what is sent at once: all "
+     "rows of a pair of devices, or each row as it is ready (DeepEP's low-latency kernels)"},
+    MOE_PARAM_END
+};
 
 const struct moe_plugin moe_plugin = {
     .abi = MOE_ABI,
@@ -218,6 +236,8 @@ const struct moe_plugin moe_plugin = {
     .name = "flat",
     .summary = "one all-to-all for dispatch, one for combine",
     .source = "field practice; D. Lepikhin et al. 2020, arXiv 2006.16668",
+    .params = params,
+    .conf_size = sizeof(struct conf),
     .state_size = sizeof(struct state),
     .init = init,
     .ops.dispatch = {.lay_out = lay_out},

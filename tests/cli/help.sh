@@ -20,8 +20,9 @@ options() { grep -Eo -- '--[a-z][a-z-]*' | grep -vx -- --help | sort -u; }
 helps()
 {
     "$moelab" "$@" --help
-    [ "$1" != trace ] || "$moelab" trace --help | sed -n 's/^  \([a-z][a-z]*\)  .*/\1/p' |
-        while read -r verb; do "$moelab" trace "$verb" --help; done
+    case $1 in trace | machine) ;; *) return ;; esac
+    "$moelab" "$1" --help | sed -n 's/^  \([a-z][a-z]*\)  .*/\1/p' |
+        while read -r verb; do "$moelab" "$1" "$verb" --help; done
 }
 while read -r command; do
     run_expect 0 '[Ee]xamples?:' "$moelab" "$command" --help

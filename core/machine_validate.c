@@ -1,0 +1,331 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * machine_validate.c - moelab machine validate: published measurements against what the models say.
+ *
+ * A table is a CSV file with comments (hw/published/): `# source:`, `# machine:` and `# fitted:` (which rows gave which
+ * parameter). Its header says which model it tests:
+ *   layout,groups,m_per_group,n,k,tflops,GBps               FP8 matrix products (compute_gemm)
+ *   kernel,phase,ep,latency_us,bandwidth_GBps,column        DeepEP's dispatch and combine (layouts on a network)
+ * DeepEP's tests draw experts at random; so does this, and the whole layout runs on the machine, tier flow. */
+#include "config.h"
+
+#include "cmd.h"
+#include "cmd_options.h"
+#include "csv.h"
+#include "eval.h"
+#include "machine.h"
+#include "registry.h"
+#include "script.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+struct table {
+    struct csv csv;
+    char name[128], machine[64], fitted[600], source[300];
+    struct topology *topology;
+    json_t *rows;
+    struct err *err;
+};
+
+static int put_row(struct table *t, int line, const char *row, const char *unit, double measured, double modelled,
+                   double error, const char *binds)
+{
+    json_t *o = json_pack("{s:s, s:s, s:i, s:s, s:f, s:f, s:f, s:s*}", "table", t->name, "row", row, "line", line,
+                          "unit", unit, "measured", measured, "modelled", modelled, "error", error, "binds", binds);
+    if (!o || json_array_append_new(t->rows, o))
+        return err_set(t->err, ERR_MEMORY, "out of memory");
+    return 0;
+}
+
+/* ---- matrix products ---- */
+
+static const char *const gemm_columns[] = { "layout", "groups", "m_per_group", "n", "k", "tflops", "GBps", NULL };
+
+static int gemm_row(struct table *t, int i)
+{
+    static const char *const layouts[] = { "dense", "contiguous", "masked", NULL };
+    static const struct gemm_bytes bytes = { 1, 1, 2 }; /* FP8 in, BF16 out */
+    double groups, m, n, k, tflops;
+    int layout;
+    char text[80];
+    if (csv_word(&t->csv, i, "layout", layouts, &layout, t->err) < 0 ||
+        csv_number(&t->csv, i, "groups", 0, 4096, &groups, t->err) < 0 ||
+        csv_number(&t->csv, i, "m_per_group", 1, 1 << 24, &m, t->err) < 0 ||
+        csv_number(&t->csv, i, "n", 1, 1 << 24, &n, t->err) < 0 ||
+        csv_number(&t->csv, i, "k", 1, 1 << 24, &k, t->err) < 0 ||
+        csv_number(&t->csv, i, "tflops", 1e-3, 1e6, &tflops, t->err) < 0)
+        return t->err->code;
+    int32_t n_groups = groups < 1 ? 1 : (int32_t)groups;
+    struct gemm_group group[n_groups];
+    for (int32_t g = 0; g < n_groups; g++)
+        group[g] = (struct gemm_group){ (int64_t)m, (int64_t)n, (int64_t)k };
+    double flops = 2 * n_groups * m * n * k, measured = flops / (tflops * 1e12);
+    double modelled = compute_gemm(&t->topology->device[0], PREC_FP8, n_groups, group, &bytes);
+    snprintf(text, sizeof text, "%s %d x %g, %g x %g", layouts[layout], n_groups, m, n, k);
+    return put_row(t, t->csv.row[i].line, text, "us", measured * 1e6, modelled * 1e6, modelled / measured - 1, NULL);
+}
+
+/* ---- DeepEP ---- */
+
+static const char *const deepep_columns[] = { "kernel", "phase", "ep", "latency_us", "bandwidth_GBps", "column", NULL };
+static const char *const kernels[] = { "low_latency", "normal", NULL };
+static const char *const phases[] = { "dispatch", "combine", NULL };
+
+enum { LOW_LATENCY, NORMAL };
+enum { HIDDEN = 7168, EXPERTS = 256, TOP_K = 8, PER_NODE = 8, TOP_GROUPS = 4 };
+
+struct traffic { /* of one kernel at one size: what its routes come to, and what the model says */
+    int kernel, ep;
+    double seconds[2];
+    char binds[2][64];
+    double rank_rows, node_rows; /* per rank: distinct (token, rank), (token, node), its own included */
+};
+
+/* The TOP_K best of 256 random scores, in the TOP_GROUPS nodes with the best of them where there are more nodes. */
+static void draw_experts(uint64_t seed, int64_t token, int n_nodes, int32_t *expert)
+{
+    float score[EXPERTS];
+    const int per_node = EXPERTS / n_nodes;
+    for (int e = 0; e < EXPERTS; e++)
+        score[e] = (float)moe_unit(moe_mix(seed + UINT64_C(0x9E3779B97F4A7C15) * (uint64_t)(token * EXPERTS + e + 1)));
+    if (n_nodes > TOP_GROUPS) {
+        float best[EXPERTS];
+        int32_t kept[TOP_GROUPS];
+        for (int n = 0; n < n_nodes; n++) {
+            best[n] = score[n * per_node];
+            for (int e = 1; e < per_node; e++)
+                best[n] = fmaxf(best[n], score[n * per_node + e]);
+        }
+        moe_top_k(best, n_nodes, TOP_GROUPS, kept);
+        for (int e = 0; e < EXPERTS; e++) {
+            bool in = false;
+            for (int i = 0; i < TOP_GROUPS; i++)
+                in |= kept[i] == e / per_node;
+            score[e] = in ? score[e] : -1;
+        }
+    }
+    moe_top_k(score, EXPERTS, TOP_K, expert);
+}
+
+static json_t *traffic_input(struct traffic *w, const char *machine, uint64_t seed)
+{
+    const int n_nodes = w->ep / PER_NODE, per_rank = w->kernel == NORMAL ? 4096 : 128;
+    json_t *offsets = json_array(), *experts = json_array(), *device = json_array();
+    int64_t at = 0, rank_rows = 0, node_rows = 0;
+    json_array_append_new(offsets, json_integer(0));
+    for (int64_t t = 0; t < (int64_t)w->ep * per_rank; t++) {
+        int32_t expert[TOP_K];
+        draw_experts(seed, t, w->kernel == NORMAL ? n_nodes : 1, expert);
+        for (int i = 0; i < TOP_K; i++) {
+            const int per = EXPERTS / w->ep;
+            bool new_rank = true, new_node = true;
+            for (int j = 0; j < i; j++) {
+                new_rank &= expert[j] / per != expert[i] / per;
+                new_node &= expert[j] / per / PER_NODE != expert[i] / per / PER_NODE;
+            }
+            rank_rows += new_rank;
+            node_rows += new_node;
+            json_array_append_new(experts, json_integer(expert[i]));
+        }
+        json_array_append_new(offsets, json_integer(at += TOP_K));
+        json_array_append_new(device, json_integer(t / per_rank));
+    }
+    w->rank_rows = (double)rank_rows / w->ep;
+    w->node_rows = (double)node_rows / w->ep;
+    return json_pack("{s:{s:o, s:o}, s:o, s:i, s:i, s:i, s:s, s:{s:i, s:i}, s:f, s:f}", "routes", "offsets", offsets,
+                     "experts", experts, "device", device, "devices", w->ep, "nodes", n_nodes, "n_experts", EXPERTS,
+                     "machine", machine, "expert", "d_model", HIDDEN, "d_expert", 2048, "dispatch_bytes",
+                     HIDDEN + HIDDEN / 128 * 4.0 + (w->kernel == NORMAL ? 0 : 16), "combine_bytes", HIDDEN * 2.0);
+}
+
+static int run_traffic(struct table *t, struct traffic *w)
+{
+    static const char *const phase_of[2] = { "dispatch_a2a", "combine_a2a" };
+    const int n_seeds = w->kernel == NORMAL ? 1 : 8; /* 4096 tokens per rank average by themselves */
+    for (int seed = 1; seed <= n_seeds && !t->err->code; seed++) {
+        json_t *options = json_pack("{s:o?, s:s}", "input", traffic_input(w, t->machine, (uint64_t)seed), "tier",
+                                    "flow");
+        if (w->kernel == LOW_LATENCY)
+            json_object_set_new(options, "set", json_pack("{s:s}", "messages", "row"));
+        json_t *out = eval("dispatch", w->kernel == NORMAL ? "node-dedup" : "flat", options, true, t->err), *phase;
+        size_t i;
+        json_array_foreach(json_object_get(out, "phases"), i, phase)
+            for (int p = 0; p < 2; p++)
+                if (!strcmp(json_string_value(json_object_get(phase, "phase")), phase_of[p])) {
+                    w->seconds[p] += json_number_value(json_object_get(phase, "seconds")) / n_seeds;
+                    snprintf(w->binds[p], sizeof w->binds[p], "%s",
+                             json_string_value(json_object_get(phase, "busiest_link")));
+                }
+        json_decref(out);
+        json_decref(options);
+    }
+    return t->err->code;
+}
+
+/* "gpu3.nvlink.out" to "nvlink": what kind of link it is. */
+static const char *kind_of_link(const char *name)
+{
+    return strstr(name, "nvlink") ? "NVLink" : strstr(name, "nic") ? "NIC" : name;
+}
+
+static int deepep_row(struct table *t, int i, struct traffic *w)
+{
+    static const char *const counted[] = { "as above", "NVLink", "RDMA", NULL };
+    int kernel, phase, column;
+    double ep, x;
+    char text[80];
+    if (csv_word(&t->csv, i, "kernel", kernels, &kernel, t->err) < 0 ||
+        csv_word(&t->csv, i, "phase", phases, &phase, t->err) < 0 ||
+        csv_word(&t->csv, i, "column", counted, &column, t->err) < 0 ||
+        csv_number(&t->csv, i, "ep", PER_NODE, EXPERTS, &ep, t->err) < 0 ||
+        csv_number(&t->csv, i, kernel == NORMAL ? "bandwidth_GBps" : "latency_us", 1e-3, 1e6, &x, t->err) < 0)
+        return t->err->code;
+    if (fmod(ep, PER_NODE) != 0 || EXPERTS % (int)ep != 0)
+        return err_set(t->err, ERR_INPUT, "%s:%d: ep: found %g, expected 8, 16, 32, 64, 128 or 256", t->csv.file,
+                       t->csv.row[i].line, ep);
+    if ((kernel == NORMAL) != (column > 0))
+        return err_set(t->err, ERR_INPUT, "%s:%d: column: found \"%s\", expected %s", t->csv.file, t->csv.row[i].line,
+                       counted[column], kernel == NORMAL ? "NVLink or RDMA" : "as above");
+    if (w->kernel != kernel || w->ep != (int)ep) {
+        *w = (struct traffic){ .kernel = kernel, .ep = (int)ep };
+        if (run_traffic(t, w) < 0)
+            return t->err->code;
+    }
+    snprintf(text, sizeof text, "%s %s, EP %g", kernels[kernel], phases[phase], ep);
+    const char *binds = kind_of_link(w->binds[phase]);
+    if (kernel == LOW_LATENCY)
+        return put_row(t, t->csv.row[i].line, text, "us", x, w->seconds[phase] * 1e6,
+                       w->seconds[phase] * 1e6 / x - 1, binds);
+    double row = phase == 0 ? HIDDEN + HIDDEN / 128 * 4.0 : HIDDEN * 2.0;
+    double rate = (column == 1 ? w->rank_rows : w->node_rows) * row / w->seconds[phase] / 1e9;
+    snprintf(text + strlen(text), sizeof text - strlen(text), " (%s)", counted[column]);
+    return put_row(t, t->csv.row[i].line, text, "GB/s", x, rate, x / rate - 1, binds);
+}
+
+/* ---- tables ---- */
+
+static int open_machine(struct table *t)
+{
+    char file[1024];
+    json_t *description = NULL;
+    if (script_machine(t->machine, &description, file, sizeof file, t->err) == 0)
+        topology_build(&t->topology, description, file, t->err);
+    json_decref(description);
+    return t->err->code;
+}
+
+static int validate(const char *file, const char *machine, json_t *rows, struct err *e)
+{
+    struct table t = { .rows = rows, .err = e };
+    struct traffic w = { .ep = 0 };
+    if (csv_read(&t.csv, file, e) < 0)
+        return e->code;
+    const char *slash = strrchr(file, '/');
+    snprintf(t.name, sizeof t.name, "%s", slash ? slash + 1 : file);
+    csv_note(&t.csv, "machine", t.machine, sizeof t.machine);
+    csv_note(&t.csv, "fitted", t.fitted, sizeof t.fitted);
+    csv_note(&t.csv, "source", t.source, sizeof t.source);
+    if (machine || !*t.machine)
+        snprintf(t.machine, sizeof t.machine, "%s", machine ? machine : "h800-ib");
+    const bool gemm = csv_is(&t.csv, gemm_columns), deepep = csv_is(&t.csv, deepep_columns);
+    if (!gemm && !deepep)
+        err_set(e, ERR_INPUT, "%s: the header is that of no table known: see hw/published/", file);
+    else if (open_machine(&t) == 0)
+        for (int i = 0; i < t.csv.n_rows && !e->code; i++)
+            gemm ? gemm_row(&t, i) : deepep_row(&t, i, &w);
+    for (size_t i = 0; i < json_array_size(rows); i++) {
+        json_t *o = json_array_get(rows, i);
+        if (json_object_get(o, "machine") || strcmp(json_string_value(json_object_get(o, "table")), t.name))
+            continue;
+        json_object_set_new(o, "machine", json_string(t.machine));
+        json_object_set_new(o, "fitted", json_string(t.fitted));
+        json_object_set_new(o, "source", json_string(t.source));
+    }
+    topology_free(t.topology);
+    csv_free(&t.csv);
+    return e->code;
+}
+
+static int by_size(const void *a, const void *b)
+{
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+static void print_table(const json_t *rows, size_t first, size_t end)
+{
+    const json_t *head = json_array_get(rows, first);
+    double size[end - first], most = 0;
+    printf("%s on %s\n  source: %s\n  fitted: %s\n\n  %-42s %10s %10s %-5s %8s  %s\n",
+           json_string_value(json_object_get(head, "table")), json_string_value(json_object_get(head, "machine")),
+           json_string_value(json_object_get(head, "source")), json_string_value(json_object_get(head, "fitted")),
+           "row", "measured", "modelled", "", "error", "binds");
+    for (size_t i = first; i < end; i++) {
+        const json_t *o = json_array_get(rows, i);
+        const char *binds = json_string_value(json_object_get(o, "binds"));
+        double error = json_number_value(json_object_get(o, "error"));
+        size[i - first] = fabs(error);
+        most = fmax(most, fabs(error));
+        printf("  %-42s %10.4g %10.4g %-5s %+7.1f%%  %s\n", json_string_value(json_object_get(o, "row")),
+               json_number_value(json_object_get(o, "measured")), json_number_value(json_object_get(o, "modelled")),
+               json_string_value(json_object_get(o, "unit")), 100 * error, binds ? binds : "");
+    }
+    qsort(size, end - first, sizeof *size, by_size);
+    printf("\n  errors of time, modelled over measured: median %.1f %%, largest %.1f %% of %zu rows\n\n",
+           100 * size[(end - first) / 2], 100 * most, end - first);
+}
+
+static void help(void)
+{
+    printf("usage: moelab machine validate [TABLE.csv...] [--machine NAME_OR_FILE] [--json]\n\n"
+           "Published measurements against the models, with signed errors of time; which rows gave which parameter.\n"
+           "Without a table: those in hw/published/, which also show the format.\n\n"
+           "  --machine M   the machine to model instead of the one that the table names\n"
+           "  --json        a list of rows\n\nExample:\n  moelab machine validate\n");
+}
+
+int machine_validate(int argc, char **argv)
+{
+    static const char *const known[] = { "--machine", "--json", "--help", NULL };
+    static const char *const published[] = { "hw/published/deepgemm-h800.csv", "hw/published/deepep-h800.csv" };
+    const char *machine = NULL, *file[64];
+    char path[2][1024];
+    bool as_json = false;
+    int n = 0;
+    struct err e = { 0 };
+    for (int i = 1; i < argc; i++) {
+        if (!strcmp(argv[i], "--json"))
+            as_json = true;
+        else if (!strcmp(argv[i], "--help") || !strcmp(argv[i], "-h"))
+            return help(), 0;
+        else if (!strcmp(argv[i], "--machine") && i + 1 < argc)
+            machine = argv[++i];
+        else if (cmd_is_option(argv[i]))
+            return cmd_unknown_option("machine validate", argv[i], known);
+        else if (n == 64)
+            return cmd_usage("machine validate", "more than 64 tables");
+        else
+            file[n++] = argv[i];
+    }
+    for (int i = 0; n == i && i < 2 && (i == 0 || file[0] == path[0]); i++) { /* none given: all that are published */
+        if (registry_data(published[i], path[i], sizeof path[i]) < 0)
+            return cmd_usage("machine validate", "%s is not installed", published[i]);
+        file[n++] = path[i];
+    }
+    json_t *rows = json_array();
+    size_t end[64] = { 0 };
+    for (int i = 0; i < n && !e.code; i++) {
+        validate(file[i], machine, rows, &e);
+        end[i] = json_array_size(rows);
+    }
+    if (!e.code && as_json) {
+        json_dumpf(rows, stdout, JSON_INDENT(2) | JSON_REAL_PRECISION(17));
+        putchar('\n');
+    }
+    for (int i = 0; i < n && !e.code && !as_json; i++)
+        print_table(rows, i ? end[i - 1] : 0, end[i]);
+    json_decref(rows);
+    return e.code ? cmd_fail(&e) : 0;
+}

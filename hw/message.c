@@ -1,0 +1,33 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * message.c - what an exchange costs beside its bytes on the links and their latency.
+ *
+ *   start-up   of the kernel, and for each other device that a device sends to: later arrivals
+ *   messages   each has bytes of its own on the links (headers), so small ones use them badly: size / (size +
+ *              overhead); and its sender is busy with it for a time, so that nothing of a device that sends m messages
+ *              is complete before m such times, whatever the links could do (LogGP's o; A. Alexandrov et al. 1995) */
+#include "config.h"
+
+#include "machine.h"
+
+#include <string.h>
+
+void message_costs(const struct topology *t, struct net_flow *flow, size_t n, double message_bytes, bool fused,
+                   struct message_count *sends)
+{
+    const struct exchange_costs *c = &t->exchange;
+    memset(sends, 0, sizeof *sends * (size_t)t->n_devices);
+    for (size_t i = 0; i < n; i++) {
+        struct net_flow *f = &flow[i];
+        if (f->bytes <= 0 || (f->src == f->dst && !f->loop))
+            continue;
+        double messages = message_bytes > 0 ? f->bytes / message_bytes : 1;
+        sends[f->src].peers += f->src != f->dst;
+        sends[f->src].messages += messages;
+        f->bytes += messages * c->message_overhead;
+    }
+    for (size_t i = 0; i < n; i++) {
+        const struct message_count *out = &sends[flow[i].src];
+        flow[i].delay = fused ? 0 : c->startup + out->peers * c->per_peer;
+        flow[i].at_least = flow[i].delay + out->messages * c->per_message;
+    }
+}
