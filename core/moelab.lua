@@ -409,6 +409,12 @@ function moe.eval(kind, name, options)
   return native.eval(kind, name, o)
 end
 
+--- Published measurements of hw/published/NAME.csv against the models: rows as `moelab machine validate --json` has.
+function moe.validate(name)
+  if type(name) ~= "string" then fail(text_of(here()), "moe.validate: expected a table's name") end
+  return native.validate(name)
+end
+
 --- Whether this build can run on an executor: "flow" (always), "simgrid", "host".
 function moe.has(executor)
   if type(executor) ~= "string" then fail(text_of(here()), "moe.has: expected a name, found %s", type(executor)) end

@@ -4,6 +4,7 @@
 
 #include "eval.h"
 #include "machine.h"
+#include "machine_validate.h"
 #include "metrics.h"
 #include "param.h"
 #include "registry.h"
@@ -327,6 +328,28 @@ static int n_eval(lua_State *L)
     return 1;
 }
 
+/* validate(name) -> rows of hw/published/NAME.csv against the models */
+static int n_validate(lua_State *L)
+{
+    struct err e = { 0 };
+    const char *name = luaL_checkstring(L, 1);
+    char sub[128], file[1024];
+    snprintf(sub, sizeof sub, "hw/published/%s.csv", name);
+    json_t *rows = json_array();
+    if (strspn(name, "abcdefghijklmnopqrstuvwxyz0123456789-") != strlen(name) ||
+        registry_data(sub, file, sizeof file) < 0)
+        err_set(&e, ERR_INPUT, "moe.validate: no published table named \"%.64s\"", name);
+    else
+        machine_validate_table(file, NULL, rows, &e);
+    if (e.code) {
+        json_decref(rows);
+        return raise_here(L, &e);
+    }
+    script_push_json(L, rows);
+    json_decref(rows);
+    return 1;
+}
+
 /* run(name, specs, axes) -> results. Runs are recorded as they come back. */
 static int n_run(lua_State *L)
 {
@@ -448,7 +471,7 @@ void script_push_natives(lua_State *L)
         { "fail", n_fail }, { "machine", n_machine }, { "policy", n_policy }, { "trace", n_trace },
         { "synth", n_synth }, { "run", n_run }, { "eval", n_eval }, { "write", n_write }, { "draw", n_draw },
         { "claim", n_claim }, { "overrides", n_overrides }, { "option", n_option }, { "metrics", n_metrics },
-        { "has", n_has }, { "add_policy", n_add_policy }, { NULL, NULL },
+        { "has", n_has }, { "validate", n_validate }, { "add_policy", n_add_policy }, { NULL, NULL },
     };
     luaL_newlib(L, all);
 }
