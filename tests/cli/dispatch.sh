@@ -51,7 +51,8 @@ skewed()
     "$moelab" eval dispatch node-dedup --input skewed.json >"skewed$1" || exit 99
 }
 for active in 8 4 2; do skewed $active; done
-near "bytes between nodes, 2 of 8 devices" "$(number bytes_inter_node skewed2)" "$(number bytes_inter_node skewed8)" 0.03
+near "bytes between nodes, 2 of 8 devices" "$(number bytes_inter_node skewed2)" \
+    "$(number bytes_inter_node skewed8)" 0.03
 ratio() { awk -v a="$(phase combine_a2a "skewed$1")" -v b="$(phase combine_a2a skewed8)" 'BEGIN { print a / b }'; }
 within "slower with 4 of 8 devices" "$(ratio 4)" 1.1 1.8
 within "slower with 2 of 8 devices" "$(ratio 2)" 1.7 2.7
@@ -69,7 +70,8 @@ for share in 0.125 0.2 0.3 0.4; do
             for (e = 0; e < 128; e++) printf "%s%d", e ? ", " : "", (e < 16 ? p : (1 - p) / 7) * 2560 / 16 + 0.5
             printf "]"
         }
-        print "], \"machine\": \"./slow-senders.lua\", \"expert\": {\"d_model\": 4096, \"d_expert\": 2048}}" }' >rows.json
+        print "], \"machine\": \"./slow-senders.lua\",",
+              "\"expert\": {\"d_model\": 4096, \"d_expert\": 2048}}" }' >rows.json
     "$moelab" eval dispatch flat --set messages=row --input rows.json >"rows$share" || exit 99
 done
 slope() { awk -v a="$(phase combine_a2a "rows$1")" -v b="$(phase combine_a2a rows0.125)" -v p="$1" \
