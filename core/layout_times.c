@@ -7,7 +7,6 @@
  *   experts        a device computes as many rows as it has foreign tokens, or more, after the first of them have come
  *   outputs        leave a device when some of its experts are done, or others' outputs have come in
  *   exit           when the last outputs have come in, and after some experts if tokens were computed at home
- *   kernels        one of experts at a time on each device: machines have no rule for how two would share it
  *
  * Whether every single row waited for its own token cannot be told from times; `first` is what all layouts share. */
 #include "config.h"
@@ -154,36 +153,6 @@ static void sort_by_layer(const struct moe_graph *g, int32_t n_layers, int32_t *
     first[n_layers] = g->n_tasks;
 }
 
-static int by_device(const void *a, const void *b)
-{
-    const struct task *x = *(const struct task *const *)a, *y = *(const struct task *const *)b;
-    if (x->device != y->device)
-        return x->device < y->device ? -1 : 1;
-    return (x->start > y->start) - (x->start < y->start);
-}
-
-static int check_kernels(struct run *r)
-{
-    const struct moe_graph *g = &r->graph;
-    const struct task **kernel = malloc(sizeof *kernel * ((size_t)g->n_tasks + 1));
-    int32_t n = 0;
-    if (!kernel)
-        return err_set(r->err, ERR_MEMORY, "out of memory for %d tasks", g->n_tasks);
-    for (int32_t t = 0; t < g->n_tasks; t++)
-        if (g->task[t].kind == TASK_EXPERTS && g->task[t].end > g->task[t].start)
-            kernel[n++] = &g->task[t];
-    qsort(kernel, (size_t)n, sizeof *kernel, by_device);
-    for (int32_t i = 0; i + 1 < n && !r->err->code; i++) {
-        const struct task *x = kernel[i], *y = kernel[i + 1];
-        if (x->device == y->device && before(y->start, x->end))
-            err_set(r->err, ERR_RUN, "dispatch %s, layer %d: device %d computes experts on streams %d and %d at once, "
-                    "and the machine's model has no rule for how they share it", r->dispatch.plugin->name, y->layer,
-                    y->device, x->stream, y->stream);
-    }
-    free(kernel);
-    return r->err->code;
-}
-
 int layout_times(struct run *r)
 {
     const struct moe_graph *g = &r->graph;
@@ -209,7 +178,6 @@ int layout_times(struct run *r)
             a.head[g->task[t].exchange] = t;
         }
     sort_by_layer(g, n_layers, first, task);
-    check_kernels(r);
     for (int32_t layer = 0; layer < n_layers && !r->err->code; layer++)
         check_layer(r, layer, task + first[layer], first[layer + 1] - first[layer], &a, &l);
 out:

@@ -16,15 +16,15 @@ static double result_bytes(enum precision p)
     return fmax(element_bytes[p], 2);
 }
 
-double compute_plain(const struct device_spec *d, enum precision p, double flops, double bytes)
+struct kernel_cost cost_plain(const struct device_spec *d, enum precision p, double flops, double bytes)
 {
     double arithmetic = flops > 0 ? flops / (d->peak[p] * d->flops_efficiency) : 0;
     double memory = bytes / (d->mem_bandwidth * d->mem_efficiency);
-    return fmax(arithmetic, memory) + d->launch_s;
+    return (struct kernel_cost){ fmax(arithmetic, memory) + d->launch_s, arithmetic, memory };
 }
 
-double compute_experts(const struct device_spec *d, enum precision p, const struct moe_model *m, int32_t n,
-                       const int64_t *rows, const double *width)
+struct kernel_cost cost_experts(const struct device_spec *d, enum precision p, const struct moe_model *m, int32_t n,
+                                const int64_t *rows, const double *width)
 {
     struct gemm_group up[n > 0 ? n : 1], down[n > 0 ? n : 1];
     const struct gemm_bytes b = { element_bytes[p], m->weight_bytes, result_bytes(p) };
@@ -39,6 +39,14 @@ double compute_experts(const struct device_spec *d, enum precision p, const stru
         any += rows[i] > 0;
     }
     if (any == 0)
-        return 0;
-    return compute_gemm(d, p, n, up, &b) + compute_plain(d, p, 0, activation) + compute_gemm(d, p, n, down, &b);
+        return (struct kernel_cost){ 0 };
+    const struct kernel_cost part[] = { cost_gemm(d, p, n, up, &b), cost_plain(d, p, 0, activation),
+                                        cost_gemm(d, p, n, down, &b) };
+    struct kernel_cost sum = part[0];
+    for (int i = 1; i < 3; i++) {
+        sum.seconds += part[i].seconds;
+        sum.arithmetic += part[i].arithmetic;
+        sum.memory += part[i].memory;
+    }
+    return sum;
 }

@@ -59,8 +59,8 @@ static int64_t choose_tile(const struct device_spec *d, int32_t n_groups, const 
     return best;
 }
 
-double compute_gemm(const struct device_spec *d, enum precision p, int32_t n_groups, const struct gemm_group *group,
-                    const struct gemm_bytes *b)
+struct kernel_cost cost_gemm(const struct device_spec *d, enum precision p, int32_t n_groups,
+                             const struct gemm_group *group, const struct gemm_bytes *b)
 {
     double sum = 0, busy = 0, bytes = 0, waves, n_tiles = 0, seconds = 0, one = 0;
     for (int32_t g = 0; g < n_groups; g++) {
@@ -72,7 +72,7 @@ double compute_gemm(const struct device_spec *d, enum precision p, int32_t n_gro
         bytes += m * k * b->in + n * k * b->weight + m * n * b->out;
     }
     if (busy == 0)
-        return 0;
+        return (struct kernel_cost){ 0 };
     const int64_t tile_m = sum / busy <= 64 ? 64 : 128;
     const int64_t tile_n = choose_tile(d, n_groups, group, tile_m, &waves, &n_tiles);
     for (int32_t g = 0; g < n_groups; g++) { /* groups of one k need it once */
@@ -82,5 +82,6 @@ double compute_gemm(const struct device_spec *d, enum precision p, int32_t n_gro
     }
     const double computing = waves * seconds / n_tiles, q = d->gemm.overlap;
     const double memory = bytes / (d->mem_bandwidth * d->gemm.mem_efficiency);
-    return d->gemm.launch_s + pow(pow(computing, q) + pow(memory, q), 1 / q);
+    return (struct kernel_cost){ d->gemm.launch_s + pow(pow(computing, q) + pow(memory, q), 1 / q), computing,
+                                 memory };
 }

@@ -80,6 +80,16 @@ int topology_route(const struct topology *, int32_t src, int32_t dst, int32_t pa
                    double *latency);
 /* Links that a copy crosses which a kernel pushes through its own device's port to the NVLink switch; 0: none. */
 int topology_loop(const struct topology *, int32_t device, int32_t link[TOPOLOGY_MAX_HOPS]);
+static inline double topology_compute_end(const struct topology *t, int32_t device, double now, double seconds)
+{
+    (void)t, (void)device;
+    return now + seconds;
+}
+static inline double topology_work(const struct topology *t, int32_t device, double from, double to)
+{
+    (void)t, (void)device;
+    return to - from;
+}
 static inline int32_t topology_host(const struct topology *t, int32_t node) { return t->n_devices + node; }
 static inline int32_t topology_ssd(const struct topology *t, int32_t node)
 {
@@ -88,17 +98,37 @@ static inline int32_t topology_ssd(const struct topology *t, int32_t node)
 
 /* ---- compute ---- */
 
-/* Seconds for grouped FFNs on one device: for every expert i, rows[i] tokens through a gated FFN of three
- * matrices d_model x (width[i] or d_expert): one grouped GEMM for gate and up, the activation, one for down. */
-double compute_experts(const struct device_spec *, enum precision, const struct moe_model *, int32_t n,
+/* What a kernel (or several, one after another) takes of an idle device: seconds, and for how many of them arithmetic
+ * and memory are busy. */
+struct kernel_cost { double seconds, arithmetic, memory; };
+
+/* Grouped FFNs on one device: for every expert i, rows[i] tokens through a gated FFN of three matrices d_model x
+ * (width[i] or d_expert): one grouped GEMM for gate and up, the activation, one for down. */
+struct kernel_cost cost_experts(const struct device_spec *, enum precision, const struct moe_model *, int32_t n,
                        const int64_t *rows, const double *width /* or NULL: 1 */);
 /* One grouped GEMM: rows x k times k x n per group, nothing for groups without rows. */
 struct gemm_group { int64_t rows, n, k; };
 struct gemm_bytes { double in, weight, out; }; /* of one element */
-double compute_gemm(const struct device_spec *, enum precision, int32_t n_groups, const struct gemm_group *,
-                    const struct gemm_bytes *);
+struct kernel_cost cost_gemm(const struct device_spec *, enum precision, int32_t n_groups,
+                                const struct gemm_group *, const struct gemm_bytes *);
 /* Anything else: max(flops / rate, bytes / bandwidth) + launch. */
-double compute_plain(const struct device_spec *, enum precision, double flops, double bytes);
+struct kernel_cost cost_plain(const struct device_spec *, enum precision, double flops, double bytes);
+
+/* The seconds alone. */
+static inline double compute_experts(const struct device_spec *d, enum precision p, const struct moe_model *m,
+                                     int32_t n, const int64_t *rows, const double *width)
+{
+    return cost_experts(d, p, m, n, rows, width).seconds;
+}
+static inline double compute_gemm(const struct device_spec *d, enum precision p, int32_t n_groups,
+                                  const struct gemm_group *group, const struct gemm_bytes *bytes)
+{
+    return cost_gemm(d, p, n_groups, group, bytes).seconds;
+}
+static inline double compute_plain(const struct device_spec *d, enum precision p, double flops, double bytes)
+{
+    return cost_plain(d, p, flops, bytes).seconds;
+}
 
 /* ---- net: transfers that share links ---- */
 

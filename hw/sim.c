@@ -7,13 +7,13 @@
 
 #include "event.h"
 #include "graph.h"
-#include "machine.h"
+#include "kernels.h"
 
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
-struct queue { int32_t *task; int32_t head, n, room; bool busy; };
+struct queue { int32_t *task; int32_t head, n, room; bool busy; int32_t running; };
 
 struct arrival { int32_t exchange, device, task; };
 
@@ -21,7 +21,8 @@ struct sim {
     struct net *net;
     struct message_count *sends; /* [D] */
     struct queue *stream;       /* [D * N_STREAMS] */
-    struct event_queue events;  /* ends of computation */
+    struct kernels *kernels;
+    struct event_queue events;  /* ends of kernels by slot; what shares a device later may make one stale */
     struct net_flow *flow;
     size_t room_flows;
     struct net_done *done;
@@ -46,12 +47,12 @@ static const struct device_spec *spec_of(const struct walk *w, const struct task
     return &w->m->topology->device[t->device];
 }
 
-static double seconds_of(const struct walk *w, const struct task *t)
+static struct kernel_cost cost_of(const struct walk *w, const struct task *t)
 {
     const struct moe_graph *g = w->g;
     const struct moe_model *model = w->m->model;
     if (t->kind == TASK_COMPUTE)
-        return compute_plain(spec_of(w, t), w->m->precision, t->flops, t->bytes);
+        return cost_plain(spec_of(w, t), w->m->precision, t->flops, t->bytes);
     double width[t->n + 1];
     for (int32_t i = 0; i < t->n; i++) {
         int32_t expert = g->expert[t->first + i];
@@ -60,7 +61,7 @@ static double seconds_of(const struct walk *w, const struct task *t)
                                            : 1.0;
         width[i] = share * (double)t->fraction;
     }
-    return compute_experts(spec_of(w, t), w->m->precision, model, t->n, g->rows + t->first, width);
+    return cost_experts(spec_of(w, t), w->m->precision, model, t->n, g->rows + t->first, width);
 }
 
 static void finish(struct walk *w, int32_t id);
@@ -135,6 +136,30 @@ static void start_transfer(struct walk *w, int32_t id)
         finish(w, id);
 }
 
+static void push_ends(struct walk *w, const struct kernel_end *end, int n)
+{
+    for (int i = 0; i < n; i++)
+        if (!event_push(&w->s->events, end[i].time, end[i].slot))
+            err_set(w->e, ERR_MEMORY, "out of memory for events");
+}
+
+/* The SMs that an exchange's kernel holds (sign 1), or gives back (-1), on every device that it names. */
+static void take_sms(struct walk *w, const struct task *t, int sign)
+{
+    const int32_t n_devices = w->m->topology->n_devices;
+    uint8_t *takes = t->sms > 0 ? calloc((size_t)n_devices, 1) : NULL;
+    if (t->sms > 0 && !takes)
+        err_set(w->e, ERR_MEMORY, "out of memory for an exchange");
+    for (int32_t i = t->first; takes && i < t->first + t->n; i++)
+        takes[w->g->part[i].src] = takes[w->g->part[i].dst] = 1;
+    for (int32_t d = 0, n; takes && d < n_devices; d++)
+        if (takes[d]) {
+            const struct kernel_end *end = kernels_take(w->s->kernels, w->now, d, sign * t->sms, &n);
+            push_ends(w, end, n);
+        }
+    free(takes);
+}
+
 static void start_stream_task(struct walk *w, int32_t id)
 {
     struct task *t = &w->g->task[id];
@@ -143,8 +168,11 @@ static void start_stream_task(struct walk *w, int32_t id)
         start_transfer(w, id);
         return;
     }
-    if (!event_push(&w->s->events, w->now + seconds_of(w, t), id))
-        err_set(w->e, ERR_MEMORY, "out of memory for events");
+    const struct kernel_cost cost = cost_of(w, t);
+    int n;
+    w->s->stream[t->device * N_STREAMS + t->stream].running = id;
+    const struct kernel_end *end = kernels_start(w->s->kernels, w->now, t->device, t->stream, &cost, &n);
+    push_ends(w, end, n);
 }
 
 static void ready(struct walk *w, int32_t id)
@@ -156,6 +184,7 @@ static void ready(struct walk *w, int32_t id)
         finish(w, id);
         return;
     case TASK_EXCHANGE:
+        take_sms(w, t, 1);
         start_transfer(w, id);
         return;
     case TASK_ARRIVAL: /* released by its exchange's receivers, never by counting */
@@ -193,6 +222,8 @@ static void finish(struct walk *w, int32_t id)
     struct task *t = &w->g->task[id];
     t->end = w->now;
     w->n_left--;
+    if (t->kind == TASK_EXCHANGE)
+        take_sms(w, t, -1);
     for (int64_t i = w->order.first[id]; i < w->order.first[id + 1] && !w->e->code; i++) {
         int32_t next = w->order.next[i];
         if (w->g->task[next].kind != TASK_ARRIVAL && --w->order.n_before[next] == 0)
@@ -269,8 +300,13 @@ static int walk_loop(struct walk *w)
             err_set(w->e, ERR_RUN, "%d tasks wait for something that never ends", w->n_left);
             break;
         }
+        const struct kernel_end *end;
+        int n_ends;
+        if (!kernels_finish(s->kernels, ev.time, ev.what, &end, &n_ends))
+            continue; /* it ends at another time */
         w->now = ev.time;
-        finish(w, ev.what);
+        push_ends(w, end, n_ends);
+        finish(w, s->stream[ev.what].running);
     }
     return w->e->code;
 }
@@ -314,6 +350,7 @@ static void sim_close(struct machine *m)
     free(s->flow);
     free(s->done);
     free(s->sends);
+    kernels_close(s->kernels);
     if (s->net)
         net_close(s->net);
     free(s);
@@ -337,8 +374,9 @@ int machine_open_sim(struct machine *m, const struct topology *t, const struct m
         s->done = malloc(sizeof *s->done * s->room_done);
         s->stream = calloc((size_t)t->n_devices * N_STREAMS, sizeof *s->stream);
         s->sends = calloc((size_t)t->n_devices, sizeof *s->sends);
+        s->kernels = kernels_open(t, N_STREAMS);
     }
-    if (!s || !s->done || !s->stream || !s->sends)
+    if (!s || !s->done || !s->stream || !s->sends || !s->kernels)
         err_set(e, ERR_MEMORY, "out of memory for the machine");
     else
         net_open(&s->net, t, tier, e);

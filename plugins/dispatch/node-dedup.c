@@ -15,7 +15,8 @@
  *
  * `within i` waits for `across i` and runs beside `across i + 1`: with equal slices the two take
  * max(across, within) + min(across, within) / chunks. What stays on its device goes through the same queues as what
- * leaves it, so it takes their time (a part from a device to itself). One kernel of `sms` SMs does it all. */
+ * leaves it, so it takes their time (a part from a device to itself). One kernel of `sms` SMs does it all, half of them
+ * for each of the two hops. */
 #include <moelab.h>
 
 #include <string.h>
@@ -188,7 +189,7 @@ static int find_hops(const struct state *s, const struct moe_traffic *in, struct
 
 /* The hops of one chunk, from *at on, as one exchange: *task, or -1 if there are none. */
 static int exchange(const struct state *s, const struct hops *h, int64_t *at, int32_t chunk, bool out, double bytes,
-                    bool fused, struct moe_graph *g, int32_t *task)
+                    int32_t sms, bool fused, struct moe_graph *g, int32_t *task)
 {
     const struct moe_env *env = s->env;
     int64_t begin = *at, end = begin, n_parts = 0;
@@ -213,7 +214,7 @@ static int exchange(const struct state *s, const struct hops *h, int64_t *at, in
     *task = env->host->task_exchange(env, g,
                                      &(struct moe_exchange){.payload = out ? MOE_PAY_HIDDEN : MOE_PAY_OUTPUT,
                                                             .n_parts = (int32_t)n_parts, .part = part,
-                                                            .sms = (int32_t)s->conf->sms, .fused = fused});
+                                                            .sms = sms, .fused = fused});
     return *task < 0 ? *task : MOE_OK;
 }
 
@@ -228,13 +229,15 @@ static int lay_way(const struct state *s, const struct hops *const hops[2], bool
                    struct moe_graph *g, struct stage *w)
 {
     const struct moe_env *env = s->env;
+    const int32_t all = (int32_t)s->conf->sms, half = hops[0]->n > 0 && hops[1]->n > 0 ? all / 2 : 0;
+    const int32_t sms[2] = {all - half, half > 0 ? half : all};
     int64_t at[2] = {0, 0};
     int32_t last[2] = {-1, -1};
     bool running = false;
     *w = (struct stage){.n_start = 0};
     for (int32_t c = 0; c < s->conf->chunks; c++) {
         for (int k = 0; k < 2; k++) {
-            int rc = exchange(s, hops[k], &at[k], c, out, bytes, running, g, &w->task[k][c]);
+            int rc = exchange(s, hops[k], &at[k], c, out, bytes, sms[k], running, g, &w->task[k][c]);
             const int32_t x = w->task[k][c];
             if (rc < 0)
                 return rc;

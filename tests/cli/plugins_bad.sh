@@ -140,8 +140,6 @@ fails 'dispatch bad, layer 0: device 0 computes [0-9]+ rows of expert 1 too few'
     -DFAULT_ONE_EXPERT
 fails 'dispatch bad, layer 0: device 0 computes 0 rows after hidden states have come in, expected [0-9]+' bad_others.c \
     -DKIND_dispatch -DFAULT_ORPHAN
-fails 'dispatch bad, layer 0: device 0 computes experts on streams 0 and 1 at once' bad_others.c -DKIND_dispatch \
-    -DFAULT_STREAMS
 fails 'dispatch bad: fused task' bad_others.c -DKIND_dispatch -DFAULT_FUSED
 fails 'dispatch bad: exchange from 0 to 0 on path 2, expected 0 or 1' bad_others.c -DKIND_dispatch -DFAULT_PATH
 build bad_others.c -DKIND_dispatch
