@@ -1,85 +1,100 @@
 /* SPDX-License-Identifier: Apache-2.0
- * flow.c - max-min fair sharing of links by fluids: tiers bound, flow and exact of net.
+ * flow.c - max-min fair sharing of links by flows: tiers flow and exact of net.
  *
- * A fluid crosses all its links at one rate. All rates rise together; when a link is full, the fluids on it keep the
- * rate they have, the others go on rising: progressive filling (Bertsekas and Gallager, Data Networks, 2nd ed. 1992,
- * section 6.5.2). The rates hold until a fluid starts or ends.
+ * All rates rise together; when a link is full, the flows on it keep the rate they have, the others go on rising:
+ * progressive filling (Bertsekas and Gallager, Data Networks, 2nd ed. 1992, section 6.5.2). So a flow's rate is the
+ * lowest among the levels at which its links filled, and is never stored: a round reads each flow once, in order.
  *
- *   flow, exact  a fluid is a flow; its work is bytes, its weight on a link 1 per crossing.
- *   bound        a fluid is a whole exchange; its work is seconds of running alone, at rate 1 when it does; its weight
- *                on a link is the bandwidth that it then needs of it on average. Exchanges that share a full link
- *                slow each other down to equal shares of its bandwidth. A receiver has everything when the exchange has
- *                done the share of its work that the busiest link to the receiver needs: alone, when that link is done.
+ * Time goes in intervals of constant rates. The first end, and those up to `slack` after it, make a batch: each ends
+ * at its own time, but what they leave is shared anew only when the last of them has ended and the interval closes. exact has no slack but for
+ * rounding. With flow's slack of 1e-3 of the exchange's bound, a link that was full meanwhile has the bytes that it
+ * could have carried added to the next interval, which then is one slack long: what full links carry is exact, and
+ * flows end a fraction of a slack early or late.
  *
- * exact ends fluids together whose times differ by rounding only. flow lets those within 1e-3 of their exchange's
- * bound end together, at the time at which their sum of bytes has passed; the errors of single fluids cancel. */
+ * Times are counted from net->epoch, when something started on an idle network: the same exchange gives the same bits
+ * whenever it starts, and nothing depends on how often or how far advance() is asked to go. */
 #include "config.h"
 
 #include "net.h"
 
+#include <float.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
-static const double tolerance[N_NET_TIERS] = { [NET_BOUND] = 1e-12, [NET_FLOW] = 1e-3, [NET_EXACT] = 1e-12 };
+static const double tolerance[N_NET_TIERS] = { [NET_FLOW] = 1e-3, [NET_EXACT] = 1e-12 };
 
-struct fluid {
-    double work, rate; /* to go; per second */
-    double left;       /* seconds to the end of `work` at `rate` */
-    double slack;      /* seconds: it may end that much after the first of a batch */
-    int32_t hop, n_hops;
+/* Bytes that are as good as none, far below NET_LEAST_BYTES: rounding may leave them. */
+static const double nothing = 1e-9;
+/* Later than any end, and 0 times it is 0. */
+static const double never = DBL_MAX / 4;
+
+enum phase {
+    STALE,  /* flows or links have changed: rates are to be found */
+    FOUND,  /* rates hold from `now` on, the batch is known, nobody has heard of it */
+    CLOSING /* the batch was handed over; rates hold until `close` */
 };
 
-struct hop {
-    int32_t link;
-    double weight;
-};
-
-struct milestone { /* of a bound fluid; at: work done by then */
-    double at, latency;
-    int32_t receiver;
-};
+/* The links of a flow. Two are the common case and lie inline, the sink standing in for a missing one; otherwise a is
+ * ~(index of the first of b hops). */
+struct ends { int32_t a, b; };
+struct hop { int32_t link, weight, place; }; /* weight: crossings */
 
 struct part { /* what is not needed to share links */
-    int32_t slot, receiver;
-    double latency, amount;      /* bytes per unit of weight: what a link carried when the fluid has ended */
-    struct milestone *milestone; /* bound: ascending, the last is the end */
-    int32_t next, n_milestones;
+    double bytes, latency;
+    int32_t slot, receiver, src;
 };
 
-struct share { /* of a link, while rates are being found: bandwidth not taken, by whom it may be */
-    double left, weight;
-    int32_t open;
+struct link_pass { double moved, rate; };         /* bytes per flow in the interval past, rate in the present one */
+struct link_share { double left; int32_t open; }; /* while rates are found: what is not taken, by how many crossings */
+
+struct link_state {
+    int32_t live;                 /* crossings by flows that have not ended */
+    int32_t first, n;             /* its flows in list[] */
+    double credit, extra;         /* bytes it could have carried; what it may do above its bandwidth because of that */
+    double gone_rate, gone_bytes; /* of the batch: sum of the rates, and of the bytes that were left */
 };
 
 struct flow {
-    double now;
-    bool need_rates, need_next;
-    double first, next; /* seconds from `now`: first end, and when its batch ends together */
+    double now, close;    /* s since net->epoch */
+    double first, horizon; /* s since now: the first end; when the interval closes */
+    double repay;          /* s: slack of the last batch */
+    enum phase phase;
+    bool credits;
 
-    int32_t n, n_live, room; /* fluids; an ended one keeps its place, with work INFINITY at rate 0 */
-    struct fluid *fluid;
-    struct part *part; /* [room] too */
-    struct hop *hop;   /* by fluid, in the order of the fluids */
+    int32_t n, n_live, room; /* flows; an ended one keeps its place, with INFINITY to go */
+    double *work;            /* [room] bytes to go */
+    struct ends *ends;       /* [room] */
+    struct ends *place;      /* [room] of a flow with two links: where it is in list[] */
+    struct part *part;       /* [room] */
+    struct hop *hop;         /* of flows with more links, in the order of the flows */
     int32_t n_hops, room_hops;
 
-    int32_t n_used, *used;               /* links with fluids when the lists were made */
-    int32_t *list_first, *list_n, *list; /* fluids by link */
-    int32_t *live;                       /* crossings by fluids that have not ended */
-    double *load;                        /* and the sum of their weights */
-    struct share *share;
+    int32_t *list; /* by link: the other link of a flow with two, or ~flow */
+    int32_t n_list, room_list;
+    int32_t *batch, n_batch, room_batch;
+
+    int32_t sink; /* a link that carries nothing and is never full */
+    int32_t *used, n_used; /* links with flows when lists were made */
+    struct link_state *link;
+    struct link_pass *pass;
+    struct link_share *share;
     int32_t *heap, n_heap; /* links that may fill next, lowest level first */
     double *level;         /* rate at which a link fills; what is known only grows */
-
-    /* Scratch of one start. */
-    double *bytes, *seconds;     /* by link: what the exchange puts on it, zero between calls; how long that takes */
-    int32_t n_touched, *touched; /* links with bytes */
+    double *slack;         /* [room_slots] s, by exchange */
+    int32_t room_slots;
+    double *bytes;         /* scratch of a start: [links], zero between calls */
 };
 
-/* fmax() minds NaN, which cannot occur here, and is a call. */
+/* fmin() and fmax() mind NaN, which cannot occur here, and are calls. */
 static inline double larger(double a, double b)
 {
     return a > b ? a : b;
+}
+
+static inline double smaller(double a, double b)
+{
+    return a < b ? a : b;
 }
 
 /* ---- memory ---- */
@@ -89,10 +104,8 @@ static void flow_close(struct net *net)
     struct flow *s = net->priv;
     if (!s)
         return;
-    for (int32_t f = 0; f < s->n; f++)
-        free(s->part[f].milestone);
-    void *const all[] = { s->fluid, s->part,  s->hop,  s->used,  s->list_first, s->list_n,  s->list,   s->live,
-                          s->load,  s->share, s->heap, s->level, s->bytes,      s->seconds, s->touched };
+    void *const all[] = { s->work, s->ends, s->place, s->part,  s->hop,  s->list,  s->batch, s->used,
+                          s->link, s->pass, s->share, s->heap,  s->level, s->slack, s->bytes };
     for (size_t i = 0; i < sizeof all / sizeof all[0]; i++)
         free(all[i]);
     free(s);
@@ -103,13 +116,14 @@ static int flow_open(struct net *net, struct err *err)
 {
     struct flow *s = net->priv = calloc(1, sizeof *s);
     size_t n = (size_t)net->topology->n_links + 1;
-    if (s && (s->used = calloc(n, sizeof *s->used)) && (s->list_first = calloc(n + 1, sizeof *s->list_first)) &&
-        (s->list_n = calloc(n, sizeof *s->list_n)) && (s->live = calloc(n, sizeof *s->live)) &&
-        (s->load = calloc(n, sizeof *s->load)) && (s->share = calloc(n, sizeof *s->share)) &&
+    if (s && (s->used = calloc(n, sizeof *s->used)) && (s->link = calloc(n, sizeof *s->link)) &&
+        (s->pass = calloc(n, sizeof *s->pass)) && (s->share = calloc(n, sizeof *s->share)) &&
         (s->heap = calloc(n, sizeof *s->heap)) && (s->level = calloc(n, sizeof *s->level)) &&
-        (s->bytes = calloc(n, sizeof *s->bytes)) && (s->seconds = calloc(n, sizeof *s->seconds)) &&
-        (s->touched = calloc(n, sizeof *s->touched)))
+        (s->bytes = calloc(n, sizeof *s->bytes))) {
+        s->sink = net->topology->n_links;
+        s->pass[s->sink] = (struct link_pass){ INFINITY, INFINITY };
         return 0;
+    }
     return err_set(err, ERR_MEMORY, "net: out of memory for %zu links", n);
 }
 
@@ -123,71 +137,120 @@ static int grow(void *array, size_t n, size_t size)
     return 0;
 }
 
-/* Room for n more fluids with n_hops crossings in all. */
-static int reserve(struct flow *s, size_t n, size_t n_hops, struct err *err)
+/* Room for n more flows with n_list places in lists, and n_hops hops of those with more than two links. */
+static int reserve(struct net *net, struct flow *s, size_t n, size_t n_list, size_t n_hops, struct err *err)
 {
-    size_t fluids = (size_t)s->n + n, hops = (size_t)s->n_hops + n_hops;
-    if (fluids > INT32_MAX / 2 || hops > INT32_MAX / 2)
-        return err_set(err, ERR_RUN, "net: %zu flows at once, expected at most %d", fluids, INT32_MAX / 2);
-    if (fluids > (size_t)s->room) {
-        fluids += (size_t)s->n; /* doubles when fluids are added one by one */
-        if (grow(&s->fluid, fluids, sizeof *s->fluid) || grow(&s->part, fluids, sizeof *s->part))
+    size_t flows = (size_t)s->n + n, lists = (size_t)s->n_list + n_list, hops = (size_t)s->n_hops + n_hops;
+    if (flows > INT32_MAX / 2 || lists > INT32_MAX / 2)
+        return err_set(err, ERR_RUN, "net: %zu flows at once, expected at most %d", flows, INT32_MAX / 2);
+    if (flows > (size_t)s->room) {
+        flows += (size_t)s->n; /* doubles when flows are added one by one */
+        if (grow(&s->work, flows, sizeof *s->work) || grow(&s->ends, flows, sizeof *s->ends) ||
+            grow(&s->place, flows, sizeof *s->place) || grow(&s->part, flows, sizeof *s->part))
             goto fail;
-        s->room = (int32_t)fluids;
+        s->room = (int32_t)flows;
+    }
+    if (lists > (size_t)s->room_list) {
+        lists += (size_t)s->n_list;
+        if (grow(&s->list, lists, sizeof *s->list))
+            goto fail;
+        s->room_list = (int32_t)lists;
     }
     if (hops > (size_t)s->room_hops) {
         hops += (size_t)s->n_hops;
-        if (grow(&s->hop, hops, sizeof *s->hop) || grow(&s->list, hops, sizeof *s->list))
+        if (grow(&s->hop, hops, sizeof *s->hop))
             goto fail;
         s->room_hops = (int32_t)hops;
     }
+    if (net->n_slots > s->room_slots) {
+        if (grow(&s->slack, (size_t)net->n_slots, sizeof *s->slack))
+            goto fail;
+        s->room_slots = net->n_slots;
+    }
     return 0;
 fail:
-    return err_set(err, ERR_MEMORY, "net: out of memory for %zu flows", n);
+    return err_set(err, ERR_MEMORY, "net: out of memory for %zu flows", flows);
 }
 
-/* Closes the gaps that ended fluids left, and lists fluids by link anew. */
+/* ---- lists ---- */
+
+static void use(struct flow *s, int32_t l, int32_t weight, int32_t n)
+{
+    struct link_state *k = &s->link[l];
+    if (k->live == 0 && l != s->sink)
+        s->used[s->n_used++] = l;
+    k->live += weight;
+    k->n += n;
+}
+
+/* Closes the gaps that ended flows left, and lists flows by link anew. */
 static void relist(struct flow *s)
 {
     int32_t n = 0, n_hops = 0;
-    for (int32_t i = 0; i < s->n_used; i++) {
-        s->live[s->used[i]] = 0;
-        s->load[s->used[i]] = 0;
-    }
+    for (int32_t i = 0; i < s->n_used; i++)
+        s->link[s->used[i]].live = s->link[s->used[i]].n = 0;
     s->n_used = 0;
     for (int32_t f = 0; f < s->n; f++) {
-        struct fluid moved = s->fluid[f];
-        if (moved.work == INFINITY)
+        if (!(s->work[f] < INFINITY))
             continue;
-        for (int32_t h = moved.hop, to = n_hops; h < moved.hop + moved.n_hops; h++, to++) {
-            struct hop hop = s->hop[to] = s->hop[h];
-            if (s->live[hop.link]++ == 0)
-                s->used[s->n_used++] = hop.link;
-            s->load[hop.link] += hop.weight;
+        struct ends e = s->ends[f];
+        if (e.a >= 0) {
+            use(s, e.a, 1, 1);
+            use(s, e.b, 1, 1);
+        } else {
+            memmove(s->hop + n_hops, s->hop + ~e.a, sizeof *s->hop * (size_t)e.b);
+            e.a = ~n_hops;
+            for (int32_t h = 0; h < e.b; h++, n_hops++)
+                use(s, s->hop[n_hops].link, s->hop[n_hops].weight, 1);
         }
-        moved.hop = n_hops;
-        n_hops += moved.n_hops;
-        s->part[n] = s->part[f];
-        s->fluid[n++] = moved;
+        s->work[n] = s->work[f];
+        s->ends[n] = e;
+        s->part[n++] = s->part[f];
     }
     s->n = s->n_live = n;
     s->n_hops = n_hops;
 
     int32_t first = 0;
     for (int32_t i = 0; i < s->n_used; i++) {
-        int32_t l = s->used[i];
-        s->list_first[l] = first;
-        s->list_n[l] = 0;
-        first += s->live[l];
+        struct link_state *k = &s->link[s->used[i]];
+        k->first = first;
+        first += k->n;
+        k->n = 0;
     }
+    s->n_list = first;
+    s->link[s->sink] = (struct link_state){ .n = 0 };
     for (int32_t f = 0; f < n; f++) {
-        const struct hop *hop = s->hop + s->fluid[f].hop;
-        for (int32_t h = 0; h < s->fluid[f].n_hops; h++)
-            s->list[s->list_first[hop[h].link] + s->list_n[hop[h].link]++] = f;
+        struct ends e = s->ends[f];
+        if (e.a >= 0) {
+            struct link_state *a = &s->link[e.a], *b = &s->link[e.b];
+            s->place[f].a = a->first + a->n++;
+            s->list[s->place[f].a] = e.b;
+            if (e.b == s->sink)
+                continue;
+            s->place[f].b = b->first + b->n++;
+            s->list[s->place[f].b] = e.a;
+        } else {
+            for (struct hop *h = s->hop + ~e.a, *end = h + e.b; h < end; h++) {
+                struct link_state *k = &s->link[h->link];
+                h->place = k->first + k->n++;
+                s->list[h->place] = ~f;
+            }
+        }
     }
 }
 
 /* ---- rates ---- */
+
+static double rate_of(const struct flow *s, int32_t f)
+{
+    struct ends e = s->ends[f];
+    if (e.a >= 0)
+        return smaller(s->pass[e.a].rate, s->pass[e.b].rate);
+    double rate = INFINITY;
+    for (const struct hop *h = s->hop + ~e.a, *end = h + e.b; h < end; h++)
+        rate = smaller(rate, s->pass[h->link].rate);
+    return rate;
+}
 
 static void heap_down(struct flow *s, int32_t i)
 {
@@ -209,58 +272,66 @@ static void heap_drop(struct flow *s)
         heap_down(s, 0);
 }
 
-/* Link l is full at `rate`: its fluids that were still rising stay there, and leave their other links the rest. */
+/* Link l is full at `rate`: its flows that were still rising stay there, and leave their other links the rest. Those
+ * are the flows none of whose links was full: a full link has nothing open. */
 static void fill(struct flow *s, int32_t l, double rate)
 {
-    int32_t *list = s->list + s->list_first[l], n = 0;
-    for (int32_t i = 0; i < s->list_n[l]; i++) {
-        struct fluid *f = &s->fluid[list[i]];
-        if (f->work == INFINITY)
+    const int32_t *list = s->list + s->link[l].first;
+    for (int32_t i = 0, n = s->link[l].n; i < n; i++) {
+        if (list[i] >= 0) { /* most are here, and half of them rise: no branch */
+            struct link_share *k = &s->share[list[i]];
+            int32_t open = k->open > 0;
+            k->open -= open;
+            k->left -= open ? rate : 0;
             continue;
-        list[n++] = list[i]; /* those that ended leave the list on the way */
-        if (f->rate >= 0)
-            continue;
-        f->rate = rate;
-        for (const struct hop *h = s->hop + f->hop, *end = h + f->n_hops; h < end; h++) {
-            if (h->link == l)
+        }
+        struct ends e = s->ends[~list[i]];
+        const struct hop *hop = s->hop + ~e.a;
+        int32_t h = 0;
+        while (h < e.b && s->share[hop[h].link].open > 0)
+            h++;
+        for (int32_t k = 0; h == e.b && k < e.b; k++) {
+            if (hop[k].link == l)
                 continue;
-            struct share *k = &s->share[h->link];
-            k->left -= rate * h->weight;
-            k->weight -= h->weight;
-            k->open--;
+            s->share[hop[k].link].left -= rate * hop[k].weight;
+            s->share[hop[k].link].open -= hop[k].weight;
         }
     }
-    s->list_n[l] = n;
+    s->pass[l].rate = rate;
     s->share[l].open = 0;
 }
 
-static void find_rates(struct flow *s, const struct link *link)
+static void find_rates(struct net *net, struct flow *s)
 {
     s->n_heap = 0;
     for (int32_t i = 0; i < s->n_used; i++) {
         int32_t l = s->used[i];
-        if (s->live[l] == 0)
+        struct link_state *k = &s->link[l];
+        s->pass[l].rate = INFINITY; /* stays so on a link that is never full */
+        if (k->live == 0) {
+            s->share[l].open = 0;
             continue;
-        s->share[l] = (struct share){ link[l].bandwidth, s->load[l], s->live[l] };
-        s->level[l] = link[l].bandwidth / s->load[l];
+        }
+        double capacity = net->capacity[l];
+        k->extra = s->credits ? smaller(k->credit / s->repay, capacity) : 0;
+        s->share[l] = (struct link_share){ capacity + k->extra, k->live };
+        s->level[l] = s->share[l].left / k->live;
         s->heap[s->n_heap++] = l;
     }
     for (int32_t i = s->n_heap / 2 - 1; i >= 0; i--)
         heap_down(s, i);
-    for (struct fluid *f = s->fluid, *end = f + s->n; f < end; f++)
-        f->rate = f->work == INFINITY ? 0 : -1; /* -1: still rising */
 
     double full = 0;
     while (s->n_heap > 0) {
         int32_t l = s->heap[0];
-        const struct share *k = &s->share[l];
+        const struct link_share *k = &s->share[l];
         if (k->open == 0) {
             heap_drop(s);
             continue;
         }
-        /* Fluids that stopped elsewhere left room here, so the level may have risen since it was last looked at.
-         * It cannot fall: rounding apart, no fluid stopped above it. */
-        double level = larger(k->left / k->weight, full);
+        /* Flows that stopped elsewhere left room here, so the level may have risen since it was last looked at.
+         * It cannot fall: rounding apart, no flow stopped above it. */
+        double level = larger(k->left / k->open, full);
         if (level > s->level[l]) {
             s->level[l] = level;
             heap_down(s, 0);
@@ -271,218 +342,337 @@ static void find_rates(struct flow *s, const struct link *link)
         heap_drop(s);
         fill(s, l, full);
     }
-    s->need_rates = false;
-    s->need_next = true;
 }
 
-static void find_next(struct flow *s)
+/* ---- the batch ---- */
+
+static int batch_add(struct flow *s, int32_t f, struct err *err)
 {
-    double first = INFINITY, work = 0, rate = 0;
-    struct fluid *end = s->fluid + s->n;
-    for (struct fluid *f = s->fluid; f < end; f++) {
-        f->left = f->work / f->rate;
-        first = f->left < first ? f->left : first;
+    if (s->n_batch == s->room_batch) {
+        int32_t room = 2 * s->room_batch + 64;
+        if (grow(&s->batch, (size_t)room, sizeof *s->batch))
+            return err_set(err, ERR_MEMORY, "net: out of memory for %d flows", s->n);
+        s->room_batch = room;
     }
-    for (const struct fluid *f = s->fluid; f < end; f++) {
-        if (f->left <= first + f->slack) {
-            work += f->work;
-            rate += f->rate;
+    s->batch[s->n_batch++] = f;
+    return 0;
+}
+
+static double time_left(const struct flow *s, int32_t f)
+{
+    return s->work[f] > nothing ? s->work[f] / rate_of(s, f) : 0;
+}
+
+/* Moves all flows over the interval past; finds those that end first at the rates that begin, and, with their slack,
+ * when the interval closes. No later than `limit`. */
+static int find_batch(struct flow *s, double limit, struct err *err)
+{
+    const struct link_pass *pass = s->pass;
+    double horizon = limit;
+    s->n_batch = 0;
+    for (int32_t f = 0; f < s->n; f++) {
+        struct ends e = s->ends[f];
+        double moved, rate;
+        if (e.a >= 0) {
+            moved = smaller(pass[e.a].moved, pass[e.b].moved);
+            rate = smaller(pass[e.a].rate, pass[e.b].rate);
+        } else {
+            moved = rate = INFINITY;
+            for (const struct hop *h = s->hop + ~e.a, *end = h + e.b; h < end; h++) {
+                moved = smaller(moved, pass[h->link].moved);
+                rate = smaller(rate, pass[h->link].rate);
+            }
         }
+        double work = s->work[f] -= moved;
+        if (!(work <= rate * horizon + nothing && work < INFINITY))
+            continue;
+        double left = work > nothing ? work / rate : 0;
+        horizon = smaller(horizon, left + s->slack[s->part[f].slot]);
+        if (batch_add(s, f, err))
+            return ERR_MEMORY;
     }
-    s->first = first;
-    s->next = work / rate;
-    s->need_next = false;
+    /* The horizon came nearer on the way. */
+    int32_t n = 0;
+    double last = 0;
+    s->first = INFINITY;
+    for (int32_t i = 0; i < s->n_batch; i++) {
+        double left = time_left(s, s->batch[i]);
+        if (left > horizon)
+            continue;
+        s->first = smaller(s->first, left);
+        last = larger(last, left);
+        s->batch[n++] = s->batch[i];
+    }
+    s->n_batch = n;
+    s->horizon = n > 0 ? last : horizon; /* nothing is left to share any more after the last of them */
+    return 0;
+}
+
+/* Counts flow f, which had `work` to go, out of a link. */
+static void leave(struct net *net, struct flow *s, int32_t l, int32_t weight, int32_t place, double rate, double work,
+                  double bytes)
+{
+    if (l == s->sink)
+        return;
+    struct link_state *k = &s->link[l];
+    s->list[place] = s->sink;
+    k->live -= weight;
+    k->gone_rate += rate * weight;
+    k->gone_bytes += work * weight;
+    net->carrying[l] += bytes * weight;
+}
+
+static void hand_over(struct net *net, struct flow *s)
+{
+    for (int32_t i = 0; i < s->n_batch; i++) {
+        int32_t f = s->batch[i];
+        const struct part *p = &s->part[f];
+        struct ends e = s->ends[f];
+        double rate = rate_of(s, f), work = s->work[f];
+        net_part_end(net, p->slot, p->receiver, s->now + time_left(s, f) + p->latency);
+        if (e.a >= 0) {
+            leave(net, s, e.a, 1, s->place[f].a, rate, work, p->bytes);
+            leave(net, s, e.b, 1, s->place[f].b, rate, work, p->bytes);
+        } else {
+            for (const struct hop *h = s->hop + ~e.a, *end = h + e.b; h < end; h++)
+                leave(net, s, h->link, h->weight, h->place, rate, work, p->bytes);
+        }
+        s->work[f] = INFINITY;
+        s->n_live--;
+    }
 }
 
 /* ---- time ---- */
 
-/* Fluid f reaches the end of its work; a bound fluid may have another stretch before it. */
-static void end_fluid(struct net *net, struct flow *s, int32_t f)
+/* Ends the interval after `seconds`; flows are moved by find_batch() or settle(). */
+static void close_interval(struct net *net, struct flow *s, double seconds)
 {
-    struct part *p = &s->part[f];
-    if (!p->milestone) {
-        net_part_end(net, p->slot, p->receiver, s->now + p->latency);
-    } else {
-        const struct milestone *m = &p->milestone[p->next];
-        double at = m->at;
-        for (; p->next < p->n_milestones && m->at == at; m++, p->next++)
-            net_part_end(net, p->slot, m->receiver, s->now + m->latency);
-        if (p->next < p->n_milestones) {
-            s->fluid[f].work = m->at - at;
-            return;
+    s->credits = false;
+    for (int32_t i = 0; i < s->n_used; i++) {
+        int32_t l = s->used[i];
+        struct link_state *k = &s->link[l];
+        double rate = s->pass[l].rate;
+        s->pass[l].moved = rate < INFINITY ? rate * seconds : INFINITY;
+        if (net->tier == NET_FLOW && rate < INFINITY && k->live > 0) {
+            k->credit += k->gone_rate * seconds - k->gone_bytes - k->extra * seconds;
+            if (fabs(k->credit) < 1e-6 * net->capacity[l] * s->repay)
+                k->credit = 0; /* rounding: not worth an interval */
+            s->credits = s->credits || k->credit != 0;
+        } else { /* who did not use all of it has no use for more */
+            k->credit = 0;
         }
+        k->gone_rate = k->gone_bytes = k->extra = 0;
     }
-    for (const struct hop *h = s->hop + s->fluid[f].hop, *end = h + s->fluid[f].n_hops; h < end; h++) {
-        net->link_bytes[h->link] += h->weight * p->amount;
-        s->load[h->link] = --s->live[h->link] > 0 ? s->load[h->link] - h->weight : 0;
-    }
-    free(p->milestone);
-    p->milestone = NULL;
-    s->fluid[f].work = INFINITY;
-    s->fluid[f].rate = 0;
-    s->n_live--;
-    s->need_rates = true;
+    s->now += seconds;
+    s->phase = STALE;
 }
 
-static void work_on(struct fluid *f, double seconds)
+/* Who can never move again is named: a flow, the link that failed, and when. */
+static int stuck(const struct net *net, const struct flow *s, struct err *err)
 {
-    f->work = larger(f->work - f->rate * seconds, 0);
+    for (int32_t f = 0; f < s->n; f++) {
+        if (!(s->work[f] < INFINITY))
+            continue;
+        struct ends e = s->ends[f];
+        int32_t link[2] = { e.a, e.b };
+        for (int32_t h = 0; h < (e.a >= 0 ? 2 : e.b); h++) {
+            int32_t l = e.a >= 0 ? link[h] : s->hop[~e.a + h].link;
+            if (l != s->sink && net->capacity[l] <= 0)
+                return net_stuck(net, l, s->part[f].src, s->part[f].slot, s->part[f].receiver, err);
+        }
+    }
+    return err_set(err, ERR_RUN, "net: %d flows can not move", s->n_live);
+}
+
+static void change_links(struct net *net, const struct flow *s)
+{
+    while (net_due_change(net, net->epoch + s->now))
+        net_change(net);
+}
+
+static int find(struct net *net, struct flow *s, struct err *err)
+{
+    change_links(net, s);
+    double change = net_next_change(net) - net->epoch;
+    if (s->n > 64 && s->n_live < s->n - s->n / 4)
+        relist(s);
+    find_rates(net, s);
+    double limit = smaller(change - s->now, s->credits ? s->repay : never);
+    int rc = find_batch(s, limit, err);
+    if (rc)
+        return rc;
+    for (int32_t i = 0; i < s->n_used; i++)
+        s->pass[s->used[i]].moved = 0;
+    if (s->n_batch == 0 && !(s->horizon < never))
+        return stuck(net, s, err);
+    if (s->n_batch > 0)
+        s->repay = larger(s->slack[s->part[s->batch[0]].slot], 1e-9 * (s->now + s->first)); /* the clock has to move */
+    s->close = s->now + s->horizon;
+    s->phase = s->n_batch > 0 ? FOUND : CLOSING;
+    return 0;
 }
 
 static int flow_advance(struct net *net, double until, bool *any, struct err *err)
 {
-    (void)err;
     struct flow *s = net->priv;
-    if (s->need_rates) {
-        if (s->n > 64 && s->n_live < s->n / 2)
-            relist(s);
-        find_rates(s, net->topology->link);
+    for (;;) {
+        if (s->phase == CLOSING) {
+            if (net->epoch + s->close > until || s->n_live == 0)
+                return 0;
+            close_interval(net, s, s->close - s->now);
+        }
+        if (s->phase == STALE) {
+            int rc = find(net, s, err);
+            if (rc)
+                return rc;
+        }
+        if (s->phase == CLOSING)
+            continue;
+        if (net->epoch + (s->now + s->first) > until)
+            return 0; /* a start before that would change it */
+        hand_over(net, s);
+        s->phase = CLOSING;
+        *any = true;
+        return 0;
     }
-    if (s->need_next)
-        find_next(s);
-    if (s->now + s->next > until)
-        return 0; /* nothing is moved: a start before `until` would have to move it back */
-    s->need_next = true;
-    *any = true;
-    s->now += s->next;
-    for (int32_t f = 0; f < s->n; f++) {
-        if (s->fluid[f].left <= s->first + s->fluid[f].slack)
-            end_fluid(net, s, f);
-        else
-            work_on(&s->fluid[f], s->next);
-    }
-    return 0;
 }
 
 /* ---- start ---- */
 
-/* Sums bytes[] by link and lists the links in touched[]; returns the exchange's bound, counts crossings. */
-static double weigh(struct flow *s, const struct topology *t, const struct net_flow *flow, size_t n, size_t *n_flows,
-                    size_t *n_hops)
+/* Brings all flows to `now`, where one is to start. */
+static int settle(struct net *net, struct flow *s, double now, struct err *err)
+{
+    if (s->n_live == 0) {
+        for (int32_t i = 0; i < s->n_used; i++) {
+            int32_t l = s->used[i];
+            s->link[l] = (struct link_state){ .n = 0 };
+            s->pass[l].moved = 0;
+        }
+        s->n = s->n_hops = s->n_list = s->n_used = 0;
+        s->now = 0;
+        s->credits = false;
+        s->phase = STALE;
+        net_epoch(net, now);
+        return 0;
+    }
+    if (s->phase == STALE) { /* several start at one time */
+        if (net->epoch + s->now >= now)
+            return 0;
+        int rc = find(net, s, err);
+        if (rc)
+            return rc;
+    }
+    close_interval(net, s, larger(now - net->epoch - s->now, 0));
+    for (int32_t f = 0; f < s->n; f++) {
+        struct ends e = s->ends[f];
+        double moved = INFINITY;
+        if (e.a >= 0)
+            moved = smaller(s->pass[e.a].moved, s->pass[e.b].moved);
+        else
+            for (const struct hop *h = s->hop + ~e.a, *end = h + e.b; h < end; h++)
+                moved = smaller(moved, s->pass[h->link].moved);
+        s->work[f] = s->work[f] < INFINITY ? larger(s->work[f] - moved, 0) : INFINITY;
+    }
+    for (int32_t i = 0; i < s->n_used; i++)
+        s->pass[s->used[i]].moved = 0;
+    return 0;
+}
+
+/* The links of a flow, each once with its crossings; their number. */
+static int distinct_links(const struct net *net, const struct net_flow *f, struct hop hop[TOPOLOGY_MAX_HOPS],
+                          double *latency)
 {
     int32_t link[TOPOLOGY_MAX_HOPS];
-    *n_flows = *n_hops = 0;
-    s->n_touched = 0;
+    int n_links = net_route(net->topology, f, link, latency), n = 0;
+    for (int i = 0; i < n_links; i++) {
+        int h = 0;
+        while (h < n && hop[h].link != link[i])
+            h++;
+        if (h == n)
+            hop[n++] = (struct hop){ link[i], 0, 0 };
+        hop[h].weight++;
+    }
+    return n;
+}
+
+static bool is_long(const struct hop *hop, int n)
+{
+    return n > 2 || (n > 0 && hop[0].weight > 1) || (n > 1 && hop[1].weight > 1);
+}
+
+/* Appends the exchange's flows. */
+static void append(struct net *net, struct flow *s, int32_t slot, const struct net_flow *flow, size_t n)
+{
+    struct hop hop[TOPOLOGY_MAX_HOPS];
     for (size_t i = 0; i < n; i++) {
         if (!net_moves(&flow[i]))
             continue;
-        int hops = net_route(t, &flow[i], link, NULL);
-        for (int h = 0; h < hops; h++) {
-            if (s->bytes[link[h]] == 0)
-                s->touched[s->n_touched++] = link[h];
-            s->bytes[link[h]] += flow[i].bytes;
+        struct part p = {
+            .bytes = flow[i].bytes, .slot = slot, .receiver = net->receiver_of[flow[i].dst], .src = flow[i].src
+        };
+        int hops = distinct_links(net, &flow[i], hop, &p.latency);
+        struct ends e = { hops > 0 ? hop[0].link : s->sink, hops > 1 ? hop[1].link : s->sink };
+        if (is_long(hop, hops)) {
+            e = (struct ends){ ~s->n_hops, hops };
+            memcpy(s->hop + s->n_hops, hop, sizeof *hop * (size_t)hops);
+            s->n_hops += hops;
         }
-        *n_hops += (size_t)hops;
-        ++*n_flows;
+        for (int h = 0; h < hops; h++)
+            s->pass[hop[h].link].moved = 0; /* of a time when others used it */
+        s->work[s->n] = hops > 0 ? flow[i].bytes : 0;
+        s->ends[s->n] = e;
+        s->part[s->n++] = p;
     }
+}
+
+/* Sums bytes[] by link for the exchange's flows, the last ones; returns what it takes alone and clears them again. */
+static double weigh(const struct net *net, struct flow *s, int32_t first)
+{
     double bound = 0;
-    for (int32_t i = 0; i < s->n_touched; i++) {
-        int32_t l = s->touched[i];
-        s->seconds[l] = s->bytes[l] / t->link[l].bandwidth;
-        bound = larger(bound, s->seconds[l]);
+    for (int pass = 0; pass < 2; pass++) {
+        for (int32_t f = first; f < s->n; f++) {
+            struct ends e = s->ends[f];
+            const struct hop two[2] = { { e.a, 1, 0 }, { e.b, 1, 0 } }, *hop = e.a >= 0 ? two : s->hop + ~e.a;
+            for (int32_t h = 0; h < (e.a >= 0 ? 2 : e.b); h++) {
+                double *bytes = &s->bytes[hop[h].link];
+                if (pass == 0) {
+                    *bytes += s->work[f] * hop[h].weight;
+                } else if (*bytes > 0) {
+                    if (hop[h].link != s->sink && net->capacity[hop[h].link] > 0)
+                        bound = larger(bound, *bytes / net->capacity[hop[h].link]);
+                    *bytes = 0;
+                }
+            }
+        }
     }
     return bound;
-}
-
-static int by_time(const void *a, const void *b)
-{
-    const struct milestone *x = a, *y = b;
-    return x->at != y->at ? (x->at < y->at ? -1 : 1) : x->receiver - y->receiver;
-}
-
-/* When each receiver's busiest link is done, were the exchange alone. */
-static int find_milestones(struct net *net, struct flow *s, int32_t slot, const struct net_flow *flow, size_t n,
-                           struct part *p, struct err *err)
-{
-    const struct net_exchange *x = &net->exchange[slot];
-    const struct topology *t = net->topology;
-    p->milestone = calloc((size_t)x->n_receivers, sizeof *p->milestone);
-    if (!p->milestone)
-        return err_set(err, ERR_MEMORY, "net: out of memory for %d receivers", x->n_receivers);
-    int32_t link[TOPOLOGY_MAX_HOPS];
-    double latency;
-    for (size_t i = 0; i < n; i++) {
-        if (!net_moves(&flow[i]))
-            continue;
-        struct milestone *m = &p->milestone[net->receiver_of[flow[i].dst]];
-        int hops = net_route(t, &flow[i], link, &latency);
-        double at = 0;
-        for (int h = 0; h < hops; h++)
-            at = larger(at, s->seconds[link[h]]);
-        if (at > m->at || (at == m->at && latency < m->latency)) { /* the least that the last byte can need */
-            m->at = at;
-            m->latency = latency;
-        }
-    }
-    for (int32_t r = 0; r < x->n_receivers; r++) {
-        p->milestone[r].receiver = r;
-        if (p->milestone[r].at > 0) {
-            x->receiver[r].n_left = 1; /* one part, however many flows */
-            p->milestone[p->n_milestones++] = p->milestone[r];
-        }
-    }
-    qsort(p->milestone, (size_t)p->n_milestones, sizeof *p->milestone, by_time);
-    return 0;
-}
-
-static int start_bound(struct net *net, struct flow *s, int32_t slot, const struct net_flow *flow, size_t n,
-                       double bound, struct err *err)
-{
-    int rc = reserve(s, 1, (size_t)s->n_touched, err);
-    struct part p = { .slot = slot, .amount = bound };
-    if (rc || (rc = find_milestones(net, s, slot, flow, n, &p, err)))
-        return rc;
-    s->fluid[s->n] = (struct fluid){
-        .work = p.milestone[0].at, .slack = bound * tolerance[NET_BOUND], .hop = s->n_hops, .n_hops = s->n_touched
-    };
-    s->part[s->n++] = p;
-    for (int32_t i = 0; i < s->n_touched; i++)
-        s->hop[s->n_hops++] = (struct hop){ s->touched[i], s->bytes[s->touched[i]] / bound };
-    return 0;
-}
-
-static int start_flows(struct net *net, struct flow *s, int32_t slot, const struct net_flow *flow, size_t n,
-                       double bound, size_t n_flows, size_t n_hops, struct err *err)
-{
-    int rc = reserve(s, n_flows, n_hops, err);
-    if (rc)
-        return rc;
-    for (size_t i = 0; i < n; i++) {
-        if (!net_moves(&flow[i]))
-            continue;
-        int32_t link[TOPOLOGY_MAX_HOPS];
-        struct part p = { .slot = slot, .receiver = net->receiver_of[flow[i].dst], .amount = flow[i].bytes };
-        int hops = net_route(net->topology, &flow[i], link, &p.latency);
-        s->fluid[s->n] = (struct fluid){
-            .work = flow[i].bytes, .slack = bound * tolerance[net->tier], .hop = s->n_hops, .n_hops = hops
-        };
-        s->part[s->n++] = p;
-        for (int h = 0; h < hops; h++)
-            s->hop[s->n_hops++] = (struct hop){ link[h], 1 };
-    }
-    return 0;
 }
 
 static int flow_start(struct net *net, double now, int32_t slot, const struct net_flow *flow, size_t n, struct err *err)
 {
     struct flow *s = net->priv;
-    size_t n_flows, n_hops;
-    if (now > s->now) {
-        if (s->need_rates && s->n_live > 0)
-            find_rates(s, net->topology->link);
-        for (int32_t f = 0; f < s->n; f++)
-            work_on(&s->fluid[f], now - s->now);
-        s->now = now;
+    struct hop hop[TOPOLOGY_MAX_HOPS];
+    size_t n_flows = 0, n_hops = 0, n_list = 0;
+    int rc = settle(net, s, now, err);
+    if (rc)
+        return rc;
+    for (size_t i = 0; i < n; i++) {
+        if (!net_moves(&flow[i]))
+            continue;
+        int hops = distinct_links(net, &flow[i], hop, NULL);
+        n_flows++;
+        n_list += (size_t)hops;
+        n_hops += is_long(hop, hops) ? (size_t)hops : 0;
     }
-    double bound = weigh(s, net->topology, flow, n, &n_flows, &n_hops);
-    int rc = net->tier == NET_BOUND ? start_bound(net, s, slot, flow, n, bound, err)
-                                    : start_flows(net, s, slot, flow, n, bound, n_flows, n_hops, err);
-    for (int32_t i = 0; i < s->n_touched; i++)
-        s->bytes[s->touched[i]] = 0;
-    if (rc == 0)
-        relist(s);
-    s->need_rates = true;
-    return rc;
+    if ((rc = reserve(net, s, n_flows, n_list, n_hops, err)))
+        return rc;
+    change_links(net, s);
+    int32_t first = s->n;
+    append(net, s, slot, flow, n);
+    s->slack[slot] = weigh(net, s, first) * tolerance[net->tier];
+    relist(s);
+    s->phase = STALE;
+    return 0;
 }
 
 const struct net_ops net_flow_ops = { flow_open, flow_start, flow_advance, flow_close };

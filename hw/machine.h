@@ -171,7 +171,7 @@ int net_start(struct net *, double now, int64_t id, const struct net_flow *, siz
  * *n = 0: nothing arrives up to `until` (which may be INFINITY when nothing is under way). */
 int net_advance(struct net *, double until, struct net_done *done, size_t room, size_t *n, struct err *);
 /* Bytes carried so far by each link: [n_links]; those of a flow (bound: of an exchange) count when it has ended. */
-const double *net_link_bytes(const struct net *);
+const double *net_link_bytes(struct net *);
 void net_close(struct net *);
 
 /* ---- machines run task graphs ---- */

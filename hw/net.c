@@ -5,7 +5,9 @@
 #include "net.h"
 
 #include <assert.h>
+#include <float.h>
 #include <math.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -22,20 +24,32 @@ int net_open(struct net **out, const struct topology *t, enum net_tier tier, str
     struct net *net = calloc(1, sizeof *net);
     if (!net)
         return err_set(err, ERR_MEMORY, "net: out of memory");
-    net->ops = tier == NET_SIMGRID ? &net_simgrid_ops : &net_flow_ops;
+    net->ops = tier == NET_SIMGRID ? &net_simgrid_ops : tier == NET_BOUND ? &net_bound_ops : &net_flow_ops;
     net->topology = t;
     net->tier = tier;
-    net->free_slot = -1;
+    net->free_slot = net->repeated = net->recorded = -1;
     int32_t n = net_endpoints(t);
+    size_t n_links = (size_t)t->n_links + 1;
     net->receiver_of = malloc((size_t)n * sizeof *net->receiver_of);
     net->listed = malloc((size_t)n * sizeof *net->listed);
-    net->link_bytes = calloc((size_t)t->n_links + 1, sizeof *net->link_bytes);
-    int rc = net->receiver_of && net->listed && net->link_bytes ? net->ops->open(net, err)
-                                                                : err_set(err, ERR_MEMORY, "net: out of memory");
+    net->capacity = calloc(n_links, sizeof *net->capacity);
+    net->carried = calloc(n_links, sizeof *net->carried);
+    net->carrying = calloc(n_links, sizeof *net->carrying);
+    net->link_bytes = calloc(n_links, sizeof *net->link_bytes);
+    bool keeps = tier != NET_SIMGRID; /* whose clock is never set back */
+    net->memo = keeps ? net_memo_open() : NULL;
+    int rc;
+    if (net->receiver_of && net->listed && net->capacity && net->carried && net->carrying && net->link_bytes &&
+        (net->memo || !keeps))
+        rc = net->ops->open(net, err);
+    else
+        rc = err_set(err, ERR_MEMORY, "net: out of memory");
     if (rc) {
         net_close(net);
         return rc;
     }
+    for (int32_t l = 0; l < t->n_links; l++)
+        net->capacity[l] = t->link[l].bandwidth;
     for (int32_t i = 0; i < n; i++)
         net->receiver_of[i] = -1;
     *out = net;
@@ -53,13 +67,58 @@ void net_close(struct net *net)
     free(net->event);
     free(net->receiver_of);
     free(net->listed);
+    free(net->capacity);
+    free(net->carried);
+    free(net->carrying);
     free(net->link_bytes);
+    net_memo_close(net->memo);
     free(net);
 }
 
-const double *net_link_bytes(const struct net *net)
+void net_epoch(struct net *net, double now)
 {
-    return net->link_bytes;
+    for (int32_t l = 0; l < net->topology->n_links; l++) {
+        net->carried[l] += net->carrying[l];
+        net->carrying[l] = 0;
+    }
+    net->epoch = now;
+}
+
+/* ---- links change ---- */
+
+double net_next_change(const struct net *net)
+{
+    const struct topology *t = net->topology;
+    return net->n_changed < t->n_changes ? t->change[net->n_changed].at : INFINITY;
+}
+
+const struct link_change *net_due_change(const struct net *net, double now)
+{
+    /* `now` is a sum, and may have been rounded to just before it. */
+    if (net_next_change(net) > now * (1 + 8 * DBL_EPSILON))
+        return NULL;
+    return &net->topology->change[net->n_changed];
+}
+
+void net_change(struct net *net)
+{
+    const struct link_change *c = &net->topology->change[net->n_changed++];
+    net->capacity[c->link] = c->bandwidth;
+}
+
+int net_stuck(const struct net *net, int32_t link, int32_t src, int32_t slot, int32_t receiver, struct err *err)
+{
+    const struct topology *t = net->topology;
+    const struct net_exchange *x = &net->exchange[slot];
+    double at = 0;
+    for (int32_t i = 0; i < net->n_changed; i++)
+        if (t->change[i].link == link)
+            at = t->change[i].at;
+    char from[32] = "";
+    if (src >= 0)
+        snprintf(from, sizeof from, " from %d", src);
+    return err_set(err, ERR_RUN, "link %s failed at %.9g s, for good: the exchange%s to %d can not end",
+                   t->link[link].name, at, from, x->receiver[receiver].dst);
 }
 
 /* ---- arrivals: a heap keyed (time, exchange, dst) ---- */
@@ -95,9 +154,12 @@ static struct net_event event_pop(struct net *net)
     return top;
 }
 
-static void receiver_complete(struct net *net, int32_t slot, const struct net_receiver *r)
+static void receiver_complete(struct net *net, int32_t slot, int32_t receiver, double time)
 {
-    event_push(net, (struct net_event){ r->arrival, net->exchange[slot].id, r->dst, slot });
+    const struct net_exchange *x = &net->exchange[slot];
+    const struct net_receiver *r = &x->receiver[receiver];
+    if (!r->told)
+        event_push(net, (struct net_event){ time, x->id, r->dst, slot, receiver });
 }
 
 void net_part_end(struct net *net, int32_t slot, int32_t receiver, double arrival)
@@ -108,7 +170,7 @@ void net_part_end(struct net *net, int32_t slot, int32_t receiver, double arriva
         r->arrival = arrival;
     if (--r->n_left == 0) {
         net->n_waiting--;
-        receiver_complete(net, slot, r);
+        receiver_complete(net, slot, receiver, net->epoch + r->arrival);
     }
 }
 
@@ -142,8 +204,7 @@ static void slot_release(struct net *net, int32_t slot)
 
 /* Checks the flows and lists their receivers, with the number of flows that each waits for. One pass: there may be
  * millions of flows. */
-static int list_receivers(struct net *net, int64_t id, const struct net_flow *flow, size_t n, double now,
-                          struct err *err)
+static int list_receivers(struct net *net, int64_t id, const struct net_flow *flow, size_t n, struct err *err)
 {
     const struct topology *t = net->topology;
     int32_t n_endpoints = net_endpoints(t), link[TOPOLOGY_MAX_HOPS];
@@ -163,7 +224,7 @@ static int list_receivers(struct net *net, int64_t id, const struct net_flow *fl
         int32_t r = net->receiver_of[f->dst];
         if (r < 0) {
             r = net->receiver_of[f->dst] = net->n_listed++;
-            net->listed[r] = (struct net_receiver){ .dst = f->dst, .arrival = now };
+            net->listed[r] = (struct net_receiver){ .dst = f->dst };
         }
         if (net_moves(f)) {
             net->listed[r].n_left++;
@@ -202,37 +263,149 @@ static int catch_up(struct net *net, double now, struct err *err)
     return rc;
 }
 
+/* Hands the flows to the solver; receivers that nothing is on its way to have everything `now`. */
+static int solve(struct net *net, double now, int32_t slot, const struct net_flow *flow, size_t n, struct err *err)
+{
+    const struct net_exchange *x = &net->exchange[slot];
+    bool any = false;
+    for (int32_t r = 0; r < x->n_receivers && !any; r++)
+        any = x->receiver[r].n_left > 0;
+    int rc = any ? net->ops->start(net, now, slot, flow, n, err) : 0;
+    for (int32_t r = 0; r < x->n_receivers && rc == 0; r++) {
+        if (x->receiver[r].n_left > 0)
+            net->n_waiting++;
+        else
+            receiver_complete(net, slot, r, now);
+    }
+    return rc;
+}
+
+/* ---- exchanges solved before ---- */
+
+/* Fewer flows are solved sooner than found. */
+#define MEMO_LEAST_FLOWS 16
+
+static int repeat(struct net *net, double now, int32_t slot, const struct net_solved *solved, struct err *err)
+{
+    struct net_exchange *x = &net->exchange[slot];
+    net->n_listed = 0;
+    for (int32_t r = 0; r < solved->n_receivers; r++)
+        net->listed[net->n_listed++] = solved->receiver[r];
+    int rc = keep_receivers(net, x, err);
+    if (rc)
+        return rc;
+    net_epoch(net, now);
+    for (int32_t r = 0; r < x->n_receivers; r++)
+        receiver_complete(net, slot, r, now + x->receiver[r].arrival);
+    net->solved = solved;
+    net->repeated = slot;
+    return 0;
+}
+
+/* What is repeated does not have the network to itself to its end, or someone wants to know what has passed so far:
+ * solves it from its start to now. */
+static int solve_after_all(struct net *net, double now, struct err *err)
+{
+    int32_t slot = net->repeated;
+    struct net_exchange *x = &net->exchange[slot];
+    size_t n;
+    struct net_flow *flow = net_memo_flows(net->memo, net->solved, &n);
+    net->solved = NULL;
+    net->repeated = -1;
+    net->n_events = 0;
+    net->n_listed = 0;
+    if (!flow)
+        return err_set(err, ERR_MEMORY, "net: out of memory for %zu flows", n);
+    for (int32_t r = 0; r < x->n_receivers; r++) {
+        x->receiver[r].n_left = 0;
+        x->receiver[r].arrival = 0;
+        net->receiver_of[x->receiver[r].dst] = r;
+    }
+    for (size_t i = 0; i < n; i++)
+        x->receiver[net->receiver_of[flow[i].dst]].n_left += net_moves(&flow[i]);
+    int rc = solve(net, net->epoch, slot, flow, n, err);
+    for (int32_t r = 0; r < x->n_receivers; r++)
+        net->receiver_of[x->receiver[r].dst] = -1;
+    free(flow);
+    return rc ? rc : catch_up(net, now, err);
+}
+
+/* All receivers of the exchange have been told. */
+static void exchange_end(struct net *net, int32_t slot)
+{
+    if (slot == net->repeated) {
+        for (int32_t i = 0; i < net->solved->n_links; i++)
+            net->carrying[net->solved->link[i]] = net->solved->bytes[i];
+        net->solved = NULL;
+        net->repeated = -1;
+    }
+    if (slot == net->recorded) {
+        net_memo_keep(net->memo, &net->exchange[slot], net->carrying, net->topology->n_links);
+        net->recorded = -1;
+    }
+    slot_release(net, slot);
+}
+
+const double *net_link_bytes(struct net *net)
+{
+    struct err e = { 0 };
+    if (net->repeated >= 0 && solve_after_all(net, net->now, &e))
+        return NULL;
+    for (int32_t l = 0; l < net->topology->n_links; l++)
+        net->link_bytes[l] = net->carried[l] + net->carrying[l];
+    return net->link_bytes;
+}
+
+/* ---- the calls ---- */
+
+static int start_listed(struct net *net, double now, int64_t id, const struct net_flow *flow, size_t n, bool alone,
+                        struct err *err)
+{
+    int32_t slot = -1;
+    int rc = slot_take(net, &slot, err);
+    if (rc)
+        return rc;
+    struct net_exchange *x = &net->exchange[slot];
+    x->id = id;
+    const struct net_solved *solved = NULL;
+    if (alone && n >= MEMO_LEAST_FLOWS)
+        solved = net_memo_find(net->memo, flow, n, net->n_changed);
+    if (solved && now + solved->end < net_next_change(net)) {
+        rc = repeat(net, now, slot, solved, err);
+    } else if ((rc = list_receivers(net, id, flow, n, err)) == 0 && (rc = keep_receivers(net, x, err)) == 0) {
+        if (alone && !solved && n >= MEMO_LEAST_FLOWS && net_memo_note(net->memo, flow, n, net->n_changed))
+            net->recorded = slot;
+        rc = solve(net, now, slot, flow, n, err);
+    }
+    if (rc) {
+        net->recorded = -1;
+        slot_release(net, slot);
+    }
+    return rc;
+}
+
 int net_start(struct net *net, double now, int64_t id, const struct net_flow *flow, size_t n, struct err *err)
 {
-    int32_t slot = -1, n_moving = 0;
     if (!(now >= net->now && now < INFINITY))
         return err_set(err, ERR_RUN, "exchange %lld: starts at %.9g s, but the clock shows %.9g s", (long long)id, now,
                        net->now);
-    int rc = catch_up(net, now, err);
+    int rc = 0;
+    if (n > 0 && net->repeated >= 0)
+        rc = solve_after_all(net, now, err);
+    else if (now > net->now)
+        rc = catch_up(net, now, err);
     if (rc || n == 0)
         return rc;
     net->now = now;
-
-    if ((rc = list_receivers(net, id, flow, n, now, err)) || (rc = slot_take(net, &slot, err)))
-        goto out;
-    struct net_exchange *x = &net->exchange[slot];
-    x->id = id;
-    if ((rc = keep_receivers(net, x, err)))
-        goto out;
-    for (int32_t r = 0; r < x->n_receivers; r++)
-        n_moving += x->receiver[r].n_left > 0;
-    if (n_moving > 0 && (rc = net->ops->start(net, now, slot, flow, n, err)))
-        goto out;
-    net->n_waiting += n_moving;
-    for (int32_t r = 0; r < x->n_receivers; r++)
-        if (x->receiver[r].n_left == 0)
-            receiver_complete(net, slot, &x->receiver[r]);
-out:
+    bool alone = net->memo && net->n_waiting == 0 && net->n_events == 0;
+    net->recorded = -1; /* that one did not have the network to itself */
+    if (net->n_waiting == 0)
+        while (net_due_change(net, now))
+            net_change(net);
+    rc = start_listed(net, now, id, flow, n, alone, err);
     for (int32_t r = 0; r < net->n_listed; r++)
         net->receiver_of[net->listed[r].dst] = -1;
     net->n_listed = 0;
-    if (rc && slot >= 0)
-        slot_release(net, slot);
     return rc;
 }
 
@@ -255,9 +428,11 @@ int net_advance(struct net *net, double until, struct net_done *done, size_t roo
     double time = net->event[0].time;
     while (*n < room && net->n_events > 0 && net->event[0].time == time) {
         struct net_event e = event_pop(net);
+        struct net_exchange *x = &net->exchange[e.slot];
         done[(*n)++] = (struct net_done){ e.id, e.dst, e.time };
-        if (--net->exchange[e.slot].n_left == 0)
-            slot_release(net, e.slot);
+        x->receiver[e.receiver].told = true;
+        if (--x->n_left == 0)
+            exchange_end(net, e.slot);
     }
     if (time > net->now)
         net->now = time;

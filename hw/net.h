@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0
  * net.h - what net.c and the solvers behind it share. Who only moves bytes reads machine.h.
  *
- * net.c knows exchanges, receivers, latency and the order of events; a solver (flow.c, simgrid_client.c) knows when
- * the last byte of a part has passed its links. A part is one flow, or for tier `bound` all flows to one receiver. */
+ * net.c knows exchanges, receivers, latency, the order of events, and exchanges that were solved before; a solver
+ * (bound.c, flow.c, simgrid_client.c) knows when the last byte of a part has passed its links. A part is one flow, or
+ * for tier `bound` one link that flows to the receiver cross. */
 #ifndef NET_H
 #define NET_H
 
@@ -12,8 +13,9 @@
 
 struct net_receiver {
     int32_t dst;
-    int32_t n_left; /* parts still on their way; net_start counts flows, a solver may lower it before it returns */
-    double arrival; /* of the latest part that has ended */
+    int32_t n_left; /* parts still on their way; net_start counts flows, a solver may change it before it returns */
+    double arrival; /* of the latest part that has ended, in seconds since the epoch */
+    bool told;      /* its arrival was reported */
 };
 
 struct net_exchange {
@@ -26,25 +28,29 @@ struct net_exchange {
 struct net_event {
     double time;
     int64_t id;
-    int32_t dst, slot;
+    int32_t dst, slot, receiver;
 };
 
 struct net_ops {
     int (*open)(struct net *, struct err *);
-    /* Flows with src != dst and bytes > 0 count, the others are to be skipped. receiver_of[] holds for this call.
-     * Everything that ends up to `now` has been advanced over before. */
+    /* Flows that net_moves() count, the others are to be skipped. receiver_of[] holds for this call. Everything that
+     * ends up to `now` has been advanced over before. With nothing under way a solver that counts from the epoch
+     * calls net_epoch() first, and may not remember anything: what follows depends on what starts, not on when. */
     int (*start)(struct net *, double now, int32_t slot, const struct net_flow *, size_t n, struct err *);
     /* Goes on to the next end of any part, but not beyond `until`; hands what ends to net_part_end() and sets *any.
-     * Called only while parts are under way. */
+     * Called only while parts are under way. Links change on the way. */
     int (*advance)(struct net *, double until, bool *any, struct err *);
     void (*close)(struct net *);
 };
+
+struct net_memo; /* exchanges solved before (net_memo.c) */
 
 struct net {
     const struct net_ops *ops;
     const struct topology *topology;
     enum net_tier tier;
     double now;
+    double epoch; /* time from which the solver counts; tier simgrid: 0 */
     void *priv;
     struct net_exchange *exchange; /* [n_slots] */
     int32_t n_slots, free_slot;
@@ -54,10 +60,16 @@ struct net {
     int32_t *receiver_of;        /* [endpoints] index into the receivers of the exchange that starts; else -1 */
     struct net_receiver *listed; /* [endpoints] those receivers */
     int32_t n_listed;
-    double *link_bytes; /* [n_links]: added to when a part ends */
+    double *capacity;  /* [n_links] B/s, as changed so far */
+    int32_t n_changed; /* changes made */
+    double *carried, *carrying, *link_bytes; /* [n_links] before the epoch; since, added to when a part ends; both */
+    struct net_memo *memo;                   /* NULL: a tier that keeps none */
+    const struct net_solved *solved;         /* of the exchange under way, which is repeated, not solved; or NULL */
+    int32_t repeated, recorded;              /* slots: of that exchange; of the one that will be kept; or -1 */
 };
 
-extern const struct net_ops net_flow_ops; /* tiers bound, flow, exact */
+extern const struct net_ops net_bound_ops;
+extern const struct net_ops net_flow_ops; /* tiers flow, exact */
 extern const struct net_ops net_simgrid_ops;
 
 /* Sizes are shares of messages: less than this is rounding, and counts as 0 bytes. */
@@ -83,7 +95,40 @@ static inline int net_route(const struct topology *t, const struct net_flow *f, 
         *latency += f->delay;
     return n;
 }
-/* A part for this receiver ends its way at `arrival`, latency included. */
+
+/* A part for this receiver ends its way at `arrival`, in seconds since the epoch, latency included. */
 void net_part_end(struct net *, int32_t slot, int32_t receiver, double arrival);
+/* Nothing is under way: times count from `now` on. */
+void net_epoch(struct net *, double now);
+
+/* When a link changes next, or INFINITY. */
+double net_next_change(const struct net *);
+/* The next change if its time has come at `now`, or NULL. net_change() makes it. */
+const struct link_change *net_due_change(const struct net *, double now);
+void net_change(struct net *);
+/* ERR_RUN: `link` has failed for good, and this receiver waits for what it carries; src: from whom, -1 from several. */
+int net_stuck(const struct net *, int32_t link, int32_t src, int32_t slot, int32_t receiver, struct err *);
+
+/* ---- net_memo.c ---- */
+
+/* One exchange that had the network to itself from its start to its end. */
+struct net_solved {
+    double end; /* s since its start: no byte is under way after that */
+    int32_t n_receivers;
+    struct net_receiver *receiver;
+    int32_t n_links, *link; /* those that carried something, and how much */
+    double *bytes;
+};
+
+struct net_memo *net_memo_open(void); /* NULL: out of memory */
+void net_memo_close(struct net_memo *);
+/* What came of the same flows on the same links, or NULL. Valid until net_memo_keep(). */
+const struct net_solved *net_memo_find(struct net_memo *, const struct net_flow *, size_t n, int32_t n_changed);
+/* Its flows, to be freed; NULL: out of memory. */
+struct net_flow *net_memo_flows(const struct net_memo *, const struct net_solved *, size_t *n);
+/* Notes the flows of an exchange that starts: whether there is room for them. */
+bool net_memo_note(struct net_memo *, const struct net_flow *, size_t n, int32_t n_changed);
+/* Keeps what came of the flows noted last. Out of memory: it does not. */
+void net_memo_keep(struct net_memo *, const struct net_exchange *, const double *link_bytes, int32_t n_links);
 
 #endif
