@@ -6,96 +6,30 @@
  * lowest among the levels at which its links filled, and is never stored: a round reads each flow once, in order.
  *
  * Time goes in intervals of constant rates. The first end, and those up to `slack` after it, make a batch: each ends
- * at its own time, but what they leave is shared anew only when the last of them has ended and the interval closes. exact has no slack but for
- * rounding. With flow's slack of 1e-3 of the exchange's bound, a link that was full meanwhile has the bytes that it
- * could have carried added to the next interval, which then is one slack long: what full links carry is exact, and
- * flows end a fraction of a slack early or late.
+ * at its own time, but what they leave is shared anew only when the last of them has ended and the interval closes.
+ * exact has no slack but for rounding. With that of flow, a link that was full meanwhile has the bytes that it could
+ * have carried added to the next interval, which is one slack long at most: so full links carry exactly what they can,
+ * and single flows end a fraction of a slack early or late.
  *
  * Times are counted from net->epoch, when something started on an idle network: the same exchange gives the same bits
  * whenever it starts, and nothing depends on how often or how far advance() is asked to go. */
 #include "config.h"
 
-#include "net.h"
+#include "flow.h"
 
 #include <float.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
-static const double tolerance[N_NET_TIERS] = { [NET_FLOW] = 1e-3, [NET_EXACT] = 1e-12 };
+/* Slack, by what an exchange still has to go: many flows are under way at first, and few when it matters most. */
+static const double tolerance[N_NET_TIERS] = { [NET_FLOW] = 2.5e-3, [NET_EXACT] = 1e-12 };
+static const double least_left = 0.3; /* of what it takes alone */
 
 /* Bytes that are as good as none, far below NET_LEAST_BYTES: rounding may leave them. */
 static const double nothing = 1e-9;
 /* Later than any end, and 0 times it is 0. */
 static const double never = DBL_MAX / 4;
-
-enum phase {
-    STALE,  /* flows or links have changed: rates are to be found */
-    FOUND,  /* rates hold from `now` on, the batch is known, nobody has heard of it */
-    CLOSING /* the batch was handed over; rates hold until `close` */
-};
-
-/* The links of a flow. Two are the common case and lie inline, the sink standing in for a missing one; otherwise a is
- * ~(index of the first of b hops). */
-struct ends { int32_t a, b; };
-struct hop { int32_t link, weight, place; }; /* weight: crossings */
-
-struct part { /* what is not needed to share links */
-    double bytes, latency;
-    int32_t slot, receiver, src;
-};
-
-struct link_pass { double moved, rate; };         /* bytes per flow in the interval past, rate in the present one */
-struct link_share { double left; int32_t open; }; /* while rates are found: what is not taken, by how many crossings */
-
-struct link_state {
-    int32_t live;                 /* crossings by flows that have not ended */
-    int32_t first, n;             /* its flows in list[] */
-    double credit, extra;         /* bytes it could have carried; what it may do above its bandwidth because of that */
-    double gone_rate, gone_bytes; /* of the batch: sum of the rates, and of the bytes that were left */
-};
-
-struct flow {
-    double now, close;    /* s since net->epoch */
-    double first, horizon; /* s since now: the first end; when the interval closes */
-    double repay;          /* s: slack of the last batch */
-    enum phase phase;
-    bool credits;
-
-    int32_t n, n_live, room; /* flows; an ended one keeps its place, with INFINITY to go */
-    double *work;            /* [room] bytes to go */
-    struct ends *ends;       /* [room] */
-    struct ends *place;      /* [room] of a flow with two links: where it is in list[] */
-    struct part *part;       /* [room] */
-    struct hop *hop;         /* of flows with more links, in the order of the flows */
-    int32_t n_hops, room_hops;
-
-    int32_t *list; /* by link: the other link of a flow with two, or ~flow */
-    int32_t n_list, room_list;
-    int32_t *batch, n_batch, room_batch;
-
-    int32_t sink; /* a link that carries nothing and is never full */
-    int32_t *used, n_used; /* links with flows when lists were made */
-    struct link_state *link;
-    struct link_pass *pass;
-    struct link_share *share;
-    int32_t *heap, n_heap; /* links that may fill next, lowest level first */
-    double *level;         /* rate at which a link fills; what is known only grows */
-    double *slack;         /* [room_slots] s, by exchange */
-    int32_t room_slots;
-    double *bytes;         /* scratch of a start: [links], zero between calls */
-};
-
-/* fmin() and fmax() mind NaN, which cannot occur here, and are calls. */
-static inline double larger(double a, double b)
-{
-    return a > b ? a : b;
-}
-
-static inline double smaller(double a, double b)
-{
-    return a < b ? a : b;
-}
 
 /* ---- memory ---- */
 
@@ -105,7 +39,7 @@ static void flow_close(struct net *net)
     if (!s)
         return;
     void *const all[] = { s->work, s->ends, s->place, s->part,  s->hop,  s->list,  s->batch, s->used,
-                          s->link, s->pass, s->share, s->heap,  s->level, s->slack, s->bytes };
+                          s->link, s->pass, s->share, s->heap,  s->level, s->span, s->bytes };
     for (size_t i = 0; i < sizeof all / sizeof all[0]; i++)
         free(all[i]);
     free(s);
@@ -163,185 +97,13 @@ static int reserve(struct net *net, struct flow *s, size_t n, size_t n_list, siz
         s->room_hops = (int32_t)hops;
     }
     if (net->n_slots > s->room_slots) {
-        if (grow(&s->slack, (size_t)net->n_slots, sizeof *s->slack))
+        if (grow(&s->span, (size_t)net->n_slots, sizeof *s->span))
             goto fail;
         s->room_slots = net->n_slots;
     }
     return 0;
 fail:
     return err_set(err, ERR_MEMORY, "net: out of memory for %zu flows", flows);
-}
-
-/* ---- lists ---- */
-
-static void use(struct flow *s, int32_t l, int32_t weight, int32_t n)
-{
-    struct link_state *k = &s->link[l];
-    if (k->live == 0 && l != s->sink)
-        s->used[s->n_used++] = l;
-    k->live += weight;
-    k->n += n;
-}
-
-/* Closes the gaps that ended flows left, and lists flows by link anew. */
-static void relist(struct flow *s)
-{
-    int32_t n = 0, n_hops = 0;
-    for (int32_t i = 0; i < s->n_used; i++)
-        s->link[s->used[i]].live = s->link[s->used[i]].n = 0;
-    s->n_used = 0;
-    for (int32_t f = 0; f < s->n; f++) {
-        if (!(s->work[f] < INFINITY))
-            continue;
-        struct ends e = s->ends[f];
-        if (e.a >= 0) {
-            use(s, e.a, 1, 1);
-            use(s, e.b, 1, 1);
-        } else {
-            memmove(s->hop + n_hops, s->hop + ~e.a, sizeof *s->hop * (size_t)e.b);
-            e.a = ~n_hops;
-            for (int32_t h = 0; h < e.b; h++, n_hops++)
-                use(s, s->hop[n_hops].link, s->hop[n_hops].weight, 1);
-        }
-        s->work[n] = s->work[f];
-        s->ends[n] = e;
-        s->part[n++] = s->part[f];
-    }
-    s->n = s->n_live = n;
-    s->n_hops = n_hops;
-
-    int32_t first = 0;
-    for (int32_t i = 0; i < s->n_used; i++) {
-        struct link_state *k = &s->link[s->used[i]];
-        k->first = first;
-        first += k->n;
-        k->n = 0;
-    }
-    s->n_list = first;
-    s->link[s->sink] = (struct link_state){ .n = 0 };
-    for (int32_t f = 0; f < n; f++) {
-        struct ends e = s->ends[f];
-        if (e.a >= 0) {
-            struct link_state *a = &s->link[e.a], *b = &s->link[e.b];
-            s->place[f].a = a->first + a->n++;
-            s->list[s->place[f].a] = e.b;
-            if (e.b == s->sink)
-                continue;
-            s->place[f].b = b->first + b->n++;
-            s->list[s->place[f].b] = e.a;
-        } else {
-            for (struct hop *h = s->hop + ~e.a, *end = h + e.b; h < end; h++) {
-                struct link_state *k = &s->link[h->link];
-                h->place = k->first + k->n++;
-                s->list[h->place] = ~f;
-            }
-        }
-    }
-}
-
-/* ---- rates ---- */
-
-static double rate_of(const struct flow *s, int32_t f)
-{
-    struct ends e = s->ends[f];
-    if (e.a >= 0)
-        return smaller(s->pass[e.a].rate, s->pass[e.b].rate);
-    double rate = INFINITY;
-    for (const struct hop *h = s->hop + ~e.a, *end = h + e.b; h < end; h++)
-        rate = smaller(rate, s->pass[h->link].rate);
-    return rate;
-}
-
-static void heap_down(struct flow *s, int32_t i)
-{
-    int32_t link = s->heap[i];
-    for (int32_t child; (child = 2 * i + 1) < s->n_heap; i = child) {
-        if (child + 1 < s->n_heap && s->level[s->heap[child + 1]] < s->level[s->heap[child]])
-            child++;
-        if (s->level[s->heap[child]] >= s->level[link])
-            break;
-        s->heap[i] = s->heap[child];
-    }
-    s->heap[i] = link;
-}
-
-static void heap_drop(struct flow *s)
-{
-    s->heap[0] = s->heap[--s->n_heap];
-    if (s->n_heap > 0)
-        heap_down(s, 0);
-}
-
-/* Link l is full at `rate`: its flows that were still rising stay there, and leave their other links the rest. Those
- * are the flows none of whose links was full: a full link has nothing open. */
-static void fill(struct flow *s, int32_t l, double rate)
-{
-    const int32_t *list = s->list + s->link[l].first;
-    for (int32_t i = 0, n = s->link[l].n; i < n; i++) {
-        if (list[i] >= 0) { /* most are here, and half of them rise: no branch */
-            struct link_share *k = &s->share[list[i]];
-            int32_t open = k->open > 0;
-            k->open -= open;
-            k->left -= open ? rate : 0;
-            continue;
-        }
-        struct ends e = s->ends[~list[i]];
-        const struct hop *hop = s->hop + ~e.a;
-        int32_t h = 0;
-        while (h < e.b && s->share[hop[h].link].open > 0)
-            h++;
-        for (int32_t k = 0; h == e.b && k < e.b; k++) {
-            if (hop[k].link == l)
-                continue;
-            s->share[hop[k].link].left -= rate * hop[k].weight;
-            s->share[hop[k].link].open -= hop[k].weight;
-        }
-    }
-    s->pass[l].rate = rate;
-    s->share[l].open = 0;
-}
-
-static void find_rates(struct net *net, struct flow *s)
-{
-    s->n_heap = 0;
-    for (int32_t i = 0; i < s->n_used; i++) {
-        int32_t l = s->used[i];
-        struct link_state *k = &s->link[l];
-        s->pass[l].rate = INFINITY; /* stays so on a link that is never full */
-        if (k->live == 0) {
-            s->share[l].open = 0;
-            continue;
-        }
-        double capacity = net->capacity[l];
-        k->extra = s->credits ? smaller(k->credit / s->repay, capacity) : 0;
-        s->share[l] = (struct link_share){ capacity + k->extra, k->live };
-        s->level[l] = s->share[l].left / k->live;
-        s->heap[s->n_heap++] = l;
-    }
-    for (int32_t i = s->n_heap / 2 - 1; i >= 0; i--)
-        heap_down(s, i);
-
-    double full = 0;
-    while (s->n_heap > 0) {
-        int32_t l = s->heap[0];
-        const struct link_share *k = &s->share[l];
-        if (k->open == 0) {
-            heap_drop(s);
-            continue;
-        }
-        /* Flows that stopped elsewhere left room here, so the level may have risen since it was last looked at.
-         * It cannot fall: rounding apart, no flow stopped above it. */
-        double level = larger(k->left / k->open, full);
-        if (level > s->level[l]) {
-            s->level[l] = level;
-            heap_down(s, 0);
-            if (s->heap[0] != l)
-                continue;
-        }
-        full = s->level[l];
-        heap_drop(s);
-        fill(s, l, full);
-    }
 }
 
 /* ---- the batch ---- */
@@ -363,9 +125,15 @@ static double time_left(const struct flow *s, int32_t f)
     return s->work[f] > nothing ? s->work[f] / rate_of(s, f) : 0;
 }
 
+static double slack_of(const struct net *net, const struct flow *s, int32_t f)
+{
+    struct span x = s->span[s->part[f].slot];
+    return tolerance[net->tier] * larger(x.start + x.alone - s->now, least_left * x.alone);
+}
+
 /* Moves all flows over the interval past; finds those that end first at the rates that begin, and, with their slack,
  * when the interval closes. No later than `limit`. */
-static int find_batch(struct flow *s, double limit, struct err *err)
+static int find_batch(const struct net *net, struct flow *s, double limit, struct err *err)
 {
     const struct link_pass *pass = s->pass;
     double horizon = limit;
@@ -387,7 +155,7 @@ static int find_batch(struct flow *s, double limit, struct err *err)
         if (!(work <= rate * horizon + nothing && work < INFINITY))
             continue;
         double left = work > nothing ? work / rate : 0;
-        horizon = smaller(horizon, left + s->slack[s->part[f].slot]);
+        horizon = smaller(horizon, left + slack_of(net, s, f));
         if (batch_add(s, f, err))
             return ERR_MEMORY;
     }
@@ -494,11 +262,11 @@ static int find(struct net *net, struct flow *s, struct err *err)
 {
     change_links(net, s);
     double change = net_next_change(net) - net->epoch;
-    if (s->n > 64 && s->n_live < s->n - s->n / 4)
-        relist(s);
-    find_rates(net, s);
+    if (s->n > 64 && s->n_live < s->n - s->n / 16)
+        flow_relist(s);
+    flow_find_rates(net, s);
     double limit = smaller(change - s->now, s->credits ? s->repay : never);
-    int rc = find_batch(s, limit, err);
+    int rc = find_batch(net, s, limit, err);
     if (rc)
         return rc;
     for (int32_t i = 0; i < s->n_used; i++)
@@ -506,7 +274,7 @@ static int find(struct net *net, struct flow *s, struct err *err)
     if (s->n_batch == 0 && !(s->horizon < never))
         return stuck(net, s, err);
     if (s->n_batch > 0)
-        s->repay = larger(s->slack[s->part[s->batch[0]].slot], 1e-9 * (s->now + s->first)); /* the clock has to move */
+        s->repay = larger(slack_of(net, s, s->batch[0]), 1e-9 * (s->now + s->first)); /* the clock has to move */
     s->close = s->now + s->horizon;
     s->phase = s->n_batch > 0 ? FOUND : CLOSING;
     return 0;
@@ -669,8 +437,8 @@ static int flow_start(struct net *net, double now, int32_t slot, const struct ne
     change_links(net, s);
     int32_t first = s->n;
     append(net, s, slot, flow, n);
-    s->slack[slot] = weigh(net, s, first) * tolerance[net->tier];
-    relist(s);
+    s->span[slot] = (struct span){ s->now, weigh(net, s, first) };
+    flow_relist(s);
     s->phase = STALE;
     return 0;
 }

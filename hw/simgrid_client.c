@@ -20,7 +20,7 @@
 #include <unistd.h>
 
 #define SERVER "moelab-simgrid"
-#define HELLO  SERVER " 1"
+#define HELLO  SERVER " 2"
 
 /* A flow per pair costs SimGrid about N^4.5: over a minute for one exchange among 128 devices. */
 #define MAX_DEVICES 128
@@ -45,6 +45,7 @@ struct client {
     size_t at, n_in;
     struct flying *flow; /* a flow's id on the wire is its index */
     int64_t n_flows, room_flows, free_flow;
+    int32_t n_told; /* changes of links that the server knows of */
 };
 
 /* ---- the process ---- */
@@ -224,6 +225,20 @@ static int expect(struct client *c, const char *what, struct err *err)
 
 /* ---- solver ---- */
 
+/* A flow through its own device's port goes to a host of its own beside the endpoints: a shadow of the device. */
+static int32_t shadow(const struct topology *t, int32_t device)
+{
+    return t->n_devices + 2 * t->n_nodes + device;
+}
+
+static int put_route(struct client *c, int32_t src, int32_t dst, const int32_t *link, int hops, struct err *err)
+{
+    int rc = put(c, err, "%d %d %d", src, dst, hops);
+    for (int h = 0; h < hops && rc == 0; h++)
+        rc = put(c, err, " %d", link[h]);
+    return rc ? rc : put(c, err, "\n");
+}
+
 static int put_platform(struct client *c, const struct topology *t, struct err *err)
 {
     int32_t n = t->n_devices + 2 * t->n_nodes, link[TOPOLOGY_MAX_HOPS];
@@ -232,20 +247,45 @@ static int put_platform(struct client *c, const struct topology *t, struct err *
     for (int32_t src = 0; src < n; src++)
         for (int32_t dst = 0; dst < n; dst++)
             n_routes += topology_route(t, src, dst, 0, link, NULL) > 0;
-    rc = put(c, err, "platform %d %d %ld\n", n, t->n_links, n_routes);
+    for (int32_t d = 0; d < t->n_devices; d++)
+        n_routes += topology_loop(t, d, link) > 0;
+    rc = put(c, err, "platform %d %d %ld\n", n + t->n_devices, t->n_links, n_routes);
     for (int32_t l = 0; l < t->n_links && rc == 0; l++)
         rc = put(c, err, "%a\n", t->link[l].bandwidth);
-    for (int32_t src = 0; src < n; src++) {
+    for (int32_t src = 0; src < n && rc == 0; src++) {
         for (int32_t dst = 0; dst < n && rc == 0; dst++) {
             int hops = topology_route(t, src, dst, 0, link, NULL);
-            if (hops <= 0)
-                continue;
-            rc = put(c, err, "%d %d %d", src, dst, hops);
-            for (int h = 0; h < hops && rc == 0; h++)
-                rc = put(c, err, " %d", link[h]);
-            if (rc == 0)
-                rc = put(c, err, "\n");
+            rc = hops > 0 ? put_route(c, src, dst, link, hops, err) : 0;
         }
+    }
+    for (int32_t d = 0; d < t->n_devices && rc == 0; d++) {
+        int hops = topology_loop(t, d, link);
+        rc = hops > 0 ? put_route(c, d, shadow(t, d), link, hops, err) : 0;
+    }
+    return rc;
+}
+
+/* Its platform has one route between two endpoints: another path has to be the same. */
+static int check_path(const struct topology *t, const struct net_flow *f, struct err *err)
+{
+    int32_t link[2][TOPOLOGY_MAX_HOPS];
+    if (f->loop || f->path == 0)
+        return 0;
+    int n = topology_route(t, f->src, f->dst, 0, link[0], NULL);
+    if (n > 0 && n == topology_route(t, f->src, f->dst, f->path, link[1], NULL) &&
+        memcmp(link[0], link[1], (size_t)n * sizeof link[0][0]) == 0)
+        return 0;
+    return err_set(err, ERR_RUN, "tier simgrid: flow %d -> %d takes path %d, and this tier's platform has one route "
+                   "between two endpoints: use tier exact", f->src, f->dst, f->path);
+}
+
+/* Tells the server of changes that were made, each at its time. */
+static int put_changes(struct net *net, struct client *c, struct err *err)
+{
+    int rc = 0;
+    for (; c->n_told < net->n_changed && rc == 0; c->n_told++) {
+        const struct link_change *change = &net->topology->change[c->n_told];
+        rc = put(c, err, "bandwidth %a %d %a\n", change->at, change->link, change->bandwidth);
     }
     return rc;
 }
@@ -312,7 +352,9 @@ static int client_start(struct net *net, double now, int32_t slot, const struct 
     size_t n_moving = 0;
     for (size_t i = 0; i < n; i++)
         n_moving += net_moves(&flow[i]);
-    int rc = put(c, err, "start %a %zu\n", now, n_moving);
+    int rc = put_changes(net, c, err);
+    if (rc == 0)
+        rc = put(c, err, "start %a %zu\n", now, n_moving);
     for (size_t i = 0; i < n && rc == 0; i++) {
         int64_t id = 0;
         if (!net_moves(&flow[i]))
@@ -321,13 +363,12 @@ static int client_start(struct net *net, double now, int32_t slot, const struct 
             break;
         int32_t link[TOPOLOGY_MAX_HOPS];
         struct flying *f = &c->flow[id];
-        if (flow[i].loop || flow[i].path > 0)
-            return err_set(err, ERR_RUN, "tier simgrid: flow %d -> %d on path %d%s: its platform has one route between "
-                           "two endpoints; use tier exact", flow[i].src, flow[i].dst, flow[i].path,
-                           flow[i].loop ? " through its own port" : "");
+        if ((rc = check_path(net->topology, &flow[i], err)))
+            break;
         *f = (struct flying){ slot, net->receiver_of[flow[i].dst], flow[i], 0, UNDER_WAY };
         net_route(net->topology, &f->flow, link, &f->latency);
-        rc = put(c, err, "%lld %d %d %a\n", (long long)id, flow[i].src, flow[i].dst, flow[i].bytes);
+        int32_t dst = flow[i].loop ? shadow(net->topology, flow[i].src) : flow[i].dst;
+        rc = put(c, err, "%lld %d %d %a\n", (long long)id, flow[i].src, dst, flow[i].bytes);
     }
     return rc; /* sent with the next advance */
 }
@@ -348,16 +389,37 @@ static int read_end(struct net *net, struct client *c, struct err *err)
     int32_t link[TOPOLOGY_MAX_HOPS];
     int hops = net_route(net->topology, &f->flow, link, NULL);
     for (int h = 0; h < hops; h++)
-        net->link_bytes[link[h]] += f->flow.bytes;
+        net->carrying[link[h]] += f->flow.bytes;
     net_part_end(net, f->slot, f->receiver, time + f->latency);
     f->next_free = c->free_flow;
     c->free_flow = id;
     return 0;
 }
 
-static int client_advance(struct net *net, double until, bool *any, struct err *err)
+/* Whether every flow under way crosses a link that has failed: a link of SimGrid's carries a trickle even then. */
+static int check_stuck(struct net *net, struct client *c, struct err *err)
 {
-    struct client *c = net->priv;
+    int32_t link[TOPOLOGY_MAX_HOPS], dead = -1;
+    const struct flying *waits = NULL;
+    for (int64_t i = 0; i < c->n_flows; i++) {
+        const struct flying *f = &c->flow[i];
+        if (f->next_free != UNDER_WAY)
+            continue;
+        int hops = net_route(net->topology, &f->flow, link, NULL), h = 0;
+        while (h < hops && net->capacity[link[h]] > 0)
+            h++;
+        if (h == hops)
+            return 0;
+        if (!waits) {
+            waits = f;
+            dead = link[h];
+        }
+    }
+    return waits ? net_stuck(net, dead, waits->flow.src, waits->slot, waits->receiver, err) : 0;
+}
+
+static int advance_to(struct net *net, struct client *c, double until, bool *any, struct err *err)
+{
     char line[128];
     int n_ends = 0, length = 0;
     int rc = put(c, err, "advance %a\n", until);
@@ -371,6 +433,23 @@ static int client_advance(struct net *net, double until, bool *any, struct err *
     for (int i = 0; i < n_ends && rc == 0; i++)
         rc = read_end(net, c, err);
     return rc;
+}
+
+static int client_advance(struct net *net, double until, bool *any, struct err *err)
+{
+    struct client *c = net->priv;
+    for (;;) {
+        double change = net_next_change(net);
+        int rc = net->n_changed > 0 && change == INFINITY ? check_stuck(net, c, err) : 0;
+        if (rc || (rc = advance_to(net, c, change < until ? change : until, any, err)))
+            return rc;
+        if (*any || change > until || change == INFINITY)
+            return 0;
+        while (net_due_change(net, change))
+            net_change(net);
+        if ((rc = put_changes(net, c, err)))
+            return rc;
+    }
 }
 
 const struct net_ops net_simgrid_ops = { client_open, client_start, client_advance, client_close };

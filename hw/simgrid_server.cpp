@@ -20,7 +20,7 @@
  *
  * One command a line, words separated by blanks, reals as C99 hexadecimal or decimal, ids from 0:
  *
- *   > (start)                                    < moelab-simgrid 1           version of this protocol
+ *   > (start)                                    < moelab-simgrid 2           version of this protocol
  *   > platform N_HOSTS N_LINKS N_ROUTES
  *   > BANDWIDTH                    per link
  *   > SRC DST N_LINKS LINK...      per route     < ready
@@ -28,7 +28,12 @@
  *   > FLOW SRC DST BYTES           per flow      (no answer)
  *   > advance UNTIL                              < done N                     first end(s) of flows up to UNTIL; N = 0:
  *                                                < FLOW TIME   per end          none, and the clock shows UNTIL
+ *   > bandwidth TIME LINK B/S                    (no answer)                 from TIME on; 0: next to nothing, because
+ *                                                                              SimGrid would end what crosses the link
  *   > quit, or end of file
+ *
+ * Started as `moelab-simgrid --parallel-task` it knows one exchange only, of at most one flow per pair, which it makes
+ * one task of SimGrid's model L07: all its flows go on in step and end together. That is for comparison.
  *
  * What is wrong is answered by `error TEXT`, and the program ends with status 1. */
 #include <simgrid/s4u.hpp>
@@ -48,6 +53,8 @@ namespace s4u = simgrid::s4u;
 
 /* SimGrid counts whole units of payload; flows are shares of messages. So its unit is a 1024th of a byte. */
 static const double units_per_byte = 1024;
+/* B/s of a link that has failed: a flow that would have to wait for it ends after the universe. */
+static const double trickle = 1e-9;
 
 [[noreturn]] __attribute__((format(printf, 1, 2))) static void fail(const char *fmt, ...)
 {
@@ -81,6 +88,10 @@ class Server
 {
     s4u::Engine *engine_;
     std::vector<s4u::Host *> host_;
+    std::vector<s4u::Link *> link_;
+    bool parallel_task_;
+    std::vector<long> task_flows_; /* ids of the flows that are one task */
+    s4u::ExecPtr task_;
     std::unordered_map<const s4u::Activity *, std::pair<long, s4u::CommPtr>> under_way_;
     std::vector<std::pair<long, double>> ended_;
     std::vector<s4u::CommPtr> dead_; /* freed outside of the engine's loop */
@@ -88,6 +99,12 @@ class Server
 
     void on_end(const s4u::Activity &activity)
     {
+        if (&activity == task_.get()) {
+            for (long id : task_flows_)
+                ended_.emplace_back(id, s4u::Engine::get_clock());
+            stop_.insert(task_.get());
+            return;
+        }
         auto it = under_way_.find(&activity);
         if (it == under_way_.end())
             return;
@@ -116,7 +133,7 @@ class Server
     }
 
   public:
-    explicit Server(s4u::Engine *engine) : engine_(engine)
+    Server(s4u::Engine *engine, bool parallel_task) : engine_(engine), parallel_task_(parallel_task)
     {
         engine_->track_vetoed_activities(&stop_);
         s4u::Activity::on_completion_cb([this](const s4u::Activity &a) { on_end(a); });
@@ -127,16 +144,15 @@ class Server
         long n_hosts = read_int("platform: hosts", 1 << 16), n_links = read_int("platform: links", 1 << 24);
         long n_routes = read_int("platform: routes", 1L << 32);
         s4u::NetZone *zone = s4u::create_full_zone("machine");
-        std::vector<s4u::Link *> link;
         for (long i = 0; i < n_hosts; i++)
             host_.push_back(zone->create_host("h" + std::to_string(i), 1e9));
         for (long i = 0; i < n_links; i++) /* latency stays 0: the sharing would depend on it */
-            link.push_back(zone->create_link("l" + std::to_string(i), read_real("bandwidth") * units_per_byte));
+            link_.push_back(zone->create_link("l" + std::to_string(i), read_real("bandwidth") * units_per_byte));
         for (long i = 0; i < n_routes; i++) {
             long src = read_int("route: source", n_hosts), dst = read_int("route: destination", n_hosts);
             std::vector<s4u::LinkInRoute> route;
             for (long n = read_int("route: links", 64); n > 0; n--)
-                route.emplace_back(link[static_cast<size_t>(read_int("route: link", n_links))]);
+                route.emplace_back(link_[static_cast<size_t>(read_int("route: link", n_links))]);
             zone->add_route(host_[static_cast<size_t>(src)]->get_netpoint(),
                             host_[static_cast<size_t>(dst)]->get_netpoint(), nullptr, nullptr, route, false);
         }
@@ -148,6 +164,10 @@ class Server
     void start()
     {
         run(read_real("start: time"));
+        if (parallel_task_) {
+            start_task();
+            return;
+        }
         long n_hosts = static_cast<long>(host_.size());
         for (long n = read_int("start: flows", 1L << 32); n > 0; n--) {
             long id = read_int("flow: id", 1L << 32);
@@ -158,6 +178,33 @@ class Server
             under_way_[comm.get()] = { id, comm };
             comm->start();
         }
+    }
+
+    void start_task()
+    {
+        size_t n_hosts = host_.size();
+        std::vector<double> bytes(n_hosts * n_hosts);
+        if (task_)
+            fail("start: one exchange is one parallel task, found another");
+        for (long n = read_int("start: flows", 1L << 32); n > 0; n--) {
+            task_flows_.push_back(read_int("flow: id", 1L << 32));
+            size_t src = static_cast<size_t>(read_int("flow: source", static_cast<long>(n_hosts)));
+            size_t dst = static_cast<size_t>(read_int("flow: destination", static_cast<long>(n_hosts)));
+            bytes[src * n_hosts + dst] = read_real("flow: bytes") * units_per_byte;
+        }
+        task_ = s4u::Exec::init();
+        task_->set_flops_amounts(std::vector<double>(n_hosts, 0));
+        task_->set_bytes_amounts(bytes);
+        task_->set_hosts(host_);
+        task_->start();
+    }
+
+    void bandwidth()
+    {
+        run(read_real("bandwidth: time"));
+        s4u::Link *link = link_[static_cast<size_t>(read_int("bandwidth: link", static_cast<long>(link_.size())))];
+        double given = read_real("bandwidth");
+        link->set_bandwidth((given > trickle ? given : trickle) * units_per_byte);
     }
 
     void advance()
@@ -171,9 +218,10 @@ class Server
     }
 };
 
-int main()
+int main(int argc_given, char **argv_given)
 {
-    puts("moelab-simgrid 1");
+    bool parallel_task = argc_given > 1 && strcmp(argv_given[1], "--parallel-task") == 0;
+    puts("moelab-simgrid 2");
     fflush(stdout);
 
     /* Plain max-min sharing: no TCP window, no slow-down by latency or by acknowledgements on the way back. */
@@ -192,9 +240,13 @@ int main()
     std::vector<char *> argv;
     for (const char *a : args)
         argv.push_back(strdup(a));
+    if (parallel_task) {
+        argv.push_back(strdup("--cfg=host/model:ptask_L07"));
+        argc++;
+    }
     argv.push_back(nullptr);
     s4u::Engine engine(&argc, argv.data());
-    Server server(&engine);
+    Server server(&engine, parallel_task);
 
     char word[16];
     bool ready = false;
@@ -206,10 +258,12 @@ int main()
             server.start();
         } else if (strcmp(word, "advance") == 0 && ready) {
             server.advance();
+        } else if (strcmp(word, "bandwidth") == 0 && ready) {
+            server.bandwidth();
         } else if (strcmp(word, "quit") == 0) {
             break;
         } else {
-            fail("found \"%s\", expected %s", word, ready ? "start, advance or quit" : "platform");
+            fail("found \"%s\", expected %s", word, ready ? "start, advance, bandwidth or quit" : "platform");
         }
     }
     fflush(stdout);

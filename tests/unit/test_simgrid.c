@@ -154,16 +154,16 @@ static void check_failure(const char *script, int code, const char *text)
 static void failures(void **state)
 {
     (void)state;
-    static const char ready[] = "echo moelab-simgrid 1; while read l; do case \"$l\" in \"3 2 \"*) break;; esac; done; "
+    static const char ready[] = "echo moelab-simgrid 2; while read l; do case \"$l\" in \"3 2 \"*) break;; esac; done; "
                                 "echo ready; ";
     char script[512];
     check_failure(NULL, ERR_INPUT, "no moelab-simgrid (looked for /tmp/moelab-test-");
     check_failure(NULL, ERR_INPUT, "--without-simgrid");
     check_failure("exit 3", ERR_IO, "the SimGrid process died (exit 3)");
     check_failure("kill -9 $$", ERR_IO, "the SimGrid process died (signal 9");
-    check_failure("echo moelab-simgrid 2; cat >/dev/null", ERR_IO,
-                  "found \"moelab-simgrid 2\", expected \"moelab-simgrid 1\"");
-    check_failure("echo moelab-simgrid 1; read l; echo error no such link; cat >/dev/null", ERR_RUN,
+    check_failure("echo moelab-simgrid 1; cat >/dev/null", ERR_IO,
+                  "found \"moelab-simgrid 1\", expected \"moelab-simgrid 2\"");
+    check_failure("echo moelab-simgrid 2; read l; echo error no such link; cat >/dev/null", ERR_RUN,
                   "the SimGrid process reports: no such link");
     snprintf(script, sizeof script, "%sread l; kill -6 $$", ready);
     check_failure(script, ERR_IO, "the SimGrid process died (signal 6");
