@@ -26,6 +26,7 @@ struct job { /* what one exchange has for one link */
 struct station { /* a link */
     double served, at; /* brought up to date at that time */
     double due;        /* when the first job is done, at the present bandwidth */
+    double latency;    /* the least among the flows since it was last idle: any of them might be its last */
     int32_t first, n;  /* jobs */
     int32_t heap;      /* place, or -1 */
 };
@@ -188,7 +189,8 @@ static void job_add(struct bound *s, int32_t l, int32_t j)
         at = &s->job[*at].next;
     s->job[j].next = *at;
     *at = j;
-    k->n++;
+    if (k->n++ == 0 || s->job[j].latency < k->latency)
+        k->latency = s->job[j].latency;
 }
 
 /* The first job of link l is done: so is that link for its receivers. */
@@ -207,7 +209,7 @@ static void job_end(struct net *net, struct bound *s, int32_t l)
     const uint64_t *row = c->bits + (size_t)job.row * (size_t)c->words;
     for (int32_t w = 0; w < c->words; w++)
         for (uint64_t bits = row[w]; bits; bits &= bits - 1)
-            net_part_end(net, job.slot, 64 * w + __builtin_ctzll(bits), s->now + job.latency);
+            net_part_end(net, job.slot, 64 * w + __builtin_ctzll(bits), s->now + k->latency);
     if (--c->n_links == 0) {
         free(c->bits);
         c->bits = NULL;
@@ -250,10 +252,10 @@ static int bound_advance(struct net *net, double until, bool *any, struct err *e
             change_links(net, s);
             continue;
         }
-        if (due == INFINITY)
-            return stuck(net, s, l, err);
         if (net->epoch + due > until)
             return 0;
+        if (due == INFINITY)
+            return stuck(net, s, l, err);
         s->now = due;
         bring_up(net, s, l);
         job_end(net, s, l);
@@ -296,6 +298,10 @@ static int gather(struct net *net, struct bound *s, int32_t slot, const struct n
             continue;
         int hops = net_route(net->topology, &flow[i], link, &latency);
         int32_t r = net->receiver_of[flow[i].dst];
+        if (hops == 0) {
+            receiver[r].n_left++;
+            net_arrive(net, slot, r, s->now + latency);
+        }
         for (int h = 0; h < hops; h++) {
             int32_t row = s->fresh_of[link[h]];
             if (row < 0) {
@@ -309,7 +315,7 @@ static int gather(struct net *net, struct bound *s, int32_t slot, const struct n
             job->bytes += flow[i].bytes;
             job->latency = latency < job->latency ? latency : job->latency;
             uint64_t *word = &c->bits[(size_t)row * (size_t)c->words + (size_t)(r / 64)], bit = (uint64_t)1 << (r % 64);
-            receiver[r].n_left += !(*word & bit); /* parts are links */
+            receiver[r].n_left += !(*word & bit);
             *word |= bit;
         }
     }
@@ -332,7 +338,7 @@ static int bound_start(struct net *net, double now, int32_t slot, const struct n
     }
     change_links(net, s);
     for (int32_t r = 0; r < x->n_receivers; r++)
-        x->receiver[r].n_left = 0;
+        x->receiver[r].n_left = 0; /* parts are links */
     rc = gather(net, s, slot, flow, n, err);
     for (int32_t i = 0; i < s->n_fresh; i++) {
         int32_t l = s->fresh_link[i], j = rc ? -1 : job_take(s);

@@ -271,12 +271,10 @@ static int find(struct net *net, struct flow *s, struct err *err)
         return rc;
     for (int32_t i = 0; i < s->n_used; i++)
         s->pass[s->used[i]].moved = 0;
-    if (s->n_batch == 0 && !(s->horizon < never))
-        return stuck(net, s, err);
     if (s->n_batch > 0)
         s->repay = larger(slack_of(net, s, s->batch[0]), 1e-9 * (s->now + s->first)); /* the clock has to move */
     s->close = s->now + s->horizon;
-    s->phase = s->n_batch > 0 ? FOUND : CLOSING;
+    s->phase = s->n_batch > 0 || s->horizon >= never ? FOUND : CLOSING; /* first is INFINITY where nothing moves */
     return 0;
 }
 
@@ -298,6 +296,8 @@ static int flow_advance(struct net *net, double until, bool *any, struct err *er
             continue;
         if (net->epoch + (s->now + s->first) > until)
             return 0; /* a start before that would change it */
+        if (s->n_batch == 0)
+            return stuck(net, s, err);
         hand_over(net, s);
         s->phase = CLOSING;
         *any = true;
@@ -379,7 +379,11 @@ static void append(struct net *net, struct flow *s, int32_t slot, const struct n
             .bytes = flow[i].bytes, .slot = slot, .receiver = net->receiver_of[flow[i].dst], .src = flow[i].src
         };
         int hops = distinct_links(net, &flow[i], hop, &p.latency);
-        struct ends e = { hops > 0 ? hop[0].link : s->sink, hops > 1 ? hop[1].link : s->sink };
+        if (hops == 0) {
+            net_arrive(net, slot, p.receiver, s->now + p.latency);
+            continue;
+        }
+        struct ends e = { hop[0].link, hops > 1 ? hop[1].link : s->sink };
         if (is_long(hop, hops)) {
             e = (struct ends){ ~s->n_hops, hops };
             memcpy(s->hop + s->n_hops, hop, sizeof *hop * (size_t)hops);
@@ -387,7 +391,7 @@ static void append(struct net *net, struct flow *s, int32_t slot, const struct n
         }
         for (int h = 0; h < hops; h++)
             s->pass[hop[h].link].moved = 0; /* of a time when others used it */
-        s->work[s->n] = hops > 0 ? flow[i].bytes : 0;
+        s->work[s->n] = flow[i].bytes;
         s->ends[s->n] = e;
         s->part[s->n++] = p;
     }

@@ -275,7 +275,7 @@ static int solve(struct net *net, double now, int32_t slot, const struct net_flo
         if (x->receiver[r].n_left > 0)
             net->n_waiting++;
         else
-            receiver_complete(net, slot, r, now);
+            receiver_complete(net, slot, r, x->receiver[r].arrival > 0 ? net->epoch + x->receiver[r].arrival : now);
     }
     return rc;
 }

@@ -96,6 +96,14 @@ static inline int net_route(const struct topology *t, const struct net_flow *f, 
     return n;
 }
 
+/* While an exchange starts: a flow of its that no link holds up arrives at `arrival`, and is no part. */
+static inline void net_arrive(struct net *net, int32_t slot, int32_t receiver, double arrival)
+{
+    struct net_receiver *r = &net->exchange[slot].receiver[receiver];
+    r->n_left--;
+    r->arrival = arrival > r->arrival ? arrival : r->arrival;
+}
+
 /* A part for this receiver ends its way at `arrival`, in seconds since the epoch, latency included. */
 void net_part_end(struct net *, int32_t slot, int32_t receiver, double arrival);
 /* Nothing is under way: times count from `now` on. */

@@ -239,6 +239,16 @@ static int put_route(struct client *c, int32_t src, int32_t dst, const int32_t *
     return rc ? rc : put(c, err, "\n");
 }
 
+/* The most that a link will ever have. */
+static double widest(const struct topology *t, int32_t link)
+{
+    double most = t->link[link].bandwidth;
+    for (int32_t i = 0; i < t->n_changes; i++)
+        if (t->change[i].link == link && t->change[i].bandwidth > most)
+            most = t->change[i].bandwidth;
+    return most;
+}
+
 static int put_platform(struct client *c, const struct topology *t, struct err *err)
 {
     int32_t n = t->n_devices + 2 * t->n_nodes, link[TOPOLOGY_MAX_HOPS];
@@ -251,7 +261,7 @@ static int put_platform(struct client *c, const struct topology *t, struct err *
         n_routes += topology_loop(t, d, link) > 0;
     rc = put(c, err, "platform %d %d %ld\n", n + t->n_devices, t->n_links, n_routes);
     for (int32_t l = 0; l < t->n_links && rc == 0; l++)
-        rc = put(c, err, "%a\n", t->link[l].bandwidth);
+        rc = put(c, err, "%a %a\n", t->link[l].bandwidth, widest(t, l));
     for (int32_t src = 0; src < n && rc == 0; src++) {
         for (int32_t dst = 0; dst < n && rc == 0; dst++) {
             int hops = topology_route(t, src, dst, 0, link, NULL);
@@ -349,24 +359,27 @@ static int client_start(struct net *net, double now, int32_t slot, const struct 
                         struct err *err)
 {
     struct client *c = net->priv;
+    int32_t link[TOPOLOGY_MAX_HOPS];
+    double latency;
     size_t n_moving = 0;
-    for (size_t i = 0; i < n; i++)
-        n_moving += net_moves(&flow[i]);
+    for (size_t i = 0; i < n; i++) {
+        if (!net_moves(&flow[i]))
+            continue;
+        if (net_route(net->topology, &flow[i], link, &latency) > 0)
+            n_moving++;
+        else
+            net_arrive(net, slot, net->receiver_of[flow[i].dst], now + latency);
+    }
     int rc = put_changes(net, c, err);
     if (rc == 0)
         rc = put(c, err, "start %a %zu\n", now, n_moving);
     for (size_t i = 0; i < n && rc == 0; i++) {
         int64_t id = 0;
-        if (!net_moves(&flow[i]))
+        if (!net_moves(&flow[i]) || net_route(net->topology, &flow[i], link, &latency) <= 0)
             continue;
-        if ((rc = take_flow(c, &id, err)))
+        if ((rc = check_path(net->topology, &flow[i], err)) || (rc = take_flow(c, &id, err)))
             break;
-        int32_t link[TOPOLOGY_MAX_HOPS];
-        struct flying *f = &c->flow[id];
-        if ((rc = check_path(net->topology, &flow[i], err)))
-            break;
-        *f = (struct flying){ slot, net->receiver_of[flow[i].dst], flow[i], 0, UNDER_WAY };
-        net_route(net->topology, &f->flow, link, &f->latency);
+        c->flow[id] = (struct flying){ slot, net->receiver_of[flow[i].dst], flow[i], latency, UNDER_WAY };
         int32_t dst = flow[i].loop ? shadow(net->topology, flow[i].src) : flow[i].dst;
         rc = put(c, err, "%lld %d %d %a\n", (long long)id, flow[i].src, dst, flow[i].bytes);
     }
@@ -440,7 +453,7 @@ static int client_advance(struct net *net, double until, bool *any, struct err *
     struct client *c = net->priv;
     for (;;) {
         double change = net_next_change(net);
-        int rc = net->n_changed > 0 && change == INFINITY ? check_stuck(net, c, err) : 0;
+        int rc = net->n_changed > 0 && change == INFINITY && isinf(until) ? check_stuck(net, c, err) : 0;
         if (rc || (rc = advance_to(net, c, change < until ? change : until, any, err)))
             return rc;
         if (*any || change > until || change == INFINITY)

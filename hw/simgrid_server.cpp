@@ -22,7 +22,7 @@
  *
  *   > (start)                                    < moelab-simgrid 2           version of this protocol
  *   > platform N_HOSTS N_LINKS N_ROUTES
- *   > BANDWIDTH                    per link
+ *   > BANDWIDTH MOST               per link                                   at first; ever
  *   > SRC DST N_LINKS LINK...      per route     < ready
  *   > start TIME N
  *   > FLOW SRC DST BYTES           per flow      (no answer)
@@ -89,6 +89,8 @@ class Server
     s4u::Engine *engine_;
     std::vector<s4u::Host *> host_;
     std::vector<s4u::Link *> link_;
+    std::vector<double> now_, most_; /* bandwidth of each link */
+    std::set<size_t> narrow_;        /* links below their most */
     bool parallel_task_;
     std::vector<long> task_flows_; /* ids of the flows that are one task */
     s4u::ExecPtr task_;
@@ -132,6 +134,8 @@ class Server
         }
     }
 
+    static double units(double bandwidth) { return (bandwidth > trickle ? bandwidth : trickle) * units_per_byte; }
+
   public:
     Server(s4u::Engine *engine, bool parallel_task) : engine_(engine), parallel_task_(parallel_task)
     {
@@ -146,8 +150,13 @@ class Server
         s4u::NetZone *zone = s4u::create_full_zone("machine");
         for (long i = 0; i < n_hosts; i++)
             host_.push_back(zone->create_host("h" + std::to_string(i), 1e9));
-        for (long i = 0; i < n_links; i++) /* latency stays 0: the sharing would depend on it */
-            link_.push_back(zone->create_link("l" + std::to_string(i), read_real("bandwidth") * units_per_byte));
+        for (long i = 0; i < n_links; i++) { /* latency stays 0: the sharing would depend on it */
+            now_.push_back(read_real("bandwidth"));
+            most_.push_back(read_real("most"));
+            link_.push_back(zone->create_link("l" + std::to_string(i), units(now_.back())));
+            if (now_.back() < most_.back())
+                narrow_.insert(static_cast<size_t>(i));
+        }
         for (long i = 0; i < n_routes; i++) {
             long src = read_int("route: source", n_hosts), dst = read_int("route: destination", n_hosts);
             std::vector<s4u::LinkInRoute> route;
@@ -169,6 +178,9 @@ class Server
             return;
         }
         long n_hosts = static_cast<long>(host_.size());
+        /* A flow never gets more than its links have when it starts: so they have their most, for no time. */
+        for (size_t l : narrow_)
+            link_[l]->set_bandwidth(units(most_[l]));
         for (long n = read_int("start: flows", 1L << 32); n > 0; n--) {
             long id = read_int("flow: id", 1L << 32);
             s4u::Host *src = host_[static_cast<size_t>(read_int("flow: source", n_hosts))];
@@ -178,6 +190,8 @@ class Server
             under_way_[comm.get()] = { id, comm };
             comm->start();
         }
+        for (size_t l : narrow_)
+            link_[l]->set_bandwidth(units(now_[l]));
     }
 
     void start_task()
@@ -202,9 +216,13 @@ class Server
     void bandwidth()
     {
         run(read_real("bandwidth: time"));
-        s4u::Link *link = link_[static_cast<size_t>(read_int("bandwidth: link", static_cast<long>(link_.size())))];
-        double given = read_real("bandwidth");
-        link->set_bandwidth((given > trickle ? given : trickle) * units_per_byte);
+        size_t l = static_cast<size_t>(read_int("bandwidth: link", static_cast<long>(link_.size())));
+        now_[l] = read_real("bandwidth");
+        link_[l]->set_bandwidth(units(now_[l]));
+        if (now_[l] < most_[l])
+            narrow_.insert(l);
+        else
+            narrow_.erase(l);
     }
 
     void advance()
