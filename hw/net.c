@@ -36,7 +36,7 @@ int net_open(struct net **out, const struct topology *t, enum net_tier tier, str
     net->carried = calloc(n_links, sizeof *net->carried);
     net->carrying = calloc(n_links, sizeof *net->carrying);
     net->link_bytes = calloc(n_links, sizeof *net->link_bytes);
-    bool keeps = tier != NET_SIMGRID; /* whose clock is never set back */
+    bool keeps = tier == NET_FLOW || tier == NET_EXACT; /* the others are as fast, or never set their clock back */
     net->memo = keeps ? net_memo_open() : NULL;
     int rc;
     if (net->receiver_of && net->listed && net->capacity && net->carried && net->carrying && net->link_bytes &&
@@ -202,12 +202,24 @@ static void slot_release(struct net *net, int32_t slot)
     net->free_slot = slot;
 }
 
+/* Receiver r waits for one more flow, of an exchange that starts at `since` s after the epoch. */
+static void expect(struct net_receiver *r, const struct net_flow *f, double since)
+{
+    if (!net_moves(f))
+        return;
+    r->n_left++;
+    r->arrival = fmax(r->arrival, since + f->at_least);
+}
+
 /* Checks the flows and lists their receivers, with the number of flows that each waits for. One pass: there may be
  * millions of flows. */
-static int list_receivers(struct net *net, int64_t id, const struct net_flow *flow, size_t n, struct err *err)
+static int list_receivers(struct net *net, double now, int64_t id, const struct net_flow *flow, size_t n,
+                          struct err *err)
 {
     const struct topology *t = net->topology;
     int32_t n_endpoints = net_endpoints(t), link[TOPOLOGY_MAX_HOPS];
+    /* With nothing under way the solver begins a new epoch. */
+    double since = net->tier != NET_SIMGRID && net->n_waiting == 0 ? 0 : now - net->epoch;
     for (size_t i = 0; i < n; i++) {
         const struct net_flow *f = &flow[i];
         if (f->src < 0 || f->src >= n_endpoints || f->dst < 0 || f->dst >= n_endpoints)
@@ -226,10 +238,7 @@ static int list_receivers(struct net *net, int64_t id, const struct net_flow *fl
             r = net->receiver_of[f->dst] = net->n_listed++;
             net->listed[r] = (struct net_receiver){ .dst = f->dst };
         }
-        if (net_moves(f)) {
-            net->listed[r].n_left++;
-            net->listed[r].arrival = fmax(net->listed[r].arrival, now + f->at_least);
-        }
+        expect(&net->listed[r], f, since);
     }
     return 0;
 }
@@ -322,7 +331,7 @@ static int solve_after_all(struct net *net, double now, struct err *err)
         net->receiver_of[x->receiver[r].dst] = r;
     }
     for (size_t i = 0; i < n; i++)
-        x->receiver[net->receiver_of[flow[i].dst]].n_left += net_moves(&flow[i]);
+        expect(&x->receiver[net->receiver_of[flow[i].dst]], &flow[i], 0);
     int rc = solve(net, net->epoch, slot, flow, n, err);
     for (int32_t r = 0; r < x->n_receivers; r++)
         net->receiver_of[x->receiver[r].dst] = -1;
@@ -372,7 +381,7 @@ static int start_listed(struct net *net, double now, int64_t id, const struct ne
         solved = net_memo_find(net->memo, flow, n, net->n_changed);
     if (solved && now + solved->end < net_next_change(net)) {
         rc = repeat(net, now, slot, solved, err);
-    } else if ((rc = list_receivers(net, id, flow, n, err)) == 0 && (rc = keep_receivers(net, x, err)) == 0) {
+    } else if ((rc = list_receivers(net, now, id, flow, n, err)) == 0 && (rc = keep_receivers(net, x, err)) == 0) {
         if (alone && !solved && n >= MEMO_LEAST_FLOWS && net_memo_note(net->memo, flow, n, net->n_changed))
             net->recorded = slot;
         rc = solve(net, now, slot, flow, n, err);

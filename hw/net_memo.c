@@ -15,7 +15,7 @@
 static const size_t most = (size_t)64 << 20;
 
 struct thin { int32_t src, dst; double bytes; };      /* of most flows that is all */
-struct rest { double delay; int32_t path; bool loop; };
+struct rest { double delay, at_least; int32_t path; bool loop; };
 
 struct entry {
     struct net_solved solved; /* first: found by its address */
@@ -63,7 +63,7 @@ void net_memo_close(struct net_memo *m)
 
 static bool is_thin(const struct net_flow *f)
 {
-    return f->path == 0 && !f->loop && f->delay == 0;
+    return f->path == 0 && !f->loop && f->delay == 0 && f->at_least == 0;
 }
 
 static bool same(const struct entry *e, const struct net_flow *flow)
@@ -73,8 +73,8 @@ static bool same(const struct entry *e, const struct net_flow *flow)
         const struct thin *t = &e->thin[i];
         if (f->src != t->src || f->dst != t->dst || f->bytes != t->bytes)
             return false;
-        const struct rest none = { 0, 0, false }, *r = e->rest ? &e->rest[i] : &none;
-        if (f->path != r->path || f->loop != r->loop || f->delay != r->delay)
+        const struct rest none = { 0, 0, 0, false }, *r = e->rest ? &e->rest[i] : &none;
+        if (f->path != r->path || f->loop != r->loop || f->delay != r->delay || f->at_least != r->at_least)
             return false;
     }
     return true;
@@ -104,6 +104,7 @@ struct net_flow *net_memo_flows(const struct net_memo *m, const struct net_solve
             flow[i].path = e->rest[i].path;
             flow[i].loop = e->rest[i].loop;
             flow[i].delay = e->rest[i].delay;
+            flow[i].at_least = e->rest[i].at_least;
         }
     }
     return flow;
@@ -131,7 +132,7 @@ bool net_memo_note(struct net_memo *m, const struct net_flow *flow, size_t n, in
     for (size_t i = 0; i < n; i++) {
         e->thin[i] = (struct thin){ flow[i].src, flow[i].dst, flow[i].bytes };
         if (!thin)
-            e->rest[i] = (struct rest){ flow[i].delay, flow[i].path, flow[i].loop };
+            e->rest[i] = (struct rest){ flow[i].delay, flow[i].at_least, flow[i].path, flow[i].loop };
     }
     return true;
 }

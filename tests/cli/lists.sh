@@ -13,7 +13,7 @@ while read -r file; do
         results/*) continue ;; # automake knows, or git only
     plugins/*/skeleton.c) listed=$file ;;
     plugins/*/*.c) listed=${file%.c}.so ;;
-    tests/unit/test_*.c | tests/fuzz/fuzz_*.c | tests/bench_tool.c) listed=${file%.c} ;;
+    tests/unit/test_*.c | tests/fuzz/fuzz_*.c | tests/bench_tool.c | tests/bench_net.c) listed=${file%.c} ;;
     *) listed=$file ;;
     esac
     grep -Eq "(^|[[:space:]])${listed//./\\.}([[:space:]]|\$)" Makefile.am || missing+=" $file"

@@ -396,6 +396,7 @@ static void repeated_exchanges(void **test)
     size_t n_flows;
     struct net_flow *flow = test_exchange(16, test_uneven, &n_flows);
     flow[7].delay = 1e-6;
+    flow[9].at_least = 3e-4;
     for (enum net_tier tier = NET_BOUND; tier <= NET_EXACT; tier++) {
         for (int disturbed = 0; disturbed < 2; disturbed++) {
             struct replay known, anew;
