@@ -124,28 +124,57 @@ static int solve_once(struct eval_job *j, struct work *w)
     }
     double seconds = job_clock() - start;
     w->seconds = w->seconds == 0 || seconds < w->seconds ? seconds : w->seconds;
-    memcpy(w->link_bytes, net_link_bytes(net), sizeof *w->link_bytes * (size_t)j->topology->n_links);
+    const double *link_bytes = j->err->code ? NULL : net_link_bytes(net);
+    if (link_bytes)
+        memcpy(w->link_bytes, link_bytes, sizeof *w->link_bytes * (size_t)j->topology->n_links);
     net_close(net);
     return j->err->code;
+}
+
+/* Walks over the times in which a link has one bandwidth, until `end` or until it could have carried `bytes`: when that
+ * is; *room: what it could have carried by then. */
+static double follow_link(const struct topology *t, int32_t link, double bytes, double end, double *room)
+{
+    double bandwidth = t->link[link].bandwidth, at = 0;
+    *room = 0;
+    for (int32_t i = 0; i <= t->n_changes; i++) {
+        if (i < t->n_changes && t->change[i].link != link)
+            continue;
+        double until = i < t->n_changes ? fmin(t->change[i].at, end) : end;
+        if (bandwidth > 0 && bytes - *room <= bandwidth * (until - at)) {
+            at += (bytes - *room) / bandwidth;
+            *room = bytes;
+            return at;
+        }
+        *room += bandwidth > 0 ? bandwidth * (until - at) : 0;
+        at = until;
+        if (i < t->n_changes)
+            bandwidth = t->change[i].bandwidth;
+    }
+    return at;
 }
 
 static json_t *list_links(const struct eval_job *j, const struct work *w, double makespan)
 {
     json_t *list = json_array();
-    for (int32_t l = 0; l < j->topology->n_links; l++)
-        if (w->link_bytes[l] > 0)
-            json_array_append_new(list, json_pack("{s:s, s:f, s:f}", "name", j->topology->link[l].name, "bytes",
-                                                  w->link_bytes[l], "utilization",
-                                                  w->link_bytes[l] / (j->topology->link[l].bandwidth * makespan)));
+    for (int32_t l = 0; l < j->topology->n_links; l++) {
+        double room;
+        if (w->link_bytes[l] <= 0)
+            continue;
+        follow_link(j->topology, l, INFINITY, makespan, &room);
+        json_array_append_new(list, json_pack("{s:s, s:f, s:f}", "name", j->topology->link[l].name, "bytes",
+                                              w->link_bytes[l], "utilization", w->link_bytes[l] / room));
+    }
     return list;
 }
 
 /* No exchange is shorter than its busiest link alone. */
 static double bound_of(const struct eval_job *j, const struct work *w)
 {
-    double bound = 0;
+    double bound = 0, room;
     for (int32_t l = 0; l < j->topology->n_links; l++)
-        bound = fmax(bound, w->link_bytes[l] / j->topology->link[l].bandwidth);
+        if (w->link_bytes[l] > 0)
+            bound = fmax(bound, follow_link(j->topology, l, w->link_bytes[l], INFINITY, &room));
     return bound;
 }
 

@@ -153,12 +153,13 @@ extern const char *const net_tier_name[N_NET_TIERS];
 
 struct net; /* state: virtual clock, exchanges under way */
 
-/* bound: an exchange is one fluid whose duration alone is max over links of bytes / bandwidth; all its receivers
- *        with bytes end when their own busiest link would, at the earliest.
- * flow:  max-min fair sharing among all flows; flows that end within 1e-3 of each other end together.
- * exact: the same without that shortcut.     simgrid: libexec/moelab-simgrid over a pipe.
+/* bound: every link on its own, carrying an exchange's bytes as if all were there from its start; a receiver has
+ *        everything when the last link that its flows cross is done with the exchange.
+ * flow:  max-min fair sharing among all flows; rates are found anew for batches of ends.
+ * exact: the same without batches.     simgrid: libexec/moelab-simgrid over a pipe.
  * Latency of a flow's route is added to its arrival, not to its sharing. Flows with 0 bytes, or src == dst and no
- * loop, arrive at once. Concurrent exchanges share links in every tier. */
+ * loop, arrive at once. Concurrent exchanges share links in every tier, and links change in every tier: what crosses a
+ * failed link waits. */
 int net_open(struct net **, const struct topology *, enum net_tier, struct err *);
 /* Whether there is a SimGrid server to start. */
 bool net_simgrid_available(void);
@@ -168,9 +169,11 @@ double net_simgrid_seconds(double n_flows);
  * named in a flow is reported once, those that get nothing (src == dst, 0 bytes) at `now`. */
 int net_start(struct net *, double now, int64_t id, const struct net_flow *, size_t n, struct err *);
 /* Runs until the first arrival, but not beyond `until`; *n events, all at one time, in order of (exchange, dst);
- * *n = 0: nothing arrives up to `until` (which may be INFINITY when nothing is under way). */
+ * *n = 0: nothing arrives up to `until` (which may be INFINITY when nothing is under way). ERR_RUN with `until` INFINITY:
+ * all that is under way waits for a link that failed for good. */
 int net_advance(struct net *, double until, struct net_done *done, size_t room, size_t *n, struct err *);
-/* Bytes carried so far by each link: [n_links]; those of a flow (bound: of an exchange) count when it has ended. */
+/* Bytes carried so far by each link: [n_links]; those of a flow count when it has ended (bound: those of an exchange when
+ * the link is done with it). Valid until the next call; NULL: out of memory. */
 const double *net_link_bytes(struct net *);
 void net_close(struct net *);
 

@@ -20,17 +20,16 @@ set style line 5 lc "#d99a1c" lw 3 pt 9 ps 1.4
 set format y "10^{%L}"
 set ylabel "wall time, s"
 set yrange [1e-5:100]
-set key top left reverse Left samplen 2 spacing 1.15 font "DejaVu Sans,13"
-plot data index 0 using 1:2 with linespoints ls 1 title "bound", \
-     data index 1 using 1:2 with linespoints ls 2 title "flow", \
-     data index 2 using 1:2 with linespoints ls 3 title "exact", \
-     data index 3 using 1:2 with linespoints ls 4 title "SimGrid, a flow per pair", \
-     data index 4 using 1:2 with linespoints ls 5 title "SimGrid, one parallel task"
-set key off
+plot data index 0 using 1:2 with linespoints ls 1, data index 1 using 1:2 with linespoints ls 2, \
+     data index 2 using 1:2 with linespoints ls 3, data index 3 using 1:2 with linespoints ls 4, \
+     data index 4 using 1:2 with linespoints ls 5
+set key top left reverse Left samplen 2 spacing 1.2 font "DejaVu Sans,13"
 set format y "%g"
 set ylabel "memory, MB"
-set yrange [2:5000]
-plot data index 0 using 1:3 with linespoints ls 1, data index 1 using 1:3 with linespoints ls 2, \
-     data index 2 using 1:3 with linespoints ls 3, data index 3 using 1:3 with linespoints ls 4, \
-     data index 4 using 1:3 with linespoints ls 5
+set yrange [2:3000]
+plot data index 0 using 1:3 with linespoints ls 1 title "bound", \
+     data index 1 using 1:3 with linespoints ls 2 title "flow", \
+     data index 2 using 1:3 with linespoints ls 3 title "exact", \
+     data index 3 using 1:3 with linespoints ls 4 title "SimGrid, a flow per pair", \
+     data index 4 using 1:3 with linespoints ls 5 title "SimGrid, one parallel task"
 unset multiplot
