@@ -169,11 +169,11 @@ double net_simgrid_seconds(double n_flows);
  * named in a flow is reported once, those that get nothing (src == dst, 0 bytes) at `now`. */
 int net_start(struct net *, double now, int64_t id, const struct net_flow *, size_t n, struct err *);
 /* Runs until the first arrival, but not beyond `until`; *n events, all at one time, in order of (exchange, dst);
- * *n = 0: nothing arrives up to `until` (which may be INFINITY when nothing is under way). ERR_RUN with `until` INFINITY:
- * all that is under way waits for a link that failed for good. */
+ * *n = 0: nothing arrives up to `until` (which may be INFINITY when nothing is under way). ERR_RUN with `until`
+ * INFINITY: all that is under way waits for a link that failed for good. */
 int net_advance(struct net *, double until, struct net_done *done, size_t room, size_t *n, struct err *);
-/* Bytes carried so far by each link: [n_links]; those of a flow count when it has ended (bound: those of an exchange when
- * the link is done with it). Valid until the next call; NULL: out of memory. */
+/* Bytes carried so far by each link: [n_links]; those of a flow count when it has ended (bound: those of an exchange
+ * when the link is done with it). Valid until the next call; NULL: out of memory. */
 const double *net_link_bytes(struct net *);
 void net_close(struct net *);
 

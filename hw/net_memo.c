@@ -66,23 +66,32 @@ static bool is_thin(const struct net_flow *f)
     return f->path == 0 && !f->loop && f->delay == 0 && f->at_least == 0;
 }
 
-/* Whether the entry's flows are these. Nearly all calls look at all of them, so that it looks for differences a block at
- * a time, without a branch each. */
+static inline uint64_t bits(double x)
+{
+    uint64_t u;
+    memcpy(&u, &x, sizeof u);
+    return u;
+}
+
+/* Whether the entry's flows are these. Most calls look at all of them: differences are looked for a block at a time,
+ * without a branch each. */
 static bool same(const struct entry *e, const struct net_flow *flow)
 {
     static const struct rest none = { 0, 0, 0, false };
     const struct rest *rest = e->rest ? e->rest : &none;
     size_t step = e->rest ? 1 : 0;
     for (size_t i = 0, end; i < e->n; i = end) {
-        int32_t differ = 0;
+        uint64_t differ = 0;
+        int32_t others = 0;
         end = i + 64 < e->n ? i + 64 : e->n;
         for (size_t k = i; k < end; k++, rest += step) {
             const struct net_flow *f = &flow[k];
             const struct thin *t = &e->thin[k];
-            differ |= (f->src ^ t->src) | (f->dst ^ t->dst) | (f->path ^ rest->path) | (f->loop ^ rest->loop);
-            differ |= (f->bytes != t->bytes) | (f->delay != rest->delay) | (f->at_least != rest->at_least);
+            differ |= (bits(f->bytes) ^ bits(t->bytes)) | (bits(f->delay) ^ bits(rest->delay)) |
+                      (bits(f->at_least) ^ bits(rest->at_least));
+            others |= (f->src ^ t->src) | (f->dst ^ t->dst) | (f->path ^ rest->path) | (f->loop ^ rest->loop);
         }
-        if (differ)
+        if (differ || others)
             return false;
     }
     return true;
