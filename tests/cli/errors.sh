@@ -268,7 +268,7 @@ run_expect 2 'expected the name of a directory' "$moelab" run x.lua --out .
 printf 'require "tiny".experiment { executor = "simgrid" }:run()\n' >x.lua
 mkdir empty dies crashes garbles
 printf '#!/bin/sh\nexit 3\n' >dies/moelab-simgrid
-printf '#!/bin/sh\necho moelab-simgrid 1\nread line\nkill -SEGV $$\n' >crashes/moelab-simgrid
+printf '#!/bin/sh\necho moelab-simgrid 2\nread line\nkill -SEGV $$\n' >crashes/moelab-simgrid
 printf '#!/bin/sh\nyes what\n' >garbles/moelab-simgrid
 chmod +x ./*/moelab-simgrid
 export MOELAB_LIBEXEC=$work/empty

@@ -62,7 +62,8 @@ static void own_port(void **state)
     for (enum net_tier tier = NET_BOUND; tier <= NET_EXACT; tier++) {
         double both = end_of(t, tier, &(struct moe_exchange){ MOE_PAY_BYTES, 2, part, .fused = true });
         double alone = end_of(t, tier, &(struct moe_exchange){ MOE_PAY_BYTES, 1, part + 1, .fused = true });
-        assert_near(both - alone, 10e-6, 1e-9);
+        /* bound: the last byte on the port may be one that does not leave, without the 1 us of latency. */
+        assert_near(both - alone, tier == NET_BOUND ? 9e-6 : 10e-6, 1e-9);
         assert_near(end_of(star, tier, &(struct moe_exchange){ MOE_PAY_BYTES, 1, part, .fused = true }), 0, 0);
     }
     topology_free(t);
