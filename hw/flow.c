@@ -23,7 +23,7 @@
 #include <string.h>
 
 /* Slack, by what an exchange still has to go: many flows are under way at first, and few when it matters most. */
-static const double tolerance[N_NET_TIERS] = { [NET_FLOW] = 2.5e-3, [NET_EXACT] = 1e-12 };
+static const double tolerance[N_NET_TIERS] = { [NET_FLOW] = 2e-3, [NET_EXACT] = 1e-12 };
 static const double least_left = 0.3; /* of what it takes alone */
 
 /* Bytes that are as good as none, far below NET_LEAST_BYTES: rounding may leave them. */
