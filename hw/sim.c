@@ -7,7 +7,7 @@
 
 #include "event.h"
 #include "graph.h"
-#include "kernels.h"
+#include "sharing.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -21,7 +21,7 @@ struct sim {
     struct net *net;
     struct message_count *sends; /* [D] */
     struct queue *stream;       /* [D * N_STREAMS] */
-    struct kernels *kernels;
+    struct sharing *sharing;   /* of devices by kernels */
     struct event_queue events;  /* ends of kernels by slot; what shares a device later may make one stale */
     struct net_flow *flow;
     size_t room_flows;
@@ -154,7 +154,7 @@ static void take_sms(struct walk *w, const struct task *t, int sign)
         takes[w->g->part[i].src] = takes[w->g->part[i].dst] = 1;
     for (int32_t d = 0, n; takes && d < n_devices; d++)
         if (takes[d]) {
-            const struct kernel_end *end = kernels_take(w->s->kernels, w->now, d, sign * t->sms, &n);
+            const struct kernel_end *end = sharing_take(w->s->sharing, w->now, d, sign * t->sms, &n);
             push_ends(w, end, n);
         }
     free(takes);
@@ -171,7 +171,7 @@ static void start_stream_task(struct walk *w, int32_t id)
     const struct kernel_cost cost = cost_of(w, t);
     int n;
     w->s->stream[t->device * N_STREAMS + t->stream].running = id;
-    const struct kernel_end *end = kernels_start(w->s->kernels, w->now, t->device, t->stream, &cost, &n);
+    const struct kernel_end *end = sharing_start(w->s->sharing, w->now, t->device, t->stream, &cost, &n);
     push_ends(w, end, n);
 }
 
@@ -302,7 +302,7 @@ static int walk_loop(struct walk *w)
         }
         const struct kernel_end *end;
         int n_ends;
-        if (!kernels_finish(s->kernels, ev.time, ev.what, &end, &n_ends))
+        if (!sharing_finish(s->sharing, ev.time, ev.what, &end, &n_ends))
             continue; /* it ends at another time */
         w->now = ev.time;
         push_ends(w, end, n_ends);
@@ -350,7 +350,7 @@ static void sim_close(struct machine *m)
     free(s->flow);
     free(s->done);
     free(s->sends);
-    kernels_close(s->kernels);
+    sharing_close(s->sharing);
     if (s->net)
         net_close(s->net);
     free(s);
@@ -374,9 +374,9 @@ int machine_open_sim(struct machine *m, const struct topology *t, const struct m
         s->done = malloc(sizeof *s->done * s->room_done);
         s->stream = calloc((size_t)t->n_devices * N_STREAMS, sizeof *s->stream);
         s->sends = calloc((size_t)t->n_devices, sizeof *s->sends);
-        s->kernels = kernels_open(t, N_STREAMS);
+        s->sharing = sharing_open(t, N_STREAMS);
     }
-    if (!s || !s->done || !s->stream || !s->sends || !s->kernels)
+    if (!s || !s->done || !s->stream || !s->sends || !s->sharing)
         err_set(e, ERR_MEMORY, "out of memory for the machine");
     else
         net_open(&s->net, t, tier, e);
