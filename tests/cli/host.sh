@@ -44,6 +44,9 @@ ok "replicas, and weights that move" "$moelab" run moving.lua --out moving
 ok "moved" test "$(figures moving '"migration_s":\{"max":[0-9.]*[1-9]' | wc -l)" = 1
 one three 'machine = moe.machine "star-50GBps" { nodes = 3 },'
 ok "three ranks" "$moelab" run three.lua
+one nodes 'machine = moe.machine "h800-ib" { nodes = 2, devices = 2 }, dispatch = "node-dedup",'
+ok "tokens passed on within nodes" "$moelab" run nodes.lua --out nodes
+ok "... arrive as they were" test "$(figures nodes '"verified":[1-9][0-9.]*e-[0-9]+' | wc -l)" = 1
 one offload 'offload = "lru", cache = 0.25,'
 run_expect 2 'no slower memory to load experts from: expected offload none' "$moelab" run offload.lua
 one lua 'placement = moe.policy { kind = "placement", name = "mine", place = function() end },'
