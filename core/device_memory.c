@@ -44,7 +44,7 @@ static int check_hosts(struct run *r, const struct moe_placement *p)
     uint8_t *seen = calloc((size_t)t->n_nodes * n_objects, 1);
     for (int32_t i = 0; seen && i < p->n; i++) {
         const struct moe_replica *x = &p->replica[i];
-        const size_t node = (size_t)(x->device / t->devices_per_node);
+        const size_t node = (size_t)t->node[x->device];
         const size_t object = (size_t)x->layer * (size_t)r->model.n_experts + (size_t)x->expert;
         bytes[node] += seen[node * n_objects + object] ? 0 : run_expert_bytes(r);
         seen[node * n_objects + object] = 1;
@@ -52,11 +52,14 @@ static int check_hosts(struct run *r, const struct moe_placement *p)
     if (!seen)
         err_set(r->err, ERR_MEMORY, "out of memory for %d nodes", t->n_nodes);
     free(seen);
-    for (int32_t n = 0; n < t->n_nodes && !r->err->code; n++)
+    for (int32_t n = 0; n < t->n_nodes && !r->err->code; n++) {
+        for (int32_t d = t->first_device[n]; t->unified[n] && d < t->first_device[n + 1]; d++)
+            bytes[n] += device_memory_fixed(r) + r->placed_bytes[d]; /* beside what the device holds, cache and all */
         if (bytes[n] > t->host_memory[n])
             err_set(r->err, ERR_INPUT, "%s: machine %s, node %d: its devices' experts take %.4g GB and host memory has "
-                    "%.4g GB: choose more nodes or a larger host", r->where, t->name, n, bytes[n] / 1e9,
-                    t->host_memory[n] / 1e9);
+                    "%.4g GB%s: choose more nodes or a larger host", r->where, t->name, n, bytes[n] / 1e9,
+                    t->host_memory[n] / 1e9, t->unified[n] ? ", its device's included" : "");
+    }
     free(bytes);
     return r->err->code;
 }

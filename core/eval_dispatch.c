@@ -223,6 +223,7 @@ static int read_all(struct eval_job *j, struct work *w)
     w->entry = job_alloc(j, (size_t)j->topology->n_devices, sizeof *w->entry);
     w->exit = job_alloc(j, (size_t)j->topology->n_devices, sizeof *w->exit);
     if (!w->entry || !w->exit || job_context(j) < 0 ||
+        topology_computes(j->topology, PREC_BF16, j->err) < 0 ||
         machine_open_sim(&w->machine, j->topology, m, PREC_BF16, w->tier, j->err) < 0)
         return j->err->code;
     w->machine_open = true;

@@ -154,8 +154,9 @@ int32_t graph_exchange(struct moe_graph *g, const struct moe_exchange *x, struct
         if (!(p->bytes >= 0) || !isfinite(p->bytes) || p->n_items < 0)
             return err_set(e, ERR_RUN, "exchange from %d to %d with %g bytes, %lld items", p->src, p->dst, p->bytes,
                            (long long)p->n_items);
-        if (p->path < 0 || p->path > 1) /* machines have one path between two devices */
-            return err_set(e, ERR_RUN, "exchange from %d to %d on path %d, expected 0 or 1", p->src, p->dst, p->path);
+        if (p->path < 0) /* how many there are, the machine knows */
+            return err_set(e, ERR_RUN, "exchange from %d to %d on path %d, expected 0 or more", p->src, p->dst,
+                           p->path);
         int64_t at = g->n_items;
         if (g->keep_items && p->items && p->n_items > 0) {
             RESERVE(g->item, g->room_items, g->n_items + p->n_items, e);

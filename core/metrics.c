@@ -53,24 +53,25 @@ static int32_t link_roles(const struct topology *t, int32_t *role)
 struct evening { /* bytes of one exchange, by the role of links */
     const struct topology *topology;
     int32_t *role, n_roles;
-    double *role_seconds; /* [roles] bytes / bandwidth summed over an exchange's links */
-    int32_t *role_links;  /* [roles] */
+    double *role_bytes;     /* [roles] summed over an exchange's links */
+    double *role_bandwidth; /* [roles] of all its links */
 };
 
 /* Time of an exchange whose bytes lie evenly on the links of every role it uses. */
 static double even_exchange(struct evening *v, const struct moe_graph *g, const struct task *t)
 {
-    memset(v->role_seconds, 0, sizeof *v->role_seconds * (size_t)v->n_roles);
+    memset(v->role_bytes, 0, sizeof *v->role_bytes * (size_t)v->n_roles);
     for (int32_t i = 0; i < t->n; i++) {
         const struct moe_part *p = &g->part[t->first + i];
         int32_t link[TOPOLOGY_MAX_HOPS];
-        int n = p->src == p->dst || p->bytes <= 0 ? 0 : topology_route(v->topology, p->src, p->dst, 0, link, NULL);
+        int n = p->src == p->dst || p->bytes <= 0 ? 0 : topology_route(v->topology, p->src, p->dst, p->path, link,
+                                                                      NULL);
         for (int j = 0; j < n; j++)
-            v->role_seconds[v->role[link[j]]] += p->bytes / v->topology->link[link[j]].bandwidth;
+            v->role_bytes[v->role[link[j]]] += p->bytes;
     }
     double most = 0;
     for (int32_t i = 0; i < v->n_roles; i++)
-        most = fmax(most, v->role_seconds[i] / v->role_links[i]);
+        most = fmax(most, v->role_bytes[i] / v->role_bandwidth[i]);
     return most;
 }
 
@@ -194,17 +195,17 @@ int metrics_bound(const struct moe_graph *g, const struct topology *t, double *s
     for (int32_t i = 0; i < g->n_tasks; i++)
         n_layers = g->task[i].layer >= n_layers ? g->task[i].layer + 1 : n_layers;
     struct evening v = { .topology = t, .role = malloc(sizeof *v.role * n_links),
-                         .role_seconds = calloc(n_links, sizeof *v.role_seconds),
-                         .role_links = calloc(n_links, sizeof *v.role_links) };
+                         .role_bytes = calloc(n_links, sizeof *v.role_bytes),
+                         .role_bandwidth = calloc(n_links, sizeof *v.role_bandwidth) };
     struct bound b = { .graph = g, .own = calloc(n, sizeof *b.own), .end = calloc(n, sizeof *b.end),
                        .chain = malloc(sizeof *b.chain * n), .ready = malloc(sizeof *b.ready * n) };
-    if (!b.own || !b.end || !b.chain || !b.ready || !v.role || !v.role_seconds || !v.role_links ||
+    if (!b.own || !b.end || !b.chain || !b.ready || !v.role || !v.role_bytes || !v.role_bandwidth ||
         (v.n_roles = link_roles(t, v.role)) < 0) {
         err_set(e, ERR_MEMORY, "out of memory for the bound");
         goto out;
     }
     for (int32_t i = 0; i < t->n_links; i++)
-        v.role_links[v.role[i]]++;
+        v.role_bandwidth[v.role[i]] += t->link[i].bandwidth;
     if (graph_order(g, &b.order, e) == 0 && even_devices(g, t, n_layers, b.own, e) == 0 &&
         chain_streams(g, b.chain, e) == 0)
         *seconds = longest_path(&b, &v);
@@ -215,8 +216,8 @@ out:
     free(b.chain);
     free(b.ready);
     free(v.role);
-    free(v.role_seconds);
-    free(v.role_links);
+    free(v.role_bytes);
+    free(v.role_bandwidth);
     return e->code;
 }
 
@@ -317,7 +318,7 @@ int metrics_step(struct metrics *m, const struct moe_graph *g, const struct topo
             const struct moe_part *part = &g->part[x->first + p];
             if (part->src == part->dst)
                 continue;
-            if (part->src / t->devices_per_node == part->dst / t->devices_per_node)
+            if (t->node[part->src] == t->node[part->dst])
                 intra += part->bytes;
             else
                 inter += part->bytes;

@@ -230,11 +230,9 @@ static double host_latency(const struct moe_env *env, int32_t src, int32_t dst)
     return topology_route(of_env(env)->context->topology, src, dst, 0, link, &latency) < 0 ? INFINITY : latency;
 }
 
-/* A topology has one route between two endpoints, or none. */
 static int32_t host_n_paths(const struct moe_env *env, int32_t src, int32_t dst)
 {
-    int32_t link[TOPOLOGY_MAX_HOPS];
-    return topology_route(of_env(env)->context->topology, src, dst, 0, link, NULL) >= 0;
+    return topology_paths(of_env(env)->context->topology, src, dst);
 }
 
 /* Runs a builder of the graph; what it refuses is this policy's fault, and says so. */
@@ -262,6 +260,14 @@ static int32_t host_task_experts(const struct moe_env *env, struct moe_graph *g,
 
 static int32_t host_task_exchange(const struct moe_env *env, struct moe_graph *g, const struct moe_exchange *x)
 {
+    const struct topology *t = of_env(env)->context->topology;
+    for (int32_t i = 0; i < x->n_parts; i++) {
+        const struct moe_part *p = &x->part[i];
+        const bool known = p->src >= 0 && p->src < t->n_devices && p->dst >= 0 && p->dst < t->n_devices;
+        if (p->path > 1 && known && p->path > topology_paths(t, p->src, p->dst))
+            return host_fail(env, MOE_EINVAL, "exchange from %d to %d on path %d, expected 0 to %d", p->src, p->dst,
+                             p->path, topology_paths(t, p->src, p->dst));
+    }
     BUILD(env, graph_exchange(g, x, err_));
 }
 
@@ -295,8 +301,10 @@ static int host_estimate(const struct moe_env *env, struct moe_graph *g, double 
     struct machine trial;
     if (machine_open_sim(&trial, c->topology, c->model, m->precision, NET_FLOW, c->err) < 0)
         return MOE_EFAIL;
+    const bool changes = c->topology->n_changes > 0 || c->topology->n_slow > 0;
+    const double from = trial.now = changes ? m->now : 0; /* on the machine as it is now */
     int code = machine_run(&trial, g, c->err);
-    *seconds = trial.now;
+    *seconds = trial.now - from;
     machine_close(&trial);
     return code < 0 ? MOE_EFAIL : 0;
 }
@@ -336,7 +344,7 @@ int policy_context_init(struct policy_context *c, const struct moe_model *model,
     }
     for (int32_t d = 0; d < t->n_devices; d++) {
         int32_t link[TOPOLOGY_MAX_HOPS];
-        node[d] = d / t->devices_per_node;
+        node[d] = t->node[d];
         figures[d] = t->device[d].memory;
         figures[n + (size_t)d] = t->device[d].peak[precision];
         figures[2 * n + (size_t)d] = t->device[d].mem_bandwidth;

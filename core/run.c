@@ -57,7 +57,8 @@ static int get_whole(struct run *r, const json_t *from, const char *table, const
 
 static int read_model(struct run *r, const json_t *m)
 {
-    static const double bytes_of[N_PRECISIONS] = { 4, 4, 2, 1, 1, 0.5 };
+    static const double bytes_of[N_PRECISIONS] = { [PREC_FP32] = 4, [PREC_TF32] = 4, [PREC_BF16] = 2, [PREC_FP16] = 2,
+                                                   [PREC_FP8] = 1, [PREC_INT8] = 1, [PREC_INT4] = 0.5 };
     const char *precision = json_string_value(json_object_get(m, "precision"));
     if (!precision)
         precision = "bf16";
@@ -116,9 +117,8 @@ static int open_machine(struct run *r, const json_t *m, bool verify)
         if (k == NET_SIMGRID && strcmp(executor, "simgrid"))
             return err_set(r->err, ERR_INPUT, "%s: machine.tier: unknown tier \"%s\", expected bound, flow or exact",
                            r->where, tier);
-        if (r->topology->device[0].peak[r->precision] <= 0)
-            return err_set(r->err, ERR_INPUT, "%s: machine %s has no figure for precision %s", r->where,
-                           r->topology->name, precision_name[r->precision]);
+        if (topology_computes(r->topology, r->precision, r->err) < 0)
+            return err_prefix(r->err, "%s", r->where);
         if (machine_open_sim(&r->machine, r->topology, &r->model, r->precision, (enum net_tier)k, r->err) < 0)
             return err_prefix(r->err, "%s: machine %s", r->where, executor);
         r->tier = (enum net_tier)k;

@@ -14,10 +14,11 @@
 #include "err.h"
 #include "moelab.h"
 #include <jansson.h>
+#include <stdbool.h>
 
 /* ---- topology ---- */
 
-enum precision { PREC_FP32, PREC_TF32, PREC_BF16, PREC_FP8, PREC_INT8, PREC_INT4, N_PRECISIONS };
+enum precision { PREC_FP32, PREC_TF32, PREC_BF16, PREC_FP8, PREC_INT8, PREC_INT4, PREC_FP16, N_PRECISIONS };
 extern const char *const precision_name[N_PRECISIONS]; /* "fp32", ... */
 
 struct device_spec {
@@ -49,47 +50,58 @@ struct exchange_costs {
     double message_overhead; /* bytes on the links beside each message */
 };
 
-#define TOPOLOGY_MAX_HOPS 8
+/* PCIe and its uplink, a NIC, two links up a fat tree, and the same down. */
+#define TOPOLOGY_MAX_HOPS 12
 
 /* From `at` on, in seconds of the machine's clock, a link has another bandwidth; 0: it has failed. */
 struct link_change { double at; int32_t link; double bandwidth; };
 
+/* From `at` on, a device takes `factor` times as long to compute; INFINITY: it has failed, and its links with it. */
+struct slow_change { double at; int32_t device; double factor; };
+
 /* Endpoints: device d is d; the memory of node n is D + n; its SSD is D + N + n. */
 struct topology {
     char name[64];
-    int32_t n_devices, n_nodes, devices_per_node;
+    int32_t n_devices, n_nodes;
+    int32_t *node;               /* [D] of each device */
+    int32_t *first_device;       /* [N + 1] of each node: nodes may differ */
     struct device_spec *device;  /* [D] */
     struct exchange_costs exchange;
     int32_t n_links;
     struct link *link;           /* one direction each; shared by every route over it */
     int32_t n_changes;
     struct link_change *change;  /* [n_changes] in order of (at, link) */
+    int32_t n_slow;
+    struct slow_change *slow;    /* [n_slow] in order of (device, at) */
     double *host_memory, *host_mem_bandwidth, *host_flops; /* [N] */
-    void *priv;                  /* what topology.c needs to answer routes */
-    json_t *description;         /* as loaded, defaults filled in: for the manifest */
+    bool *unified;               /* [N] host memory is the device's: what one holds, the other lacks */
+    void *priv;                  /* what topology_route.c needs to answer routes */
+    json_t *description;         /* as written, defaults filled in: for the manifest */
 };
 
 /* A description as loaded from a machine file, `nodes` already applied. Unknown keys, missing links (several nodes
- * and no NIC; several devices and neither NVLink nor PCIe), figures without a source, and sizes that are not
- * positive are errors that name `file` and the key. */
+ * and no NIC; several devices and neither NVLink nor PCIe), figures without a source or a unit, and sizes that are
+ * not positive are errors that name `file` and the key. */
 int topology_build(struct topology **, const json_t *description, const char *file, struct err *);
 void topology_free(struct topology *);
 /* Links from src to dst in order; path: 0 as the network chooses, p the p-th of several. Returns their number, 0 for
  * src == dst, < 0 if there is no way. Cheap: called per flow. latency (may be NULL): the sum, in seconds. */
 int topology_route(const struct topology *, int32_t src, int32_t dst, int32_t path, int32_t link[TOPOLOGY_MAX_HOPS],
                    double *latency);
+/* Parallel ways between two endpoints, `path` of topology_route counts from 1 to here; 0: there is none. */
+int32_t topology_paths(const struct topology *, int32_t src, int32_t dst);
 /* Links that a copy crosses which a kernel pushes through its own device's port to the NVLink switch; 0: none. */
 int topology_loop(const struct topology *, int32_t device, int32_t link[TOPOLOGY_MAX_HOPS]);
-static inline double topology_compute_end(const struct topology *t, int32_t device, double now, double seconds)
-{
-    (void)t, (void)device;
-    return now + seconds;
-}
-static inline double topology_work(const struct topology *t, int32_t device, double from, double to)
-{
-    (void)t, (void)device;
-    return to - from;
-}
+/* When a piece of work that takes `seconds` on a device at its best ends if it starts at `now`; INFINITY: never, the
+ * device fails before. */
+double topology_compute_end(const struct topology *, int32_t device, double now, double seconds);
+/* And how much of it is done from one time to another. */
+double topology_work(const struct topology *, int32_t device, double from, double to);
+/* Whether it has failed in the end, and when. */
+bool topology_device_failed(const struct topology *, int32_t device, double *at);
+bool topology_link_failed(const struct topology *, int32_t link, double *at);
+/* An error that names the first device which cannot compute in a precision, and what it can. */
+int topology_computes(const struct topology *, enum precision, struct err *);
 static inline int32_t topology_host(const struct topology *t, int32_t node) { return t->n_devices + node; }
 static inline int32_t topology_ssd(const struct topology *t, int32_t node)
 {
@@ -147,6 +159,12 @@ struct net_done { int64_t exchange; int32_t dst; double time; }; /* all of an ex
 struct message_count { double peers, messages; };
 void message_costs(const struct topology *, struct net_flow *, size_t n, double message_bytes, bool fused,
                    struct message_count *sends);
+
+/* What flows that start together at `now` become where a network has several paths: with paths = "split" every source's
+ * bytes for a leaf are cut so that each path carries the same; otherwise those whose path has failed take another.
+ * *out NULL: they stay as they are; else n_out flows to be freed. Flows that name a path keep it. topology_paths.c */
+int topology_split(const struct topology *, double now, const struct net_flow *, size_t n, struct net_flow **out,
+                   size_t *n_out, struct err *);
 
 enum net_tier { NET_BOUND, NET_FLOW, NET_EXACT, NET_SIMGRID, N_NET_TIERS };
 extern const char *const net_tier_name[N_NET_TIERS];

@@ -393,7 +393,8 @@ static int start_listed(struct net *net, double now, int64_t id, const struct ne
     return rc;
 }
 
-int net_start(struct net *net, double now, int64_t id, const struct net_flow *flow, size_t n, struct err *err)
+static int start_flows(struct net *net, double now, int64_t id, const struct net_flow *flow, size_t n,
+                       struct err *err)
 {
     if (!(now >= net->now && now < INFINITY))
         return err_set(err, ERR_RUN, "exchange %lld: starts at %.9g s, but the clock shows %.9g s", (long long)id, now,
@@ -415,6 +416,17 @@ int net_start(struct net *net, double now, int64_t id, const struct net_flow *fl
     for (int32_t r = 0; r < net->n_listed; r++)
         net->receiver_of[net->listed[r].dst] = -1;
     net->n_listed = 0;
+    return rc;
+}
+
+int net_start(struct net *net, double now, int64_t id, const struct net_flow *flow, size_t n, struct err *err)
+{
+    struct net_flow *split;
+    size_t n_split = 0;
+    int rc = topology_split(net->topology, now, flow, n, &split, &n_split, err);
+    if (rc == 0)
+        rc = start_flows(net, now, id, split ? split : flow, split ? n_split : n, err);
+    free(split);
     return rc;
 }
 

@@ -38,6 +38,7 @@ struct walk { /* one run of one graph */
     int32_t n_arrivals, n_left;
     int32_t *receivers;         /* [tasks] devices that an exchange still has to deliver to */
     int32_t *root, n_roots;     /* tasks that wait for nothing */
+    int32_t lost;               /* a device that failed under a task, or -1 */
     double now;
     struct err *e;
 };
@@ -138,8 +139,11 @@ static void start_transfer(struct walk *w, int32_t id)
 
 static void push_ends(struct walk *w, const struct kernel_end *end, int n)
 {
+    double at;
     for (int i = 0; i < n; i++)
-        if (!event_push(&w->s->events, end[i].time, end[i].slot))
+        if (isinf(end[i].time) && topology_device_failed(w->m->topology, end[i].slot / N_STREAMS, &at))
+            w->lost = end[i].slot / N_STREAMS; /* the stream stays busy for ever */
+        else if (!event_push(&w->s->events, end[i].time, end[i].slot))
             err_set(w->e, ERR_MEMORY, "out of memory for events");
 }
 
@@ -275,6 +279,46 @@ static void deliver(struct walk *w, const struct net_done *d)
         finish(w, id);
 }
 
+/* Of the exchanges and loads under way, a link that one needs and that has failed; its name, or NULL. */
+static const char *failed_link(const struct walk *w, double *at, int32_t *src, int32_t *dst)
+{
+    const struct topology *t = w->m->topology;
+    int32_t link[TOPOLOGY_MAX_HOPS];
+    for (int32_t id = 0; id < w->g->n_tasks; id++) {
+        const struct task *x = &w->g->task[id];
+        for (int32_t i = 0; w->receivers[id] > 0 && i < (x->kind == TASK_LOAD ? 1 : x->n); i++) {
+            const struct moe_part *p = x->kind == TASK_LOAD ? NULL : &w->g->part[x->first + i];
+            *src = p ? p->src : x->source;
+            *dst = p ? p->dst : x->device;
+            const int32_t n_paths = topology_paths(t, *src, *dst);
+            for (int32_t path = 1; path <= n_paths; path++) {
+                const int n = topology_route(t, *src, *dst, path, link, NULL);
+                for (int h = 0; h < n; h++)
+                    if (topology_link_failed(t, link[h], at))
+                        return t->link[link[h]].name;
+            }
+        }
+    }
+    return NULL;
+}
+
+/* Nothing happens any more, and tasks are left. */
+static void report_stuck(const struct walk *w)
+{
+    const struct topology *t = w->m->topology;
+    double at = 0;
+    int32_t src, dst;
+    const char *link;
+    if (w->lost >= 0 && topology_device_failed(t, w->lost, &at))
+        err_set(w->e, ERR_RUN, "machine %s: device %d failed at %.9g s: %d tasks wait for what never ends", t->name,
+                w->lost, at, w->n_left);
+    else if ((link = failed_link(w, &at, &src, &dst)))
+        err_set(w->e, ERR_RUN, "machine %s: link %s failed at %.9g s, on the way from %d to %d: %d tasks wait for what "
+                "never ends", t->name, link, at, src, dst, w->n_left);
+    else
+        err_set(w->e, ERR_RUN, "%d tasks wait for something that never ends", w->n_left);
+}
+
 static int walk_loop(struct walk *w)
 {
     struct sim *s = w->s;
@@ -297,7 +341,7 @@ static int walk_loop(struct walk *w)
         }
         struct event ev;
         if (!event_pop(&s->events, &ev)) {
-            err_set(w->e, ERR_RUN, "%d tasks wait for something that never ends", w->n_left);
+            report_stuck(w);
             break;
         }
         const struct kernel_end *end;
@@ -314,7 +358,7 @@ static int walk_loop(struct walk *w)
 static int sim_run(struct machine *m, struct moe_graph *g, struct err *e)
 {
     struct sim *s = m->priv;
-    struct walk w = { .m = m, .s = s, .g = g, .n_left = g->n_tasks, .now = m->now, .e = e };
+    struct walk w = { .m = m, .s = s, .g = g, .n_left = g->n_tasks, .now = m->now, .lost = -1, .e = e };
     if (graph_order(g, &w.order, e) < 0)
         return e->code;
     w.receivers = calloc((size_t)g->n_tasks + 1, sizeof *w.receivers);

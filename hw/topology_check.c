@@ -1,276 +1,251 @@
 /* SPDX-License-Identifier: Apache-2.0
- * topology_check.c - a machine description checked key by key.
- *
- * A description is a table of tables (see doc/machines.md). `fields` below lists every key there is; whatever is not
- * in it is an error. */
+ * topology_check.c - what no single key of a machine description shows: groups and what they inherit, links without
+ * which some endpoints could not reach each other, a network that fits its nodes. */
 #include "config.h"
 
-#include "topology_check.h"
+#include "topology_internal.h"
 
-#include <math.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
-#define MAX_DEVICES 65536
-
-/* ---- the format ---- */
-
-/* Keys that are tables of their own are named here, the rest in fields[]. */
-static const struct {
-    const char *key, *path; /* path: what stands before its keys in a message */
-    enum section parent;
-    bool required, figures; /* figures: published or measured, so `source` must say whose; peak's is device's */
-} sections[N_SECTIONS] = {
-    [TOP] = { "", "", TOP, true, false },
-    [DEVICE] = { "device", "device.", TOP, true, true },
-    [PEAK] = { "peak", "device.peak.", DEVICE, true, false },
-    [GEMM] = { "gemm", "device.gemm.", DEVICE, true, false },
-    [NVLINK] = { "nvlink", "nvlink.", TOP, false, true },
-    [PCIE] = { "pcie", "pcie.", TOP, false, true },
-    [HOST] = { "host", "host.", TOP, false, true },
-    [SSD] = { "ssd", "ssd.", TOP, false, true },
-    [NIC] = { "nic", "nic.", TOP, false, true },
-    [EXCHANGE] = { "exchange", "exchange.", TOP, false, true },
+static const char *const key_of[N_SECTIONS] = {
+    [DEVICE] = "device", [NVLINK] = "nvlink", [PCIE] = "pcie", [HOST] = "host", [SSD] = "ssd", [NIC] = "nic"
 };
 
-enum type { NUMBER, INTEGER, BOOLEAN, STRING };
+/* ---- groups ---- */
 
-/* Bounds are not physics: they catch figures in GB/s, TFLOP/s or microseconds. */
-struct field {
-    enum section section;
-    const char *key;
-    enum type type;
-    bool required;
-    double min, max, def;
-    const char *unit;
-};
-
-#define BANDWIDTH 1e6, 1e16
-#define MEMORY    1e6, 1e18
-#define SECONDS   0, 1
-#define RATE      1e9, 1e19
-#define SHARE     0.01, 1
-
-static const struct field fields[] = {
-    { TOP, "name", STRING, true, 0, 0, 0, "" },
-    { TOP, "summary", STRING, true, 0, 0, 0, "" },
-    { TOP, "nodes", INTEGER, true, 1, MAX_DEVICES, 0, "nodes" },
-    { TOP, "devices", INTEGER, true, 1, MAX_DEVICES, 0, "devices per node" },
-
-    { DEVICE, "name", STRING, true, 0, 0, 0, "" },
-    { DEVICE, "memory", NUMBER, true, MEMORY, 0, "bytes" },
-    { DEVICE, "mem_bandwidth", NUMBER, true, BANDWIDTH, 0, "B/s" },
-    { DEVICE, "launch_s", NUMBER, true, SECONDS, 0, "s" },
-    { DEVICE, "flops_efficiency", NUMBER, true, SHARE, 0, "of peak" },
-    { DEVICE, "mem_efficiency", NUMBER, true, SHARE, 0, "of mem_bandwidth" },
-
-    { PEAK, "fp32", NUMBER, false, RATE, 0, "FLOP/s" },
-    { PEAK, "tf32", NUMBER, false, RATE, 0, "FLOP/s" },
-    { PEAK, "bf16", NUMBER, true, RATE, 0, "FLOP/s" },
-    { PEAK, "fp8", NUMBER, false, RATE, 0, "FLOP/s" },
-    { PEAK, "int8", NUMBER, false, RATE, 0, "FLOP/s" },
-    { PEAK, "int4", NUMBER, false, RATE, 0, "FLOP/s" },
-
-    { GEMM, "sms", INTEGER, true, 1, 10000, 0, "tiles at once" },
-    { GEMM, "mma_efficiency", NUMBER, true, SHARE, 0, "of peak" },
-    { GEMM, "port_bandwidth", NUMBER, true, BANDWIDTH, 0, "B/s per SM" },
-    { GEMM, "store_bandwidth", NUMBER, true, BANDWIDTH, 0, "B/s per SM" },
-    { GEMM, "mem_efficiency", NUMBER, true, SHARE, 0, "of mem_bandwidth" },
-    { GEMM, "launch_s", NUMBER, true, SECONDS, 0, "s" },
-    { GEMM, "overlap", NUMBER, true, 1, 100, 0, "exponent" },
-
-    { NVLINK, "bandwidth", NUMBER, true, BANDWIDTH, 0, "B/s per device each way" },
-    { NVLINK, "efficiency", NUMBER, false, SHARE, 1, "of bandwidth" },
-    { NVLINK, "latency", NUMBER, true, SECONDS, 0, "s from device to device" },
-
-    { PCIE, "bandwidth", NUMBER, true, BANDWIDTH, 0, "B/s per device each way" },
-    { PCIE, "efficiency", NUMBER, false, SHARE, 1, "of bandwidth" },
-    { PCIE, "latency", NUMBER, true, SECONDS, 0, "s from device to host" },
-    { PCIE, "uplink", NUMBER, false, BANDWIDTH, 0, "B/s each way, shared by the node's devices" },
-    { PCIE, "peer", BOOLEAN, false, 0, 0, 1, "" },
-
-    { HOST, "memory", NUMBER, true, MEMORY, 0, "bytes" },
-    { HOST, "mem_bandwidth", NUMBER, true, BANDWIDTH, 0, "B/s" },
-    { HOST, "flops", NUMBER, true, RATE, 0, "FLOP/s" },
-
-    { SSD, "bandwidth", NUMBER, true, BANDWIDTH, 0, "B/s, reading" },
-    { SSD, "latency", NUMBER, true, SECONDS, 0, "s" },
-
-    { NIC, "bandwidth", NUMBER, true, BANDWIDTH, 0, "B/s each way" },
-    { NIC, "efficiency", NUMBER, false, SHARE, 1, "of bandwidth" },
-    { NIC, "latency", NUMBER, true, SECONDS, 0, "s from NIC to NIC" },
-    { NIC, "shared", BOOLEAN, false, 0, 0, 0, "" },
-
-    { EXCHANGE, "startup", NUMBER, true, SECONDS, 0, "s per exchange" },
-    { EXCHANGE, "per_peer", NUMBER, false, SECONDS, 0, "s per device that a device sends to" },
-    { EXCHANGE, "per_message", NUMBER, false, SECONDS, 0, "s of the sender per message" },
-    { EXCHANGE, "message_overhead", NUMBER, false, 0, 1e6, 0, "bytes per message" },
-};
-
-#define N_FIELDS (sizeof fields / sizeof fields[0])
-
-/* ---- checking ---- */
-
-static const char *type_found(const json_t *v, char text[64])
+static int fill_group(struct group *g, const json_t *own, const json_t *top, const char *file, struct err *err)
 {
-    switch (json_typeof(v)) {
-    case JSON_OBJECT:
-        return "a table";
-    case JSON_ARRAY:
-        return "a list";
-    case JSON_STRING:
-        snprintf(text, 64, "the string \"%.40s\"", json_string_value(v));
-        return text;
-    case JSON_INTEGER:
-    case JSON_REAL:
-        snprintf(text, 64, "%.15g", json_number_value(v));
-        return text;
-    case JSON_TRUE:
-        return "true";
-    case JSON_FALSE:
-        return "false";
-    default:
-        return "nothing";
-    }
-}
-
-static int check_keys(json_t *table, enum section s, const char *file, struct err *err)
-{
-    const char *known[N_FIELDS + N_SECTIONS + 2];
-    int n = 0;
-    for (size_t i = 0; i < N_FIELDS; i++)
-        if (fields[i].section == s)
-            known[n++] = fields[i].key;
-    for (int i = TOP + 1; i < N_SECTIONS; i++)
-        if (sections[i].parent == s)
-            known[n++] = sections[i].key;
-    if (sections[s].figures) {
-        known[n++] = "source";
-        known[n++] = "assumed";
-    }
-
-    const char *key;
-    json_t *value;
-    json_object_foreach(table, key, value) {
-        int i = 0;
-        while (i < n && strcmp(known[i], key) != 0)
-            i++;
-        if (i < n)
+    g->n_nodes = topology_whole(own, "nodes");
+    g->n_devices = topology_whole(own, "devices");
+    for (int s = 0; s < N_SECTIONS; s++) {
+        if (!key_of[s])
             continue;
-        const char *near = err_nearest(key, known, n);
-        return err_set(err, ERR_INPUT, "%s: %s%s: unknown key%s%s%s", file, sections[s].path, key,
-                       near ? ", did you mean \"" : "", near ? near : "", near ? "\"?" : "");
+        const json_t *v = json_object_get(own, key_of[s]);
+        g->table[s] = v ? v : json_object_get(top, key_of[s]);
+        if (!json_is_object(g->table[s])) /* false: none */
+            g->table[s] = NULL;
     }
+    if (!g->table[DEVICE])
+        return err_set(err, ERR_INPUT, "%s: %sdevice: missing", file, g->path);
+    g->table[PEAK] = json_object_get(g->table[DEVICE], "peak");
+    g->table[GEMM] = json_object_get(g->table[DEVICE], "gemm");
+    if (json_object_size(g->table[PEAK]) == 0)
+        return err_set(err, ERR_INPUT, "%s: %sdevice.peak: empty, expected a rate for one precision or more", file,
+                       g->path);
     return 0;
 }
 
-static int check_field(json_t *table, const struct field *f, const char *file, struct err *err)
+static int list_groups(const json_t *top, struct parts *p, const char *file, struct err *err)
 {
-    const char *path = sections[f->section].path;
-    json_t *v = json_object_get(table, f->key);
-    char found[64], expected[128];
-
-    if (!v && f->required)
-        return err_set(err, ERR_INPUT, "%s: %s%s: missing", file, path, f->key);
-    if (!v && f->type == NUMBER && f->def == 0) /* the machine has none */
-        return 0;
-    if (!v) { /* so that the manifest shows it */
-        v = f->type == BOOLEAN ? json_boolean(f->def != 0) : json_real(f->def);
-        return json_object_set_new(table, f->key, v) ? err_set(err, ERR_MEMORY, "%s: out of memory", file) : 0;
-    }
-
-    bool ok = false;
-    double x = json_number_value(v);
-    switch (f->type) {
-    case NUMBER:
-    case INTEGER:
-        ok = json_is_number(v) && isfinite(x) && x >= f->min && x <= f->max;
-        if (f->type == INTEGER)
-            ok = ok && x == floor(x);
-        snprintf(expected, sizeof expected, "%s from %g to %g (%s)", f->type == INTEGER ? "a whole number" : "a number",
-                 f->min, f->max, f->unit);
-        break;
-    case BOOLEAN:
-        ok = json_is_boolean(v);
-        snprintf(expected, sizeof expected, "true or false");
-        break;
-    case STRING:
-        ok = json_is_string(v) && json_string_length(v) > 0;
-        snprintf(expected, sizeof expected, "a string");
-        break;
-    }
-    if (!ok)
-        return err_set(err, ERR_INPUT, "%s: %s%s: found %s, expected %s", file, path, f->key, type_found(v, found),
-                       expected);
-    return 0;
-}
-
-static int check_source(const json_t *table, enum section s, const char *file, struct err *err)
-{
-    static const char *const keys[] = { "source", "assumed" };
-    char found[64];
+    static const char *const shape[] = { "nodes", "devices" };
+    const json_t *groups = json_object_get(top, "groups");
+    const size_t n = json_array_size(groups);
     for (int i = 0; i < 2; i++) {
-        const json_t *v = json_object_get(table, keys[i]);
-        if (!v && i == 0)
-            return err_set(err, ERR_INPUT, "%s: %ssource: missing: every figure says where it comes from", file,
-                           sections[s].path);
-        if (v && (!json_is_string(v) || json_string_length(v) == 0))
-            return err_set(err, ERR_INPUT, "%s: %s%s: found %s, expected a string", file, sections[s].path, keys[i],
-                           type_found(v, found));
+        if (n == 0 && !json_object_get(top, shape[i]))
+            return err_set(err, ERR_INPUT, "%s: %s: missing", file, shape[i]);
+        if (n > 0 && json_object_get(top, shape[i]))
+            return err_set(err, ERR_INPUT,
+                           "%s: %s: each of the machine's groups says how many it has; expected none "
+                           "here",
+                           file, shape[i]);
+    }
+    p->n_groups = n > 0 ? (int32_t)n : 1;
+    if (!(p->group = calloc((size_t)p->n_groups, sizeof *p->group)))
+        return err_set(err, ERR_MEMORY, "%s: out of memory", file);
+    for (size_t i = 0; i < (size_t)p->n_groups; i++) {
+        struct group *g = &p->group[i];
+        if (n > 0)
+            snprintf(g->path, sizeof g->path, "groups[%zu].", i + 1);
+        if (fill_group(g, n > 0 ? json_array_get(groups, i) : top, top, file, err))
+            return err->code;
     }
     return 0;
 }
 
-static int check_sections(json_t *top, json_t *table[N_SECTIONS], const char *file, struct err *err)
-{
-    char found[64];
-    int rc = 0;
-    for (int s = TOP; s < N_SECTIONS && rc == 0; s++) {
-        json_t *parent = table[sections[s].parent];
-        table[s] = s == TOP ? top : parent ? json_object_get(parent, sections[s].key) : NULL;
-        const char *path = sections[sections[s].parent].path;
-        if (!table[s] && sections[s].required)
-            return err_set(err, ERR_INPUT, "%s: %s%s: missing", file, path, sections[s].key);
-        if (!table[s])
-            continue;
-        if (!json_is_object(table[s]))
-            return err_set(err, ERR_INPUT, "%s: %s%s: found %s, expected a table", file, path, sections[s].key,
-                           type_found(table[s], found));
-        rc = check_keys(table[s], (enum section)s, file, err);
-        for (size_t i = 0; i < N_FIELDS && rc == 0; i++)
-            if (fields[i].section == (enum section)s)
-                rc = check_field(table[s], &fields[i], file, err);
-        if (rc == 0 && sections[s].figures)
-            rc = check_source(table[s], (enum section)s, file, err);
-    }
-    return rc;
-}
+/* ---- inside a node ---- */
 
-/* What no single key shows: links without which some endpoints could not reach each other. */
-static int check_links(json_t *const table[N_SECTIONS], const char *file, struct err *err)
+static int check_host(const struct group *g, const char *file, struct err *err)
 {
-    double nodes = number(table[TOP], "nodes"), devices = number(table[TOP], "devices");
-    if (nodes * devices > MAX_DEVICES)
-        return err_set(err, ERR_INPUT, "%s: nodes: found %g nodes of %g devices, expected at most %d devices in all",
-                       file, nodes, devices, MAX_DEVICES);
-    if (nodes > 1 && !table[NIC])
-        return err_set(err, ERR_INPUT, "%s: nic: missing: %g nodes cannot reach each other without one", file, nodes);
-    if (devices > 1 && !table[NVLINK] && !table[PCIE])
-        return err_set(err, ERR_INPUT, "%s: nvlink, pcie: both missing: a node's %g devices cannot reach each other",
-                       file, devices);
-    if (table[HOST] && !table[PCIE])
-        return err_set(err, ERR_INPUT, "%s: pcie: missing: the host cannot reach its devices without it", file);
-    if (table[SSD] && !table[HOST])
-        return err_set(err, ERR_INPUT, "%s: host: missing: an ssd is read into host memory", file);
-    if (table[PCIE] && json_is_false(json_object_get(table[PCIE], "peer")) && !table[HOST])
-        return err_set(err, ERR_INPUT, "%s: host: missing: with pcie.peer = false devices meet in host memory", file);
-    if (table[NIC] && json_is_true(json_object_get(table[NIC], "shared")) && !table[PCIE])
-        return err_set(err, ERR_INPUT, "%s: pcie: missing: devices reach a shared nic over it", file);
+    static const char *const figures[] = { "memory", "mem_bandwidth" };
+    const json_t *host = g->table[HOST];
+    const bool unified = json_is_true(json_object_get(host, "unified"));
+    for (int i = 0; i < 2; i++) {
+        const bool there = json_object_get(host, figures[i]);
+        if (there && unified)
+            return err_set(err, ERR_INPUT, "%s: %shost.%s: the memory is unified, and the device's %s counts", file,
+                           g->path, figures[i], figures[i]);
+        if (!there && !unified)
+            return err_set(err, ERR_INPUT, "%s: %shost.%s: missing", file, g->path, figures[i]);
+    }
+    if (unified && g->n_devices > 1)
+        return err_set(err, ERR_INPUT,
+                       "%s: %shost.unified: %d devices cannot share one memory with the host, expected "
+                       "one per node",
+                       file, g->path, g->n_devices);
+    if (!unified && !g->table[PCIE])
+        return err_set(err, ERR_INPUT, "%s: %spcie: missing: the host cannot reach its devices without it", file,
+                       g->path);
     return 0;
 }
 
-int topology_check(json_t *description, json_t *table[N_SECTIONS], const char *file, struct err *err)
+static int check_pcie(const struct group *g, const char *file, struct err *err)
 {
-    int rc = check_sections(description, table, file, err);
-    return rc ? rc : check_links(table, file, err);
+    const json_t *pcie = g->table[PCIE];
+    const int32_t per_switch = topology_whole(pcie, "per_switch");
+    if (per_switch && !json_object_get(pcie, "uplink"))
+        return err_set(err, ERR_INPUT, "%s: %spcie.uplink: missing: with per_switch, a switch's devices share one",
+                       file, g->path);
+    if (per_switch && g->n_devices % per_switch)
+        return err_set(err, ERR_INPUT, "%s: %spcie.per_switch: found %d, expected a divisor of the node's %d devices",
+                       file, g->path, per_switch, g->n_devices);
+    if (json_is_false(json_object_get(pcie, "peer")) && !g->table[HOST])
+        return err_set(err, ERR_INPUT, "%s: %shost: missing: with pcie.peer = false devices meet in host memory", file,
+                       g->path);
+    return 0;
+}
+
+static int check_nic(const struct group *g, const char *file, struct err *err)
+{
+    const json_t *nic = g->table[NIC];
+    const bool shared = json_is_true(json_object_get(nic, "shared"));
+    const int32_t per_node = topology_whole(nic, "per_node");
+    if (per_node && shared && per_node != 1)
+        return err_set(err, ERR_INPUT, "%s: %snic.shared: one NIC for a node, but nic.per_node is %d", file, g->path,
+                       per_node);
+    if (per_node && g->n_devices % per_node)
+        return err_set(err, ERR_INPUT, "%s: %snic.per_node: found %d, expected a divisor of the node's %d devices",
+                       file, g->path, per_node, g->n_devices);
+    if ((shared || (per_node && per_node < g->n_devices)) && !g->table[PCIE])
+        return err_set(err, ERR_INPUT, "%s: %spcie: missing: devices reach a shared nic over it", file, g->path);
+    return 0;
+}
+
+static int check_node(const struct group *g, double nodes, const char *file, struct err *err)
+{
+    if (nodes > 1 && !g->table[NIC])
+        return err_set(err, ERR_INPUT, "%s: %snic: missing: %g nodes cannot reach each other without one", file,
+                       g->path, nodes);
+    if (g->n_devices > 1 && !g->table[NVLINK] && !g->table[PCIE])
+        return err_set(err, ERR_INPUT, "%s: %snvlink, pcie: both missing: a node's %d devices cannot reach each other",
+                       file, g->path, g->n_devices);
+    if (g->table[SSD] && !g->table[HOST])
+        return err_set(err, ERR_INPUT, "%s: %shost: missing: an ssd is read into host memory", file, g->path);
+    if ((g->table[HOST] && check_host(g, file, err)) || (g->table[PCIE] && check_pcie(g, file, err)) ||
+        (g->table[NIC] && check_nic(g, file, err)))
+        return err->code;
+    return 0;
+}
+
+/* ---- between nodes ---- */
+
+static int32_t nics_per_node(const struct group *g)
+{
+    const int32_t per_node = topology_whole(g->table[NIC], "per_node");
+    return json_is_true(json_object_get(g->table[NIC], "shared")) ? 1 : per_node ? per_node : g->n_devices;
+}
+
+/* Keys of `network` and the kinds that want them: a letter per kind (r, l, f), upper case where it has to be there. */
+static const struct {
+    const char *key, *kinds;
+} network_keys[] = {
+    { "nodes_per_leaf", "rLF" }, { "spines", "rLF" }, { "uplink", "rlf" },    { "oversubscription", "rlf" },
+    { "leaves_per_pod", "F" },   { "cores", "F" },    { "core_uplink", "f" }, { "core_oversubscription", "f" },
+};
+
+/* Of two keys that say the same, exactly one. */
+static int check_either(const json_t *network, const char *a, const char *b, const char *file, struct err *err)
+{
+    const bool has_a = json_object_get(network, a), has_b = json_object_get(network, b);
+    if (has_a != has_b)
+        return 0;
+    return err_set(err, ERR_INPUT, "%s: network.%s, network.%s: found %s, expected one of them", file, a, b,
+                   has_a ? "both" : "neither");
+}
+
+static int check_network(const struct parts *p, double nodes, const char *file, struct err *err)
+{
+    const json_t *network = p->network;
+    const char *kind = json_string_value(json_object_get(network, "kind"));
+    const char letter = *kind;
+    const bool spines = json_object_get(network, "spines");
+    for (size_t i = 0; i < sizeof network_keys / sizeof *network_keys; i++) {
+        const char *key = network_keys[i].key, *kinds = network_keys[i].kinds;
+        const bool there = json_object_get(network, key);
+        if (there && !strchr(kinds, letter) && !strchr(kinds, letter - 'a' + 'A'))
+            return err_set(err, ERR_INPUT, "%s: network.%s: a network of kind %s has none", file, key, kind);
+        if (!there && strchr(kinds, letter - 'a' + 'A'))
+            return err_set(err, ERR_INPUT, "%s: network.%s: missing", file, key);
+    }
+    if (letter == 'i')
+        return 0;
+    if (nodes > 1 && !p->group[0].table[NIC])
+        return err_set(err, ERR_INPUT, "%s: nic: missing: a network connects NICs", file);
+    if (letter != 'r' || spines) {
+        if (check_either(network, "uplink", "oversubscription", file, err) ||
+            (letter == 'f' && check_either(network, "core_uplink", "core_oversubscription", file, err)))
+            return err->code;
+        return 0;
+    }
+    /* Rails without spines: the way to another rail is over a neighbour's NIC. */
+    if (json_object_get(network, "uplink") || json_object_get(network, "oversubscription"))
+        return err_set(err, ERR_INPUT, "%s: network.spines: missing: uplinks lead to spines", file);
+    const double per_leaf = topology_number(network, "nodes_per_leaf");
+    if (per_leaf > 0 && per_leaf < nodes)
+        return err_set(err, ERR_INPUT,
+                       "%s: network.spines: missing: %g nodes on rails of %g each cannot reach each other", file, nodes,
+                       per_leaf);
+    for (int32_t i = 0; i < p->n_groups; i++)
+        if (nodes > 1 && nics_per_node(&p->group[i]) > 1 && !p->group[i].table[NVLINK])
+            return err_set(err, ERR_INPUT,
+                           "%s: network.spines, %snvlink: both missing: there is no way from rail to "
+                           "rail",
+                           file, p->group[i].path);
+    return 0;
+}
+
+/* Rails are as many as a node's NICs. */
+static int check_rails(const struct parts *p, const char *file, struct err *err)
+{
+    if (!p->network || *json_string_value(json_object_get(p->network, "kind")) != 'r')
+        return 0;
+    for (int32_t i = 1; i < p->n_groups; i++)
+        if (nics_per_node(&p->group[i]) != nics_per_node(&p->group[0]))
+            return err_set(err, ERR_INPUT,
+                           "%s: groups[%d]: %d NICs per node, but those of groups[1] have %d: rails are "
+                           "as many as a node's NICs",
+                           file, i + 1, nics_per_node(&p->group[i]), nics_per_node(&p->group[0]));
+    return 0;
+}
+
+static const json_t *list_of(const json_t *top, const char *key)
+{
+    const json_t *v = json_object_get(top, key);
+    return json_is_array(v) ? v : NULL;
+}
+
+int topology_check(json_t *description, struct parts *p, const char *file, struct err *err)
+{
+    int rc = topology_format(description, TOP, "", file, err);
+    if (rc || (rc = list_groups(description, p, file, err)))
+        return rc;
+    p->network = json_object_get(description, "network");
+    p->exchange = json_object_get(description, "exchange");
+    p->slow = list_of(description, "slow");
+    p->faults = list_of(description, "faults");
+
+    double nodes = 0, devices = 0;
+    for (int32_t i = 0; i < p->n_groups; i++) {
+        nodes += p->group[i].n_nodes;
+        devices += (double)p->group[i].n_nodes * p->group[i].n_devices;
+    }
+    if (devices > TOPOLOGY_MAX_DEVICES)
+        return err_set(err, ERR_INPUT, "%s: %s: found %g nodes of %g devices, expected at most %d devices in all", file,
+                       p->n_groups > 1 ? "groups" : "nodes", nodes, devices / nodes, TOPOLOGY_MAX_DEVICES);
+    for (int32_t i = 0; i < p->n_groups && rc == 0; i++)
+        rc = check_node(&p->group[i], nodes, file, err);
+    if (rc == 0 && p->network)
+        rc = check_network(p, nodes, file, err);
+    return rc ? rc : check_rails(p, file, err);
 }

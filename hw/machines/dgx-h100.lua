@@ -1,5 +1,5 @@
 -- NVIDIA DGX H100: 8 x H100 SXM5 on NVSwitch, one 400 Gb/s InfiniBand NIC per GPU.
--- Units: bytes, B/s, FLOP/s, seconds. doc/machines.md describes the keys.
+-- doc/machines.md describes the keys. Every figure with a unit carries it; what ends in _s is seconds.
 return {
   name    = "dgx-h100",
   summary = "DGX H100: 8 H100 SXM5 per node, NVLink 4, 8 x 400 Gb/s InfiniBand",
@@ -8,55 +8,58 @@ return {
 
   device = {
     name          = "H100 SXM5 80 GB",
-    memory        = 80e9,
-    mem_bandwidth = 3.35e12,
-    peak = { fp32 = 66.9e12, tf32 = 494.7e12, bf16 = 989.4e12, fp8 = 1978.9e12, int8 = 1978.9e12 },
+    memory        = "80 GB",
+    mem_bandwidth = "3.35 TB/s",
+    peak = {
+      fp32 = "66.9 TFLOP/s", tf32 = "494.7 TFLOP/s", bf16 = "989.4 TFLOP/s", fp8 = "1978.9 TFLOP/s",
+      int8 = "1978.9 TFLOP/s",
+    },
     source        = "NVIDIA H100 Tensor Core GPU datasheet and architecture whitepaper, column SXM5, dense figures",
 
     launch_s         = 2.5e-6,
     flops_efficiency = 0.60,
     mem_efficiency   = 0.86,
     gemm = {
-      sms = 132, mma_efficiency = 0.86, port_bandwidth = 106e9, store_bandwidth = 16.5e9, mem_efficiency = 0.88,
-      launch_s = 1.2e-6, overlap = 2.4,
+      sms = 132, mma_efficiency = 0.86, port_bandwidth = "106 GB/s", store_bandwidth = "16.5 GB/s",
+      mem_efficiency = 0.88, launch_s = 1.2e-6, overlap = 2.4,
     },
     assumed = "fitted to FP8 DeepGEMM on H800, the same chip: doc/machines.md",
   },
 
   nvlink = {
-    bandwidth  = 450e9,
+    bandwidth  = "450 GB/s",
     efficiency = 0.80,
-    latency    = 1e-6,
+    latency    = "1 us",
     source  = "NVIDIA H100 datasheet: NVLink 4, 18 links, 900 GB/s both ways together",
     assumed = "efficiency as on H800, where DeepEP takes about 160 of 200 GB/s; latency: order of magnitude",
   },
 
   pcie = {
-    bandwidth  = 63.0e9,
+    bandwidth  = "63 GB/s",
     efficiency = 0.85,
-    latency    = 2e-6,
+    latency    = "2 us",
     source  = "PCIe 5.0 x16: 32 GT/s x 16 x 128/130; MLPerf Inference v4.1 system files of NVIDIA: 504 GB/s for 8 GPUs",
     assumed = "efficiency: headers of 256-byte packets and flow control; latency: order of magnitude",
   },
 
   host = {
-    memory        = 2e12,
-    mem_bandwidth = 614.4e9,
-    flops         = 14.3e12,
+    memory        = "2 TB",
+    mem_bandwidth = "614.4 GB/s",
+    flops         = "14.3 TFLOP/s",
     source  = "DGX H100 user guide: 2 x Xeon Platinum 8480C, 2 TB; Intel: 8 channels DDR5-4800 per socket",
     assumed = "flops: 112 cores x 2.0 GHz base x 64 FP32 operations per cycle (two AVX-512 FMA units), AMX not counted",
   },
 
   ssd = {
-    bandwidth = 48e9,
-    latency   = 100e-6,
+    bandwidth = "48 GB/s",
+    latency   = "100 us",
     source  = "DGX H100 user guide: 8 x 3.84 TB NVMe U.2, PCIe 4.0 x4 each",
     assumed = "6 GB/s of sequential reading per drive; latency: order of magnitude",
   },
 
   nic = {
-    bandwidth = 50e9,
-    latency   = 2e-6,
+    bandwidth = "50 GB/s",
+    latency   = "2 us",
     source  = "DGX H100 user guide: one ConnectX-7 port of 400 Gb/s per GPU",
     assumed = "line rate; switches do not block; latency: order of magnitude of GPUDirect RDMA over two switch levels",
   },

@@ -60,7 +60,7 @@ within "slower with 2 of 8 devices" "$(ratio 2)" 1.7 2.7
 # Senders that are busy with every message (tt-metal issue 56304: combine linear in max/mean, dispatch nearly flat).
 # 8 devices of 16 experts; device 0's get `share` of all rows. Combine waits for the device with the most rows to send
 # back, dispatch for the source with the fewest rows of its own.
-sed -e 's/^  nic = {/  exchange = { startup = 0, per_message = 1e-6, source = "a test" },\n&/' \
+sed -e 's/^  nic = {/  exchange = { startup = "0 s", per_message = "1 us", source = "a test" },\n&/' \
     "$top_srcdir/hw/machines/star-50GBps.lua" >slow-senders.lua
 for share in 0.125 0.2 0.3 0.4; do
     awk -v p=$share 'BEGIN {

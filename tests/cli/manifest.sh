@@ -17,12 +17,12 @@ tiny.experiment {
   balancer = { moe.plugin("capacity", { factor = 1.25 }), "none" },
   placement = moe.each { "round-robin", moe.plugin("eplb", { replicas = 12, interval = 2 }) },
   workload = moe.prefill { trace = tiny.trace, tokens_per_device = 32, steps = 4, profile = 0.25 },
-  machine = moe.machine "star-50GBps" { nodes = moe.each { 2, 4 }, nic = { bandwidth = 40e9 } },
+  machine = moe.machine "star-50GBps" { nodes = moe.each { 2, 4 }, nic = { bandwidth = "40 GB/s" } },
   seed = moe.each { 1, 7 },
 }:run()
 -- As much as the memory holds; as was said; and a policy that knows the future.
 tiny.experiment {
-  name = "memory", machine = moe.machine "rtx4090-pcie4" { device = { memory = 100e6 } }, placement = "contiguous",
+  name = "memory", machine = moe.machine "rtx4090-pcie4" { device = { memory = "100 MB" } }, placement = "contiguous",
   offload = moe.each { "lru", "belady" },
   workload = moe.decode { trace = tiny.trace, batch_per_device = 1, steps = 20 },
 }:run()

@@ -224,7 +224,7 @@ set_to()
 }
 set_to 'star-50GBps.lua, 8 nodes' machine.nodes=8
 set_to 'dgx-h100.lua, 1 nodes' machine=dgx-h100
-set_to '"memory": 10+\.?[0e]*' machine.device.memory=1e9
+set_to '"memory": "1 GB"' 'machine.device.memory=1 GB'
 set_to '"d_model": 512' model.d_model=512
 set_to '"steps": 1,' workload.steps=1
 set_to '"skew": 2' workload.trace.skew=2

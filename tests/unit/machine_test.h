@@ -39,6 +39,12 @@ static inline json_t *test_description(const char *name, int nodes)
     return d;
 }
 
+/* A size as a machine file has it, to the last bit. */
+static inline json_t *test_bytes(double bytes)
+{
+    return json_sprintf("%.17g B", bytes);
+}
+
 /* Takes the description. */
 static inline struct topology *test_build(json_t *description)
 {
@@ -53,6 +59,27 @@ static inline struct topology *test_build(json_t *description)
 static inline struct topology *test_machine(const char *name, int nodes)
 {
     return test_build(test_description(name, nodes));
+}
+
+/* "gpu0.nvlink.out gpu1.nvlink.in", or "none" when there is no way. */
+static inline const char *test_route(const struct topology *t, int32_t src, int32_t dst, int32_t path, double *latency)
+{
+    static char text[512];
+    int32_t link[TOPOLOGY_MAX_HOPS];
+    int n = topology_route(t, src, dst, path, link, latency);
+    snprintf(text, sizeof text, "%s", n < 0 ? "none" : "");
+    for (int i = 0; i < n; i++)
+        snprintf(text + strlen(text), sizeof text - strlen(text), "%s%s", i ? " " : "", t->link[link[i]].name);
+    return text;
+}
+
+static inline double test_bandwidth(const struct topology *t, const char *name)
+{
+    for (int32_t l = 0; l < t->n_links; l++)
+        if (strcmp(t->link[l].name, name) == 0)
+            return t->link[l].bandwidth;
+    fail_msg("%s has no link %s", t->name, name);
+    return 0;
 }
 
 static inline struct net *test_net(const struct topology *t, enum net_tier tier)

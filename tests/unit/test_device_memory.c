@@ -11,8 +11,8 @@ static json_t *spec_with(struct scratch *s, double memory, double host)
 {
     static const uint8_t zero[8] = { 0, 1, 2, 3, 0, 1, 2, 3 };
     json_t *machine = test_description("rtx4090-pcie4", 1);
-    json_object_set_new(json_object_get(machine, "device"), "memory", json_real(memory));
-    json_object_set_new(json_object_get(machine, "host"), "memory", json_real(host));
+    json_object_set_new(json_object_get(machine, "device"), "memory", test_bytes(memory));
+    json_object_set_new(json_object_get(machine, "host"), "memory", test_bytes(host));
     return test_spec(machine, test_trace(s, "two", 1, 2, 2, 4, 2, zero), 2, 4, 2, 1, 2);
 }
 
@@ -65,7 +65,7 @@ static void host_of_each_node(void **state)
     for (int sign = -1; sign <= 1; sign += 2) {
         json_t *machine = test_description("dgx-h100", 2), *spec;
         json_object_set_new(machine, "devices", json_integer(1));
-        json_object_set_new(json_object_get(machine, "host"), "memory", json_real(4 * expert + sign));
+        json_object_set_new(json_object_get(machine, "host"), "memory", test_bytes(4 * expert + sign));
         spec = test_spec(machine, test_trace(*state, "two", 1, 2, 2, 4, 2, zero), 2, 4, 2, 1, 2);
         test_policy(spec, "offload", "lru");
         struct err e = { 0 };
@@ -128,7 +128,7 @@ static void caches_hold_what_is_placed(void **state)
         json_t *machine = test_description("dgx-h100", 1), *spec;
         json_object_set_new(machine, "devices", json_integer(2));
         json_object_set_new(json_object_get(machine, "device"), "memory",
-                            json_real((fixed + 4 * expert) / 0.9 * (1 + sign * 1e-9)));
+                            test_bytes((fixed + 4 * expert) / 0.9 * (1 + sign * 1e-9)));
         spec = test_spec(machine, test_trace(*state, "two", 1, 2, 2, 4, 2, zero), 2, 4, 2, 1, 2);
         test_policy(spec, "offload", "lru");
         test_set(spec, NULL, "cache", json_real(1));

@@ -8,8 +8,8 @@
 static struct topology *costly(void)
 {
     json_t *d = test_description("star-50GBps", 4);
-    json_object_set_new(d, "exchange", json_pack("{s:f, s:f, s:f, s:f, s:s}", "startup", 10e-6, "per_peer", 2e-6,
-                                                 "per_message", 0.25e-6, "message_overhead", 1e3, "source", "a test"));
+    json_object_set_new(d, "exchange", json_pack("{s:s, s:s, s:s, s:s, s:s}", "startup", "10 us", "per_peer", "2 us",
+                                                 "per_message", "250 ns", "message_overhead", "1 kB", "source", "a test"));
     return test_build(d);
 }
 

@@ -109,8 +109,8 @@ static void bound_is_reached_by_even_work(void **state)
 {
     (void)state;
     json_t *star = test_description("star-50GBps", 8), *dgx = test_description("dgx-h100", 1);
-    json_object_set_new(json_object_get(star, "nic"), "latency", json_real(0));
-    json_object_set_new(json_object_get(dgx, "nvlink"), "latency", json_real(0));
+    json_object_set_new(json_object_get(star, "nic"), "latency", json_string("0 s"));
+    json_object_set_new(json_object_get(dgx, "nvlink"), "latency", json_string("0 s"));
     struct topology *machine[] = { test_build(star), test_build(dgx) };
     struct moe_graph g = { 0 };
     struct err e = { 0 };

@@ -240,7 +240,7 @@ static void random_graph(struct moe_graph *g, const struct topology *t, uint64_t
             break;
         case 2:
             id = graph_load(g, (int32_t)(draw(&s) % n_devices), topology_host(t, 0), 0, 0, &e);
-            g->task[id].source = topology_host(t, g->task[id].device / t->devices_per_node);
+            g->task[id].source = topology_host(t, t->node[g->task[id].device]);
             g->task[id].bytes = (double)(draw(&s) % 1000000);
             break;
         default:

@@ -2,27 +2,6 @@
  * test_topology.c - the shipped machine files, routes, and what a wrong description is told. */
 #include "machine_test.h"
 
-/* "gpu0.nvlink.out gpu1.nvlink.in", or "none" when there is no way. */
-static const char *route_text(const struct topology *t, int32_t src, int32_t dst, double *latency)
-{
-    static char text[512];
-    int32_t link[TOPOLOGY_MAX_HOPS];
-    int n = topology_route(t, src, dst, 0, link, latency);
-    snprintf(text, sizeof text, "%s", n < 0 ? "none" : "");
-    for (int i = 0; i < n; i++)
-        snprintf(text + strlen(text), sizeof text - strlen(text), "%s%s", i ? " " : "", t->link[link[i]].name);
-    return text;
-}
-
-static double bandwidth_of(const struct topology *t, const char *name)
-{
-    for (int32_t l = 0; l < t->n_links; l++)
-        if (strcmp(t->link[l].name, name) == 0)
-            return t->link[l].bandwidth;
-    fail_msg("%s has no link %s", t->name, name);
-    return 0;
-}
-
 static void shipped_files(void **state)
 {
     (void)state;
@@ -52,9 +31,9 @@ static void link_figures(void **state)
 {
     (void)state;
     struct topology *t = test_machine("h800-ib", 2);
-    assert_near(bandwidth_of(t, "gpu15.nvlink.in"), 160e9, 1e-12);
-    assert_near(bandwidth_of(t, "gpu3.nic.out"), 50e9, 1e-12);
-    assert_near(bandwidth_of(t, "gpu0.pcie.in"), 53.55e9, 1e-12);
+    assert_near(test_bandwidth(t, "gpu15.nvlink.in"), 160e9, 1e-12);
+    assert_near(test_bandwidth(t, "gpu3.nic.out"), 50e9, 1e-12);
+    assert_near(test_bandwidth(t, "gpu0.pcie.in"), 53.55e9, 1e-12);
     assert_near(t->host_mem_bandwidth[1], 614.4e9, 1e-12);
     assert_int_equal(json_integer_value(json_object_get(t->description, "nodes")), 2);
     /* What was not given is in the description, for the manifest. */
@@ -70,19 +49,19 @@ static void routes_nvlink(void **state)
     struct topology *t = test_machine("dgx-h100", 4);
     double latency;
     assert_int_equal(t->n_devices, 32);
-    assert_string_equal(route_text(t, 5, 5, &latency), "");
-    assert_string_equal(route_text(t, 0, 7, &latency), "gpu0.nvlink.out gpu7.nvlink.in");
+    assert_string_equal(test_route(t, 5, 5, 0, &latency), "");
+    assert_string_equal(test_route(t, 0, 7, 0, &latency), "gpu0.nvlink.out gpu7.nvlink.in");
     assert_near(latency, 1e-6, 1e-12);
-    assert_string_equal(route_text(t, 7, 8, &latency), "gpu7.nic.out gpu8.nic.in");
+    assert_string_equal(test_route(t, 7, 8, 0, &latency), "gpu7.nic.out gpu8.nic.in");
     assert_near(latency, 2e-6, 1e-12);
-    assert_string_equal(route_text(t, topology_host(t, 1), 9, &latency), "node1.memory gpu9.pcie.in");
+    assert_string_equal(test_route(t, topology_host(t, 1), 9, 0, &latency), "node1.memory gpu9.pcie.in");
     assert_near(latency, 2e-6, 1e-12);
-    assert_string_equal(route_text(t, 9, topology_host(t, 1), NULL), "gpu9.pcie.out node1.memory");
-    assert_string_equal(route_text(t, topology_ssd(t, 3), topology_host(t, 3), NULL), "node3.ssd node3.memory");
-    assert_string_equal(route_text(t, topology_host(t, 0), 9, NULL), "none");
-    assert_string_equal(route_text(t, topology_host(t, 0), topology_host(t, 1), NULL), "none");
-    assert_string_equal(route_text(t, topology_ssd(t, 0), 0, NULL), "none");
-    assert_string_equal(route_text(t, 0, topology_ssd(t, 0), NULL), "none");
+    assert_string_equal(test_route(t, 9, topology_host(t, 1), 0, NULL), "gpu9.pcie.out node1.memory");
+    assert_string_equal(test_route(t, topology_ssd(t, 3), topology_host(t, 3), 0, NULL), "node3.ssd node3.memory");
+    assert_string_equal(test_route(t, topology_host(t, 0), 9, 0, NULL), "none");
+    assert_string_equal(test_route(t, topology_host(t, 0), topology_host(t, 1), 0, NULL), "none");
+    assert_string_equal(test_route(t, topology_ssd(t, 0), 0, 0, NULL), "none");
+    assert_string_equal(test_route(t, 0, topology_ssd(t, 0), 0, NULL), "none");
     topology_free(t);
 }
 
@@ -94,23 +73,23 @@ static void routes_pcie(void **state)
     json_object_set_new(d, "devices", json_integer(4));
     json_t *pcie = json_object_get(d, "pcie");
     struct topology *t = test_build(json_incref(d));
-    assert_string_equal(route_text(t, 0, 3, &latency), "gpu0.pcie.out node0.memory node0.memory gpu3.pcie.in");
+    assert_string_equal(test_route(t, 0, 3, 0, &latency), "gpu0.pcie.out node0.memory node0.memory gpu3.pcie.in");
     assert_near(latency, 10e-6, 1e-12);
     topology_free(t);
 
     json_object_set_new(pcie, "peer", json_true());
     t = test_build(json_incref(d));
-    assert_string_equal(route_text(t, 0, 3, NULL), "gpu0.pcie.out gpu3.pcie.in");
+    assert_string_equal(test_route(t, 0, 3, 0, NULL), "gpu0.pcie.out gpu3.pcie.in");
     topology_free(t);
 
-    json_object_set_new(pcie, "uplink", json_real(32e9));
+    json_object_set_new(pcie, "uplink", json_string("32 GB/s"));
     json_object_set_new(d, "nodes", json_integer(2));
     json_object_set_new(
         d, "nic",
-        json_pack("{s:f,s:f,s:b,s:s}", "bandwidth", 12.5e9, "latency", 3e-6, "shared", 1, "source", "a test"));
+        json_pack("{s:s,s:s,s:b,s:s}", "bandwidth", "12.5 GB/s", "latency", "3 us", "shared", 1, "source", "a test"));
     t = test_build(d);
-    assert_string_equal(route_text(t, topology_host(t, 1), 6, NULL), "node1.memory node1.pcie.in gpu6.pcie.in");
-    assert_string_equal(route_text(t, 1, 6, &latency), "gpu1.pcie.out node0.nic.out node1.nic.in gpu6.pcie.in");
+    assert_string_equal(test_route(t, topology_host(t, 1), 6, 0, NULL), "node1.memory node1.pcie.in gpu6.pcie.in");
+    assert_string_equal(test_route(t, 1, 6, 0, &latency), "gpu1.pcie.out node0.nic.out node1.nic.in gpu6.pcie.in");
     assert_near(latency, 13e-6, 1e-12);
     topology_free(t);
 }
@@ -120,7 +99,7 @@ static void many_devices(void **state)
     (void)state;
     struct topology *t = test_machine("star-50GBps", 4096);
     assert_int_equal(t->n_links, 2 * 4096);
-    assert_string_equal(route_text(t, 4095, 17, NULL), "gpu4095.nic.out gpu17.nic.in");
+    assert_string_equal(test_route(t, 4095, 17, 0, NULL), "gpu4095.nic.out gpu17.nic.in");
     topology_free(t);
 }
 
@@ -161,7 +140,8 @@ static void refused(void **state)
         { "device.mem_bandwith", "1e12", "m.lua: device.mem_bandwith: unknown key, did you mean \"mem_bandwidth\"?" },
         { "nvlnk", "{}", "m.lua: nvlnk: unknown key, did you mean \"nvlink\"?" },
         { "device.peak.bf61", "1e15", "m.lua: device.peak.bf61: unknown key, did you mean \"bf16\"?" },
-        { "device.peak.bf16", "", "m.lua: device.peak.bf16: missing" },
+        { "device.peak", "{}", "m.lua: device.peak: empty, expected a rate for one precision or more" },
+        { "device.gemm", "", "m.lua: device.gemm: missing" },
         { "device", "", "m.lua: device: missing" },
         { "device", "3", "m.lua: device: found 3, expected a table" },
         { "name", "7", "m.lua: name: found 7, expected a string" },
@@ -169,10 +149,52 @@ static void refused(void **state)
         { "nodes", "0", "m.lua: nodes: found 0, expected a whole number from 1 to 65536 (nodes)" },
         { "nodes", "1.5", "m.lua: nodes: found 1.5, expected a whole number" },
         { "nodes", "60000", "m.lua: nodes: found 60000 nodes of 8 devices, expected at most 65536 devices in all" },
-        { "device.memory", "-80e9", "m.lua: device.memory: found -80000000000, expected a number from 1e+06" },
-        { "device.memory", "\"80 GB\"", "m.lua: device.memory: found the string \"80 GB\", expected a number" },
-        { "nvlink.bandwidth", "450", "m.lua: nvlink.bandwidth: found 450, expected a number from 1e+06 to 1e+16 (B/s" },
-        { "nic.latency", "-1", "m.lua: nic.latency: found -1, expected" },
+        { "device.memory", "-80e9", "m.lua: device.memory: found -80000000000 without a unit; write \"-80 GB\"" },
+        { "device.memory", "\"-80 GB\"", "m.lua: device.memory: found \"-80 GB\", expected 1 MB to 100000 TB" },
+        { "device.memory", "\"80 GiB\"", "m.lua: device.memory: found \"80 GiB\": binary; write \"85.9 GB\"" },
+        { "device.memory", "\"80 GB/s\"", "m.lua: device.memory: found \"80 GB/s\": a bandwidth; expected a size" },
+        { "nvlink.bandwidth", "450", "m.lua: nvlink.bandwidth: found 450 without a unit; write \"450 B/s\"" },
+        { "nic.bandwidth", "50e9", "m.lua: nic.bandwidth: found 50000000000 without a unit; write \"50 GB/s\"" },
+        { "nic.bandwidth", "\"400 Gb/s\"", "m.lua: nic.bandwidth: found \"400 Gb/s\": bits; write \"50 GB/s\"" },
+        { "nic.bandwidth", "\"400 Gbps\"", "m.lua: nic.bandwidth: found \"400 Gbps\": bits; write \"50 GB/s\"" },
+        { "nic.bandwidth", "\"50 GB\"", "m.lua: nic.bandwidth: found \"50 GB\": a size; expected a bandwidth in B/s" },
+        { "nic.bandwidth", "\"0 GB/s\"",
+          "m.lua: nic.bandwidth: found \"0 GB/s\", expected 1 MB/s to 10000 TB/s (each way)" },
+        { "nic.bandwidth", "\"-5 GB/s\"", "m.lua: nic.bandwidth: found \"-5 GB/s\", expected 1 MB/s to 10000 TB/s" },
+        { "device.gemm.port_bandwidth", "106e9",
+          "m.lua: device.gemm.port_bandwidth: found 106000000000 without a unit; write \"106 GB/s\"" },
+        { "device.peak.fp8", "2e15", "m.lua: device.peak.fp8: found 2e+15 without a unit; write \"2 PFLOP/s\"" },
+        { "nic.latency", "-1", "m.lua: nic.latency: found -1 without a unit; write \"-1 s\"" },
+        { "nic.latency", "5e-7", "m.lua: nic.latency: found 5e-07 without a unit; write \"500 ns\"" },
+        { "nic.latency", "\"-1 us\"", "m.lua: nic.latency: found \"-1 us\", expected 0 s to 1 s (from NIC to NIC)" },
+        { "device.launch_s", "\"2 us\"", "m.lua: device.launch_s: found the string \"2 us\", expected a number" },
+        { "nvlink.kind", "\"ring\"", "m.lua: nvlink.kind: found the string \"ring\", expected one of switch|mesh" },
+        { "nic.per_node", "3", "m.lua: nic.per_node: found 3, expected a divisor of the node's 8 devices" },
+        { "pcie.per_switch", "2", "m.lua: pcie.uplink: missing: with per_switch, a switch's devices share one" },
+        { "host.memory", "", "m.lua: host.memory: missing" },
+        { "host.unified", "true", "m.lua: host.memory: the memory is unified, and the device's memory counts" },
+        { "network", "{\"kind\": \"torus\"}", "m.lua: network.kind: found the string \"torus\", expected one of" },
+        { "network", "{\"kind\": \"leaf-spine\", \"source\": \"x\"}", "m.lua: network.nodes_per_leaf: missing" },
+        { "network", "{\"kind\": \"rail\", \"source\": \"x\", \"cores\": 2}",
+          "m.lua: network.cores: a network of kind rail has none" },
+        { "network", "{\"kind\": \"leaf-spine\", \"source\": \"x\", \"nodes_per_leaf\": 2, \"spines\": 4}",
+          "m.lua: network.uplink, network.oversubscription: found neither, expected one of them" },
+        { "groups", "[{\"nodes\": 1, \"devices\": 8}]",
+          "m.lua: nodes: each of the machine's groups says how many it has" },
+        { "groups", "{\"nodes\": 1}", "m.lua: groups: found a table, expected a list of tables" },
+        { "slow", "[{\"device\": 8, \"factor\": 2, \"at\": \"0 s\"}]",
+          "m.lua: slow[1].device: found 8, expected 0 to 7" },
+        { "slow", "[{\"device\": 1, \"factor\": 0.5, \"at\": \"0 s\"}]",
+          "m.lua: slow[1].factor: found 0.5, expected a number from 1 to 1e+06 (times as long)" },
+        { "slow", "[{\"device\": 1, \"factor\": 2, \"at\": \"-1 ms\"}]",
+          "m.lua: slow[1].at: found \"-1 ms\", expected 0 s to" },
+        { "faults", "[{\"link\": \"gpu3.nvlnk\", \"at\": \"0 s\"}]",
+          "m.lua: faults[1].link: dgx-h100 has no link \"gpu3.nvlnk\"; did you mean \"gpu3.nvlink.in\"?" },
+        { "faults", "[{\"link\": \"gpu3.nvlink\", \"at\": \"0 s\", \"factor\": 1.5}]",
+          "m.lua: faults[1].factor: found 1.5, expected a number from 0 to 1" },
+        { "faults", "[{\"at\": \"0 s\"}]", "m.lua: faults[1]: names neither, expected a link or a device" },
+        { "faults", "[{\"device\": 9, \"at\": \"0 s\"}]", "m.lua: faults[1].device: found 9, expected 0 to 7" },
+        { "faults", "[{\"device\": 1}]", "m.lua: faults[1].at: missing" },
         { "pcie.peer", "1", "m.lua: pcie.peer: found 1, expected true or false" },
         { "nvlink.efficiency", "1.2", "m.lua: nvlink.efficiency: found 1.2, expected a number from 0.01 to 1" },
         { "nvlink.source", "", "m.lua: nvlink.source: missing: every figure says where it comes from" },

@@ -1,0 +1,173 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * test_topology_faults.c - stragglers, links and devices that degrade or fail: what the topology says of them, and what
+ * becomes of a run. */
+#include "core_test.h"
+
+/* star-50GBps with 8 nodes on four leaves below two spines, and `slow` and `faults` in JSON. */
+static struct topology *faulty(const char *paths, const char *slow, const char *faults)
+{
+    json_t *d = test_description("star-50GBps", 8);
+    if (paths)
+        json_object_set_new(d, "network",
+                            json_pack("{s:s, s:i, s:i, s:s, s:s, s:s}", "kind", "leaf-spine", "nodes_per_leaf", 2,
+                                      "spines", 4, "uplink", "25 GB/s", "paths", paths, "source", "a test"));
+    if (slow)
+        json_object_set_new(d, "slow", json_loads(slow, 0, NULL));
+    if (faults)
+        json_object_set_new(d, "faults", json_loads(faults, 0, NULL));
+    return test_build(d);
+}
+
+static void changes(void **state)
+{
+    (void)state;
+    struct topology *t = faulty("hash", NULL,
+                                "[{\"link\": \"gpu3.nic\", \"at\": \"2 ms\", \"factor\": 0.5},"
+                                " {\"link\": \"gpu1.nic.out\", \"at\": \"1 ms\"},"
+                                " {\"link\": \"gpu1.nic.out\", \"at\": \"3 ms\", \"factor\": 1},"
+                                " {\"link\": \"spine2\", \"at\": \"2 ms\", \"factor\": 0},"
+                                " {\"device\": 7, \"at\": \"4 ms\"}]");
+    assert_int_equal(t->n_changes, 2 + 1 + 1 + 8 + 2);
+    assert_string_equal(t->link[t->change[0].link].name, "gpu1.nic.out");
+    assert_true(t->change[0].at == 1e-3 && t->change[0].bandwidth == 0);
+    assert_string_equal(t->link[t->change[1].link].name, "gpu3.nic.out");
+    assert_true(t->change[1].at == 2e-3 && t->change[1].bandwidth == 25e9);
+    assert_string_equal(t->link[t->change[2].link].name, "gpu3.nic.in");
+    for (int i = 3; i < 11; i++) { /* every leaf's links to the third spine */
+        assert_non_null(strstr(t->link[t->change[i].link].name, ".spine2."));
+        assert_true(t->change[i].at == 2e-3 && t->change[i].bandwidth == 0);
+    }
+    assert_true(t->change[11].at == 3e-3 && t->change[11].bandwidth == 50e9);
+    for (int i = 1; i < t->n_changes; i++)
+        assert_true(t->change[i].at > t->change[i - 1].at || t->change[i].link > t->change[i - 1].link);
+
+    double at = 0;
+    assert_false(topology_link_failed(t, t->change[0].link, &at)); /* it came back */
+    assert_true(topology_link_failed(t, t->change[3].link, &at) && at == 2e-3);
+    assert_true(topology_device_failed(t, 7, &at) && at == 4e-3);
+    assert_false(topology_device_failed(t, 6, &at));
+    assert_true(topology_link_failed(t, t->change[13].link, &at) && at == 4e-3); /* gpu7's own */
+    topology_free(t);
+}
+
+/* Work that takes 1 s: at twice the time from 1 s on, three times from 4 s on, until the device fails at 10 s. */
+static void slower(void **state)
+{
+    (void)state;
+    struct topology *t = faulty(NULL,
+                                "[{\"device\": 2, \"factor\": 3, \"at\": \"4 s\"},"
+                                " {\"device\": 2, \"factor\": 2, \"at\": \"1 s\"}]",
+                                "[{\"device\": 2, \"at\": \"10 s\"}]");
+    assert_near(topology_compute_end(t, 2, 0, 1), 1, 1e-12);
+    assert_near(topology_compute_end(t, 2, 0.5, 1), 2, 1e-12);      /* half of it, then 0.5 s twice as long */
+    assert_near(topology_compute_end(t, 2, 0, 3), 5.5, 1e-12);      /* 1 s, 3 s for 1.5 s, 1.5 s for 0.5 s */
+    assert_near(topology_compute_end(t, 2, 5, 1.5), 9.5, 1e-12);
+    assert_true(isinf(topology_compute_end(t, 2, 8, 1)));
+    assert_true(isinf(topology_compute_end(t, 2, 11, 0)));
+    assert_near(topology_compute_end(t, 3, 8, 1), 9, 1e-12);
+    /* And how much is done meanwhile: what one says the other undoes. */
+    assert_near(topology_work(t, 2, 0.5, 2), 1, 1e-12);
+    assert_near(topology_work(t, 2, 0, 5.5), 3, 1e-12);
+    assert_near(topology_work(t, 2, 0, 20), 1 + 1.5 + 2, 1e-12);
+    assert_true(topology_work(t, 2, 11, 12) == 0);
+    assert_near(topology_work(t, 3, 8, 9), 1, 1e-12);
+    topology_free(t);
+}
+
+/* On the simulated machine, in the order of its stream. */
+static void straggler(void **state)
+{
+    (void)state;
+    struct topology *t = faulty(NULL, "[{\"device\": 1, \"factor\": 2, \"at\": \"15 us\"}]", NULL);
+    struct moe_graph g = { .n_devices = 8 };
+    int32_t a = test_compute(&g, 1, 0, 10 * US), b = test_compute(&g, 1, 0, 10 * US);
+    int32_t other = test_compute(&g, 0, 0, 20 * US);
+    assert_near(test_run_graph(t, NET_EXACT, &g), 25 * US, 1e-9);
+    assert_near(g.task[a].end, 10 * US, 1e-9);
+    assert_near(g.task[b].end, 25 * US, 1e-9); /* half of it by 15, the rest in 10 */
+    assert_near(g.task[other].end, 20 * US, 1e-9);
+    graph_free(&g);
+    topology_free(t);
+}
+
+/* A device that fails takes what waits for it along, and the run says which, when, and how much. */
+static void failed_device(void **state)
+{
+    (void)state;
+    struct topology *t = faulty(NULL, NULL, "[{\"device\": 1, \"at\": \"15 us\"}]");
+    struct moe_graph g = { .n_devices = 8 };
+    struct machine m;
+    struct err e = { 0 };
+    int32_t a = test_compute(&g, 1, 0, 10 * US), b = test_compute(&g, 1, 0, 10 * US);
+    int32_t after = test_compute(&g, 0, 0, 5 * US), alone = test_compute(&g, 2, 0, 30 * US);
+    test_after(&g, after, b);
+    test_ok(machine_open_sim(&m, t, &test_model, PREC_BF16, NET_EXACT, &e), &e);
+    assert_int_equal(machine_run(&m, &g, &e), ERR_RUN);
+    assert_string_equal(e.text, "machine star-50GBps: device 1 failed at 1.5e-05 s: 2 tasks wait for what never ends");
+    assert_int_equal(err_exit_code(e.code), 1);
+    assert_near(g.task[a].end, 10 * US, 1e-9);
+    assert_near(g.task[alone].end, 30 * US, 1e-9);
+    machine_close(&m);
+    graph_free(&g);
+    topology_free(t);
+}
+
+static bool on_path(const struct topology *t, const struct net_flow *f, const char *spine)
+{
+    return strstr(test_route(t, f->src, f->dst, f->path, NULL), spine) != NULL;
+}
+
+/* Flows that start after a spine has failed take the paths that are left; where none is, they stay and stall. */
+static void rehashed(void **state)
+{
+    (void)state;
+    struct topology *t = faulty("hash", NULL,
+                                "[{\"link\": \"leaf0.spine1\", \"at\": \"1 ms\"},"
+                                " {\"link\": \"leaf3\", \"at\": \"5 ms\"}]");
+    struct net_flow flow[8], *out = NULL;
+    struct err e = { 0 };
+    size_t n = 0;
+    int before = 0;
+    for (int i = 0; i < 8; i++) {
+        flow[i] = (struct net_flow){ .src = i % 2, .dst = 2 + i % 6, .bytes = 1e6 };
+        before += on_path(t, &flow[i], ".spine1.");
+    }
+    assert_true(before > 0); /* else this shows nothing */
+    assert_int_equal(topology_split(t, 0.5e-3, flow, 8, &out, &n, &e), 0);
+    assert_null(out);
+    assert_int_equal(topology_split(t, 1e-3, flow, 8, &out, &n, &e), 0);
+    assert_int_equal(n, 8);
+    for (int i = 0; i < 8; i++) {
+        assert_false(on_path(t, &out[i], ".spine1."));
+        assert_int_equal(out[i].dst, flow[i].dst);
+        assert_true(out[i].bytes == flow[i].bytes);
+    }
+    free(out);
+    const struct net_flow cut_off = { .src = 0, .dst = 7, .bytes = 1e6 };
+    assert_int_equal(topology_split(t, 5e-3, &cut_off, 1, &out, &n, &e), 0);
+    assert_int_equal(n, 1);
+    assert_int_equal(out[0].path, 0);
+    free(out);
+    topology_free(t);
+
+    /* Split over the three that are left: a third each. */
+    t = faulty("split", NULL, "[{\"link\": \"leaf0.spine1.out\", \"at\": \"0 s\"}]");
+    assert_int_equal(topology_split(t, 0, &cut_off, 1, &out, &n, &e), 0);
+    assert_int_equal(n, 3);
+    for (int i = 0; i < 3; i++) {
+        assert_near(out[i].bytes, 1e6 / 3, 1e-12);
+        assert_int_equal(out[i].path, i == 0 ? 1 : 2 + i);
+    }
+    free(out);
+    topology_free(t);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(changes),       cmocka_unit_test(slower),   cmocka_unit_test(straggler),
+        cmocka_unit_test(failed_device), cmocka_unit_test(rehashed),
+    };
+    cmocka_set_message_output(CM_OUTPUT_TAP);
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
