@@ -11,7 +11,8 @@ return {
     memory        = "80 GB",
     mem_bandwidth = "2.039 TB/s",
     peak = {
-      fp32 = "19.5 TFLOP/s", tf32 = "156 TFLOP/s", bf16 = "312 TFLOP/s", int8 = "624 TFLOP/s", int4 = "1248 TFLOP/s",
+      fp32 = "19.5 TFLOP/s", tf32 = "156 TFLOP/s", bf16 = "312 TFLOP/s", fp16 = "312 TFLOP/s", int8 = "624 TFLOP/s",
+      int4 = "1248 TFLOP/s",
     },
     source        = "NVIDIA A100 datasheet, column 80GB SXM, dense figures; there is no FP8",
 

@@ -11,8 +11,8 @@ return {
     memory        = "80 GB",
     mem_bandwidth = "3.35 TB/s",
     peak = {
-      fp32 = "66.9 TFLOP/s", tf32 = "494.7 TFLOP/s", bf16 = "989.4 TFLOP/s", fp8 = "1978.9 TFLOP/s",
-      int8 = "1978.9 TFLOP/s",
+      fp32 = "66.9 TFLOP/s", tf32 = "494.7 TFLOP/s", bf16 = "989.4 TFLOP/s", fp16 = "989.4 TFLOP/s",
+      fp8 = "1978.9 TFLOP/s", int8 = "1978.9 TFLOP/s",
     },
     source        = "NVIDIA H100 Tensor Core GPU datasheet and architecture whitepaper, column SXM5, dense figures",
 

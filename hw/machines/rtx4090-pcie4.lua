@@ -11,8 +11,8 @@ return {
     memory        = "24 GB",
     mem_bandwidth = "1.008 TB/s",
     peak = {
-      fp32 = "82.6 TFLOP/s", tf32 = "82.6 TFLOP/s", bf16 = "165.2 TFLOP/s", fp8 = "330.3 TFLOP/s",
-      int8 = "660.6 TFLOP/s", int4 = "1321.2 TFLOP/s",
+      fp32 = "82.6 TFLOP/s", tf32 = "82.6 TFLOP/s", bf16 = "165.2 TFLOP/s", fp16 = "165.2 TFLOP/s",
+      fp8 = "330.3 TFLOP/s", int8 = "660.6 TFLOP/s", int4 = "1321.2 TFLOP/s",
     },
     source        = "NVIDIA Ada GPU architecture whitepaper, appendix A: dense, sums in FP32",
 

@@ -12,7 +12,10 @@ static void shipped_files(void **state)
     } expected[] = {
         { "dgx-h100", 8, 1, 989.4e12, 80e9 },    { "h800-ib", 8, 1, 989.4e12, 80e9 },
         { "dgx-a100", 8, 1, 312e12, 80e9 },      { "rtx4090-pcie4", 1, 1, 165.2e12, 24e9 },
-        { "star-50GBps", 8, 8, 989.4e12, 80e9 },
+        { "star-50GBps", 8, 8, 989.4e12, 80e9 }, { "h20", 8, 1, 148e12, 96e9 },
+        { "h200", 8, 1, 989.4e12, 141e9 },       { "gb200-nvl72", 72, 1, 2.5e15, 186e9 },
+        { "rtx3090-pcie3", 1, 1, 71e12, 24e9 },  { "a6000-xeon", 1, 1, 154.8e12, 48e9 },
+        { "jetson-tx2", 1, 1, 0, 8e9 },
     };
     for (size_t i = 0; i < sizeof expected / sizeof expected[0]; i++) {
         struct topology *t = test_machine(expected[i].name, 0);
@@ -25,6 +28,19 @@ static void shipped_files(void **state)
             assert_true(t->link[l].bandwidth > 0 && t->link[l].latency >= 0);
         topology_free(t);
     }
+}
+
+/* What a device cannot compute in is refused by name, with what it can. */
+static void precisions(void **state)
+{
+    (void)state;
+    struct topology *t = test_machine("jetson-tx2", 0);
+    struct err e = { 0 };
+    assert_int_equal(topology_computes(t, PREC_FP16, &e), 0);
+    assert_int_equal(topology_computes(t, PREC_BF16, &e), ERR_INPUT);
+    assert_string_equal(e.text, "machine jetson-tx2 has no figure for precision bf16: device 0, Tegra X2 (GP10B), "
+                                "computes in fp32, fp16");
+    topology_free(t);
 }
 
 static void link_figures(void **state)
@@ -240,9 +256,9 @@ static void missing_links(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(shipped_files), cmocka_unit_test(link_figures), cmocka_unit_test(routes_nvlink),
-        cmocka_unit_test(routes_pcie),   cmocka_unit_test(many_devices), cmocka_unit_test(refused),
-        cmocka_unit_test(missing_links),
+        cmocka_unit_test(shipped_files), cmocka_unit_test(precisions),    cmocka_unit_test(link_figures),
+        cmocka_unit_test(routes_nvlink), cmocka_unit_test(routes_pcie),   cmocka_unit_test(many_devices),
+        cmocka_unit_test(refused),       cmocka_unit_test(missing_links),
     };
     cmocka_set_message_output(CM_OUTPUT_TAP);
     return cmocka_run_group_tests(tests, NULL, NULL);
