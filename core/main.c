@@ -19,7 +19,7 @@ static const struct command {
     { "plugins", "list policies, workloads and metrics, or show one", cmd_plugins },
     { "eval", "one policy, machine or metric on one input", cmd_eval },
     { "trace", "inspect, check, import or synthesise traces", cmd_trace },
-    { "machine", "list, draw and validate machines", cmd_machine },
+    { "machine", "list, show, draw and validate machines", cmd_machine },
     { "papers", "papers whose mechanisms work, and how to get them", cmd_papers },
     { "reproduce", "published figures against ours", cmd_reproduce },
     { "rank", NULL, cmd_rank },

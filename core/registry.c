@@ -81,25 +81,32 @@ int registry_data(const char *sub, char *path, size_t room)
     return access(path, R_OK) == 0 ? 0 : -1;
 }
 
-void registry_nearest_data(const char *sub, const char *name, char *near, size_t room)
+int registry_data_names(const char *sub, char (*names)[64], int room)
 {
-    enum { MAX_FILES = 256 };
     char path[1024];
-    const char *names[MAX_FILES];
     struct dirent **file = NULL;
     int n = registry_data(sub, path, sizeof path) == 0 ? scandir(path, &file, NULL, alphasort) : 0, n_names = 0;
     for (int i = 0; i < n; i++) {
-        size_t length = strlen(file[i]->d_name);
-        if (n_names == MAX_FILES || length < 5 || strcmp(file[i]->d_name + length - 4, ".lua") != 0)
-            continue;
-        file[i]->d_name[length - 4] = '\0';
-        names[n_names++] = file[i]->d_name;
-    }
-    const char *found = err_nearest(name, names, n_names);
-    snprintf(near, room, "%s", found ? found : "");
-    for (int i = 0; i < n; i++)
+        const size_t length = strlen(file[i]->d_name);
+        if (n_names < room && length >= 5 && length - 4 < sizeof *names &&
+            strcmp(file[i]->d_name + length - 4, ".lua") == 0)
+            snprintf(names[n_names++], sizeof *names, "%.*s", (int)length - 4, file[i]->d_name);
         free(file[i]);
+    }
     free(file);
+    return n_names;
+}
+
+void registry_nearest_data(const char *sub, const char *name, char *near, size_t room)
+{
+    enum { MAX_FILES = 256 };
+    char file[MAX_FILES][64];
+    const char *names[MAX_FILES];
+    const int n = registry_data_names(sub, file, MAX_FILES);
+    for (int i = 0; i < n; i++)
+        names[i] = file[i];
+    const char *found = err_nearest(name, names, n);
+    snprintf(near, room, "%s", found ? found : "");
 }
 
 static int check(const struct moe_plugin *p, enum moe_kind kind, const char *name, const char *path, struct err *e)

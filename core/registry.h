@@ -26,6 +26,8 @@ void registry_list(const struct registry_entry **, int *n);
 /* Directories of data files: machine descriptions, scenario libraries, traces. Build tree first, then install.
  * sub: "hw/machines/dgx-h100.lua". Returns 0 and the path, or -1. */
 int registry_data(const char *sub, char *path, size_t room);
+/* The names of the files NAME.lua in a data directory, sorted; returns how many, at most `room`. */
+int registry_data_names(const char *sub, char (*names)[64], int room);
 /* Of the files NAME.lua in a data directory, the name nearest to this one; "" if none is near. */
 void registry_nearest_data(const char *sub, const char *name, char *near, size_t room);
 /* Directory of the running executable. */

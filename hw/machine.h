@@ -15,6 +15,7 @@
 #include "moelab.h"
 #include <jansson.h>
 #include <stdbool.h>
+#include <stdio.h>
 
 /* ---- topology ---- */
 
@@ -107,6 +108,9 @@ static inline int32_t topology_ssd(const struct topology *t, int32_t node)
 {
     return t->n_devices + t->n_nodes + node;
 }
+
+/* Writes a gnuplot script that draws the machine into STEM.png; of many nodes and devices the first and the last. */
+void topology_draw(const struct topology *, const char *stem, FILE *);
 
 /* ---- compute ---- */
 

@@ -95,6 +95,7 @@ static const struct field fields[] = {
     { NVLINK, "efficiency", NUMBER, false, SHARE, 1, "of bandwidth" },
     { NVLINK, "latency", TIME, true, SECONDS, 0, "from device to device" },
 
+    { PCIE, "name", STRING, false, 0, 0, 0, "" },
     { PCIE, "bandwidth", BANDWIDTH, true, 1e6, 1e16, 0, "per device each way" },
     { PCIE, "efficiency", NUMBER, false, SHARE, 1, "of bandwidth" },
     { PCIE, "latency", TIME, true, SECONDS, 0, "from device to host" },

@@ -38,6 +38,7 @@ return {
   },
 
   pcie = {
+    name       = "C2C",
     bandwidth  = "225 GB/s",
     efficiency = 0.90,
     latency    = "2 us",
