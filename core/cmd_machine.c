@@ -303,6 +303,6 @@ int cmd_machine(int argc, char **argv)
         return list(as_json, &e) < 0 ? cmd_fail(&e) : 0;
     if (n_words == 2 && !strcmp(word[0], "show"))
         return show(word[1], set, n_set, as_json, png, &e) < 0 ? cmd_fail(&e) : 0;
-    return cmd_usage("machine", "expected \"list\", \"show NAME\" or \"validate\", found \"%s%s%s\"", n_words > 0 ? word[0] : "",
-                     n_words > 1 ? " " : "", n_words > 1 ? word[1] : "");
+    return cmd_usage("machine", "expected \"list\", \"show NAME\" or \"validate\", found \"%s%s%s\"",
+                     n_words > 0 ? word[0] : "", n_words > 1 ? " " : "", n_words > 1 ? word[1] : "");
 }

@@ -10,7 +10,9 @@
 
 /* ---- the description ---- */
 
-enum section { TOP, DEVICE, PEAK, GEMM, NVLINK, PCIE, HOST, SSD, NIC, NETWORK, EXCHANGE, GROUP, SLOW, FAULT, N_SECTIONS };
+enum section {
+    TOP, DEVICE, PEAK, GEMM, NVLINK, PCIE, HOST, SSD, NIC, NETWORK, EXCHANGE, GROUP, SLOW, FAULT, N_SECTIONS
+};
 
 /* Nodes that are alike; a machine without `groups` is one of them. */
 struct group {

@@ -9,7 +9,8 @@ static struct topology *costly(void)
 {
     json_t *d = test_description("star-50GBps", 4);
     json_object_set_new(d, "exchange", json_pack("{s:s, s:s, s:s, s:s, s:s}", "startup", "10 us", "per_peer", "2 us",
-                                                 "per_message", "250 ns", "message_overhead", "1 kB", "source", "a test"));
+                                                 "per_message", "250 ns", "message_overhead", "1 kB", "source",
+                                                 "a test"));
     return test_build(d);
 }
 
