@@ -76,6 +76,10 @@ struct fabric {
 struct layout {
     struct group_links *group;
     int32_t *group_of; /* [N] */
+    /* [D] of each device, so that a route is look-ups: its NIC's way out, that NIC's place in the node and leaf, the way
+     * out of its PCIe switch; -1: none. */
+    struct wiring { int32_t nic, rail, leaf, uplink; } *wiring;
+    bool direct;       /* NICs beside their devices, and nothing above them */
     struct fabric fabric;
 };
 
@@ -92,7 +96,11 @@ static inline const struct group_links *links_of(const struct topology *t, int32
 }
 
 /* The leaf that a device's NIC hangs on. */
-int32_t topology_leaf(const struct topology *, int32_t device);
+static inline int32_t topology_leaf(const struct topology *t, int32_t device)
+{
+    return ((const struct layout *)t->priv)->wiring[device].leaf;
+}
+
 /* As topology_route between devices of different nodes, over fabric path p in 0..topology_paths() - 1. */
 int topology_route_between(const struct topology *, int32_t src, int32_t dst, int32_t p, int32_t *link);
 

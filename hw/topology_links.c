@@ -248,14 +248,33 @@ static void add_fabric(struct topology *t, struct fabric *f, const json_t *netwo
 
 /* ---- all of them ---- */
 
+static void wire_devices(const struct topology *t, struct layout *lay)
+{
+    const struct fabric *f = &lay->fabric;
+    lay->direct = f->kind == FABRIC_IDEAL;
+    for (int32_t d = 0; d < t->n_devices; d++) {
+        const int32_t node = t->node[d], local = d - t->first_device[node];
+        const struct group_links *l = links_of(t, node);
+        const int32_t before = node - l->first_node;
+        struct wiring *w = &lay->wiring[d];
+        w->rail = local / l->per_nic;
+        w->nic = l->nic < 0 ? -1 : l->nic + 2 * (before * l->n_nics + w->rail);
+        w->leaf = f->kind == FABRIC_IDEAL ? -1 : node / f->nodes_per_leaf * f->n_rails + (f->n_rails > 1 ? w->rail : 0);
+        w->uplink =
+            l->uplink < 0 ? -1 : l->uplink + 2 * (before * (l->n_devices / l->per_switch) + local / l->per_switch);
+        lay->direct &= !l->nic_over_pcie;
+    }
+}
+
 int topology_links(struct topology *t, const struct parts *p, const char *file, struct err *err)
 {
     struct layout *lay = t->priv = calloc(1, sizeof *lay);
     if (lay) {
         lay->group = calloc((size_t)p->n_groups, sizeof *lay->group);
         lay->group_of = calloc((size_t)t->n_nodes, sizeof *lay->group_of);
+        lay->wiring = calloc((size_t)t->n_devices, sizeof *lay->wiring);
     }
-    if (!lay || !lay->group || !lay->group_of)
+    if (!lay || !lay->group || !lay->group_of || !lay->wiring)
         return err_set(err, ERR_MEMORY, "%s: out of memory", file);
     int64_t room = 0;
     int32_t node = 0, device = 0;
@@ -282,6 +301,7 @@ int topology_links(struct topology *t, const struct parts *p, const char *file, 
             sorts[s](t, &lay->group[i], &p->group[i]);
     if (p->network && t->n_nodes > 1)
         add_fabric(t, &lay->fabric, p->network);
+    wire_devices(t, lay);
     return 0;
 }
 
@@ -291,5 +311,6 @@ void topology_layout_free(struct layout *lay)
         return;
     free(lay->group);
     free(lay->group_of);
+    free(lay->wiring);
     free(lay);
 }

@@ -8,10 +8,9 @@
 
 /* ---- pieces ---- */
 
-static int32_t switch_of(const struct topology *t, const struct group_links *l, int32_t device)
+static const struct wiring *wiring_of(const struct topology *t, int32_t device)
 {
-    const int32_t local = device - t->first_device[t->node[device]];
-    return (t->node[device] - l->first_node) * (l->n_devices / l->per_switch) + local / l->per_switch;
+    return &((const struct layout *)t->priv)->wiring[device];
 }
 
 /* From a device up to its node's PCIe root, or down from there. */
@@ -20,7 +19,7 @@ static int pcie_out(const struct topology *t, const struct group_links *l, int32
     int n = 0;
     link[n++] = l->pcie + 2 * (d - l->first_device);
     if (l->uplink >= 0)
-        link[n++] = l->uplink + 2 * switch_of(t, l, d);
+        link[n++] = wiring_of(t, d)->uplink;
     return n;
 }
 
@@ -28,19 +27,9 @@ static int pcie_in(const struct topology *t, const struct group_links *l, int32_
 {
     int n = 0;
     if (l->uplink >= 0)
-        link[n++] = l->uplink + 2 * switch_of(t, l, d) + 1;
+        link[n++] = wiring_of(t, d)->uplink + 1;
     link[n++] = l->pcie + 2 * (d - l->first_device) + 1;
     return n;
-}
-
-static int32_t local_nic(const struct topology *t, const struct group_links *l, int32_t device)
-{
-    return (device - t->first_device[t->node[device]]) / l->per_nic;
-}
-
-static int32_t nic_link(const struct topology *t, const struct group_links *l, int32_t device)
-{
-    return l->nic + 2 * ((t->node[device] - l->first_node) * l->n_nics + local_nic(t, l, device));
 }
 
 static int nic_out(const struct topology *t, int32_t d, int32_t *link)
@@ -51,7 +40,7 @@ static int nic_out(const struct topology *t, int32_t d, int32_t *link)
         n = pcie_out(t, l, d, link);
     else if (l->nic_over_pcie)
         link[n++] = l->pcie + 2 * (d - l->first_device);
-    link[n++] = nic_link(t, l, d);
+    link[n++] = wiring_of(t, d)->nic;
     return n;
 }
 
@@ -59,7 +48,7 @@ static int nic_in(const struct topology *t, int32_t d, int32_t *link)
 {
     const struct group_links *l = links_of(t, t->node[d]);
     int n = 0;
-    link[n++] = nic_link(t, l, d) + 1;
+    link[n++] = wiring_of(t, d)->nic + 1;
     if (l->nic_over_pcie && l->nic_at_root)
         return n + pcie_in(t, l, d, link + n);
     if (l->nic_over_pcie)
@@ -82,15 +71,6 @@ static int nvlink(const struct group_links *l, int32_t src, int32_t dst, int32_t
 }
 
 /* ---- between nodes ---- */
-
-int32_t topology_leaf(const struct topology *t, int32_t device)
-{
-    const struct layout *lay = t->priv;
-    const struct fabric *f = &lay->fabric;
-    const int32_t node = t->node[device];
-    const int32_t rail = f->n_rails > 1 ? local_nic(t, links_of(t, node), device) : 0;
-    return node / f->nodes_per_leaf * f->n_rails + rail;
-}
 
 /* Up to spine p % spines, from there over core switch p / spines if need be, and down. */
 static int climb(const struct fabric *f, int32_t from, int32_t to, int32_t p, int32_t *link)
@@ -119,8 +99,8 @@ int topology_route_between(const struct topology *t, int32_t src, int32_t dst, i
     }
     const int32_t from = topology_leaf(t, src), to = topology_leaf(t, dst);
     if (from != to && f->n_spines == 0) { /* PXN: over the neighbour whose NIC is on the other's rail */
-        const struct group_links *l = links_of(t, t->node[src]), *other = links_of(t, t->node[dst]);
-        const int32_t relay = t->first_device[t->node[src]] + local_nic(t, other, dst) * l->per_nic;
+        const struct group_links *l = links_of(t, t->node[src]);
+        const int32_t relay = t->first_device[t->node[src]] + wiring_of(t, dst)->rail * l->per_nic;
         n = nvlink(l, src, relay, link);
         n += nic_out(t, relay, link + n);
     } else {
@@ -155,7 +135,7 @@ static int route_inside(const struct topology *t, int32_t src, int32_t dst, int3
     int n = 0;
     if (l->nvlink >= 0)
         return nvlink(l, src, dst, link);
-    if (l->peer && switch_of(t, l, src) == switch_of(t, l, dst)) { /* the uplink is not crossed */
+    if (l->peer && wiring_of(t, src)->uplink == wiring_of(t, dst)->uplink) { /* the uplink is not crossed */
         link[n++] = l->pcie + 2 * (src - l->first_device);
         link[n++] = l->pcie + 2 * (dst - l->first_device) + 1;
         return n;
@@ -231,12 +211,22 @@ int topology_route(const struct topology *t, int32_t src, int32_t dst, int32_t p
     if (src == dst)
         return 0;
 
+    const struct layout *lay = t->priv;
+    const struct fabric *f = &lay->fabric;
+    if (lay->direct && src < t->n_devices && dst < t->n_devices && t->node[src] != t->node[dst]) {
+        link[0] = lay->wiring[src].nic; /* by far the most frequent: called for every flow of every exchange */
+        link[1] = lay->wiring[dst].nic + 1;
+        if (latency)
+            *latency = t->link[link[0]].latency + t->link[link[1]].latency;
+        return 2;
+    }
     const enum endpoint from = endpoint_kind(t, &src), to = endpoint_kind(t, &dst);
     int n = 0;
     if (from == AT_DEVICE && to == AT_DEVICE && t->node[src] == t->node[dst]) {
         n = route_inside(t, src, dst, link);
     } else if (from == AT_DEVICE && to == AT_DEVICE) {
-        n = topology_route_between(t, src, dst, choose(src, dst, path, topology_paths(t, src, dst)), link);
+        const int32_t p = f->n_spines > 0 ? choose(src, dst, path, topology_paths(t, src, dst)) : 0;
+        n = topology_route_between(t, src, dst, p, link);
     } else if (from == AT_SSD && to == AT_HOST && src == dst && links_of(t, src)->ssd >= 0) {
         const struct group_links *l = links_of(t, src);
         link[n++] = l->ssd + src - l->first_node;
