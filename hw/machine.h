@@ -100,7 +100,6 @@ double topology_compute_end(const struct topology *, int32_t device, double now,
 double topology_work(const struct topology *, int32_t device, double from, double to);
 /* Whether it has failed in the end, and when. */
 bool topology_device_failed(const struct topology *, int32_t device, double *at);
-bool topology_link_failed(const struct topology *, int32_t link, double *at);
 /* An error that names the first device which cannot compute in a precision, and what it can. */
 int topology_computes(const struct topology *, enum precision, struct err *);
 static inline int32_t topology_host(const struct topology *t, int32_t node) { return t->n_devices + node; }

@@ -279,42 +279,13 @@ static void deliver(struct walk *w, const struct net_done *d)
         finish(w, id);
 }
 
-/* Of the exchanges and loads under way, a link that one needs and that has failed; its name, or NULL. */
-static const char *failed_link(const struct walk *w, double *at, int32_t *src, int32_t *dst)
-{
-    const struct topology *t = w->m->topology;
-    int32_t link[TOPOLOGY_MAX_HOPS];
-    for (int32_t id = 0; id < w->g->n_tasks; id++) {
-        const struct task *x = &w->g->task[id];
-        for (int32_t i = 0; w->receivers[id] > 0 && i < (x->kind == TASK_LOAD ? 1 : x->n); i++) {
-            const struct moe_part *p = x->kind == TASK_LOAD ? NULL : &w->g->part[x->first + i];
-            *src = p ? p->src : x->source;
-            *dst = p ? p->dst : x->device;
-            const int32_t n_paths = topology_paths(t, *src, *dst);
-            for (int32_t path = 1; path <= n_paths; path++) {
-                const int n = topology_route(t, *src, *dst, path, link, NULL);
-                for (int h = 0; h < n; h++)
-                    if (topology_link_failed(t, link[h], at))
-                        return t->link[link[h]].name;
-            }
-        }
-    }
-    return NULL;
-}
-
 /* Nothing happens any more, and tasks are left. */
 static void report_stuck(const struct walk *w)
 {
-    const struct topology *t = w->m->topology;
-    double at = 0;
-    int32_t src, dst;
-    const char *link;
-    if (w->lost >= 0 && topology_device_failed(t, w->lost, &at))
-        err_set(w->e, ERR_RUN, "machine %s: device %d failed at %.9g s: %d tasks wait for what never ends", t->name,
-                w->lost, at, w->n_left);
-    else if ((link = failed_link(w, &at, &src, &dst)))
-        err_set(w->e, ERR_RUN, "machine %s: link %s failed at %.9g s, on the way from %d to %d: %d tasks wait for what "
-                "never ends", t->name, link, at, src, dst, w->n_left);
+    double at;
+    if (w->lost >= 0 && topology_device_failed(w->m->topology, w->lost, &at))
+        err_set(w->e, ERR_RUN, "machine %s: device %d failed at %.9g s: %d tasks wait for what never ends",
+                w->m->topology->name, w->lost, at, w->n_left);
     else
         err_set(w->e, ERR_RUN, "%d tasks wait for something that never ends", w->n_left);
 }

@@ -194,17 +194,3 @@ bool topology_device_failed(const struct topology *t, int32_t device, double *at
         }
     return false;
 }
-
-bool topology_link_failed(const struct topology *t, int32_t link, double *at)
-{
-    bool failed = false;
-    for (int32_t i = 0; i < t->n_changes; i++) {
-        const struct link_change *c = &t->change[i];
-        if (c->link != link)
-            continue;
-        if (c->bandwidth <= 0 && !failed)
-            *at = c->at;
-        failed = c->bandwidth <= 0;
-    }
-    return failed;
-}

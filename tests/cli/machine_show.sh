@@ -28,6 +28,17 @@ ok "... both" grep -q '^fault: gpu1.nic has 0 of its bandwidth from 2 ms on' sho
 ok "the same every time" cmp <("$moelab" machine show h20 --json) <("$moelab" machine show h20 --json)
 for m in $machines; do run_expect 0 '"sources"' "$moelab" machine show "$m" --json; done
 
+# A device that fails under a run ends it, by name.
+cp "$top_srcdir/tests/cli/fixtures/tiny.lua" .
+cat >fails.lua <<'EOF2'
+require "tiny".experiment { machine = require "moelab".machine "star-50GBps" { nodes = 4,
+                            faults = { { device = 2, at = "30 us" } } } }:run()
+EOF2
+run_expect 1 'machine star-50GBps: device 2 failed at 3e-05 s: [0-9]+ tasks wait for what never ends' \
+    "$moelab" run fails.lua --out fails
+sed -i 's/device = 2/link = "gpu2.nic"/' fails.lua
+run_expect 1 'link gpu2.nic.(in|out) failed at 3e-05 s, for good' "$moelab" run fails.lua --out fails
+
 run_expect 2 'no machine named "h8000-ib"; did you mean "h800-ib"' "$moelab" machine show h8000-ib
 run_expect 2 '--set nodes=4: expected machine.KEY=VALUE' "$moelab" machine show h800-ib --set nodes=4
 run_expect 2 'h800-ib.lua: nic.bandwidth: found "400 Gb/s": bits; write "50 GB/s"' \

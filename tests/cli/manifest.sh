@@ -6,6 +6,10 @@
 cp "$top_srcdir"/tests/cli/fixtures/{tiny,again}.lua "$work"
 cd "$work" || exit 99
 
+mkdir -p data/hw/machines && export MOELAB_DATA_PATH=$PWD/data
+two='{ nodes = 1, devices = 2, nvlink = { bandwidth = "100 GB/s", latency = "1 us", source = "a test" } }'
+sed "s/^  nodes   = 8,//; s|^  devices = 1,|  groups = { { nodes = 2, devices = 1 }, $two },|" \
+    "$top_srcdir/hw/machines/star-50GBps.lua" >data/hw/machines/unlike.lua
 cat >x.lua <<'EOF2'
 local moe, tiny = require "moelab", require "tiny"
 local executors = moe.has "simgrid" and { "flow", "simgrid" } or { "flow" }
@@ -19,6 +23,15 @@ tiny.experiment {
   workload = moe.prefill { trace = tiny.trace, tokens_per_device = 32, steps = 4, profile = 0.25 },
   machine = moe.machine "star-50GBps" { nodes = moe.each { 2, 4 }, nic = { bandwidth = "40 GB/s" } },
   seed = moe.each { 1, 7 },
+}:run()
+-- Nodes that differ below a network with several paths, one device slower later on.
+tiny.experiment {
+  name = "unlike", placement = "round-robin",
+  machine = moe.machine "unlike" {
+    slow = { { device = 1, factor = 2, at = "20 us" } }, faults = { { link = "gpu0.nic", at = "10 us", factor = 0.5 } },
+    network = { kind = "leaf-spine", nodes_per_leaf = 1, spines = 2, oversubscription = 1, paths = "split",
+                source = "a test" },
+  },
 }:run()
 -- As much as the memory holds; as was said; and a policy that knows the future.
 tiny.experiment {

@@ -61,7 +61,8 @@ static void exchange_of(const struct topology *t, struct start *x)
     for (int s = 0; s < n; s++) {
         for (int d = 0; d < n; d++) {
             struct net_flow f = { .src = s, .dst = d, .bytes = size_of(kind, d) };
-            if (s == d && (f.loop = draw() < 0.3 && t->devices_per_node > 1)) /* a kernel's own part passes its port */
+            /* A kernel's own part passes its port. */
+            if (s == d && (f.loop = draw() < 0.3 && t->n_devices > t->n_nodes))
                 f.delay = 1e-6 * draw();
             x->flow[x->n++] = f;
         }
@@ -73,7 +74,7 @@ static void copies_of(const struct topology *t, struct start *x)
     x->flow = malloc((size_t)t->n_devices * sizeof *x->flow);
     for (int d = 0; d < t->n_devices; d++)
         if (draw() < 0.5)
-            x->flow[x->n++] = (struct net_flow){ topology_host(t, d / t->devices_per_node), d, 2e6 * draw() };
+            x->flow[x->n++] = (struct net_flow){ topology_host(t, t->node[d]), d, 2e6 * draw() };
 }
 
 /* One exchange, or up to five exchanges and sets of copies, each somewhere in the time the first takes. */
@@ -83,7 +84,7 @@ static struct traffic traffic_of(const struct topology *t, bool several)
     double scale = 0;
     for (int i = 0; i < w.n_starts; i++) {
         struct start *x = &w.start[i];
-        if (i > 0 && t->devices_per_node > 1 && draw() < 0.4)
+        if (i > 0 && t->n_devices > t->n_nodes && draw() < 0.4)
             copies_of(t, x);
         else
             exchange_of(t, x);

@@ -42,11 +42,8 @@ static void changes(void **state)
         assert_true(t->change[i].at > t->change[i - 1].at || t->change[i].link > t->change[i - 1].link);
 
     double at = 0;
-    assert_false(topology_link_failed(t, t->change[0].link, &at)); /* it came back */
-    assert_true(topology_link_failed(t, t->change[3].link, &at) && at == 2e-3);
     assert_true(topology_device_failed(t, 7, &at) && at == 4e-3);
     assert_false(topology_device_failed(t, 6, &at));
-    assert_true(topology_link_failed(t, t->change[13].link, &at) && at == 4e-3); /* gpu7's own */
     topology_free(t);
 }
 
@@ -59,8 +56,8 @@ static void slower(void **state)
                                 " {\"device\": 2, \"factor\": 2, \"at\": \"1 s\"}]",
                                 "[{\"device\": 2, \"at\": \"10 s\"}]");
     assert_near(topology_compute_end(t, 2, 0, 1), 1, 1e-12);
-    assert_near(topology_compute_end(t, 2, 0.5, 1), 2, 1e-12);      /* half of it, then 0.5 s twice as long */
-    assert_near(topology_compute_end(t, 2, 0, 3), 5.5, 1e-12);      /* 1 s, 3 s for 1.5 s, 1.5 s for 0.5 s */
+    assert_near(topology_compute_end(t, 2, 0.5, 1), 2, 1e-12); /* half of it, then 0.5 s twice as long */
+    assert_near(topology_compute_end(t, 2, 0, 3), 5.5, 1e-12); /* 1 s, 3 s for 1.5 s, 1.5 s for 0.5 s */
     assert_near(topology_compute_end(t, 2, 5, 1.5), 9.5, 1e-12);
     assert_true(isinf(topology_compute_end(t, 2, 8, 1)));
     assert_true(isinf(topology_compute_end(t, 2, 11, 0)));
@@ -107,6 +104,41 @@ static void failed_device(void **state)
     assert_int_equal(err_exit_code(e.code), 1);
     assert_near(g.task[a].end, 10 * US, 1e-9);
     assert_near(g.task[alone].end, 30 * US, 1e-9);
+    machine_close(&m);
+    graph_free(&g);
+    topology_free(t);
+}
+
+/* 1 MB over a NIC of 50 GB/s takes 20 us: half the link from 10 us on, 30; none from 10 to 50 us, 60; and none for good
+ * is reported, with what it was on the way to. */
+static void links_in_time(void **state)
+{
+    (void)state;
+    static const char *const faults[] = {
+        "[{\"link\": \"gpu1.nic.in\", \"at\": \"10 us\", \"factor\": 0.5}]",
+        "[{\"link\": \"gpu0.nic\", \"at\": \"10 us\"}, {\"link\": \"gpu0.nic\", \"at\": \"50 us\", \"factor\": 1}]",
+    };
+    for (int i = 0; i < 2; i++) {
+        struct topology *t = faulty(NULL, NULL, faults[i]);
+        const struct net_flow one = { .src = 0, .dst = 1, .bytes = 1e6 };
+        for (enum net_tier tier = NET_BOUND; tier <= NET_EXACT; tier++)
+            assert_near(test_makespan(t, tier, &one, 1, NULL), (i ? 60e-6 : 30e-6) + 500e-9, 1e-9);
+        topology_free(t);
+    }
+
+    struct topology *t = faulty("hash", NULL, "[{\"link\": \"leaf0\", \"at\": \"10 us\"}]");
+    struct moe_graph g = { .n_devices = 8 };
+    struct machine m;
+    struct err e = { 0 };
+    const struct moe_part near = { 2, 3, 1e6, 0, NULL, 0 }, far = { 1, 7, 1e6, 0, NULL, 0 };
+    const int32_t there = test_parts(&g, 1, &near);
+    test_after(&g, test_compute(&g, 7, 0, 10 * US), test_parts(&g, 1, &far));
+    test_ok(machine_open_sim(&m, t, &test_model, PREC_BF16, NET_EXACT, &e), &e);
+    assert_int_equal(machine_run(&m, &g, &e), ERR_RUN);
+    const char *end = "failed at 1e-05 s, for good: the exchange from 1 to 7 can not end";
+    if (strncmp(e.text, "link leaf0.spine", 16) != 0 || !strstr(e.text, end))
+        fail_msg("found \"%s\", expected \"link leaf0.spine... %s\"", e.text, end);
+    assert_near(g.task[there].end, 20.5 * US, 1e-9);
     machine_close(&m);
     graph_free(&g);
     topology_free(t);
@@ -166,7 +198,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(changes),       cmocka_unit_test(slower),   cmocka_unit_test(straggler),
-        cmocka_unit_test(failed_device), cmocka_unit_test(rehashed),
+        cmocka_unit_test(failed_device), cmocka_unit_test(rehashed), cmocka_unit_test(links_in_time),
     };
     cmocka_set_message_output(CM_OUTPUT_TAP);
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -11,7 +11,8 @@ static struct topology *machine_with(const char *name, const char *changes)
     const char *key;
     if (!c)
         fail_msg("%s: %s", changes, why.text);
-    json_object_foreach(c, key, v) {
+    json_object_foreach(c, key, v)
+    {
         json_t *there = json_object_get(d, key);
         if (json_is_object(there) && json_is_object(v))
             json_object_update(there, v);
@@ -34,8 +35,9 @@ static struct topology *star(int nodes, const char *network)
 }
 
 /* Two nodes on each of four leaves, four spines, 12.5 GB/s to each: a leaf's NICs have twice what goes up. */
-#define LEAF_SPINE(paths) NETWORK("\"kind\": \"leaf-spine\", \"nodes_per_leaf\": 2, \"spines\": 4, " \
-                                  "\"oversubscription\": 2, \"latency\": \"300 ns\", \"paths\": \"" paths "\"")
+#define LEAF_SPINE(paths)                                                      \
+    NETWORK("\"kind\": \"leaf-spine\", \"nodes_per_leaf\": 2, \"spines\": 4, " \
+            "\"oversubscription\": 2, \"latency\": \"300 ns\", \"paths\": \"" paths "\"")
 
 static void leaf_spine(void **state)
 {
@@ -147,10 +149,10 @@ static void split_evenly(void **state)
 }
 
 /* Two nodes to a leaf, two leaves to a pod, two spines in each, three core switches above each spine. */
-#define FAT_TREE(paths) NETWORK("\"kind\": \"fat-tree\", \"nodes_per_leaf\": 2, \"leaves_per_pod\": 2, " \
-                                "\"spines\": 2, " \
-                                "\"cores\": 3, \"oversubscription\": 1, \"core_oversubscription\": 4, \"paths\": \"" \
-                                paths "\"")
+#define FAT_TREE(paths)                                                              \
+    NETWORK("\"kind\": \"fat-tree\", \"nodes_per_leaf\": 2, \"leaves_per_pod\": 2, " \
+            "\"spines\": 2, "                                                        \
+            "\"cores\": 3, \"oversubscription\": 1, \"core_oversubscription\": 4, \"paths\": \"" paths "\"")
 
 static void fat_tree(void **state)
 {
@@ -193,7 +195,7 @@ static void rails(void **state)
     topology_free(t);
 
     t = machine_with("dgx-h100", "{\"nodes\": 4, " NETWORK("\"kind\": \"rail\", \"nodes_per_leaf\": 2, \"spines\": 2, "
-                                                            "\"uplink\": \"100 GB/s\"") "}");
+                                                           "\"uplink\": \"100 GB/s\"") "}");
     assert_int_equal(topology_paths(t, 0, 13), 2);
     assert_string_equal(test_route(t, 3, 11, 0, NULL), "gpu3.nic.out gpu11.nic.in");
     assert_string_equal(test_route(t, 0, 13, 2, NULL), "gpu0.nic.out leaf0.spine1.out leaf5.spine1.in gpu13.nic.in");
@@ -308,8 +310,9 @@ static void groups(void **state)
     json_t *d = test_description("dgx-h100", 0);
     json_object_del(d, "nodes");
     json_object_del(d, "devices");
-    json_object_set_new(d, "groups", json_pack("[{s:i,s:i},{s:i,s:i,s:b}]", "nodes", 1, "devices", 8, "nodes", 1,
-                                               "devices", 8, "nic", 0));
+    json_object_set_new(
+        d, "groups",
+        json_pack("[{s:i,s:i},{s:i,s:i,s:b}]", "nodes", 1, "devices", 8, "nodes", 1, "devices", 8, "nic", 0));
     e = (struct err){ 0 };
     assert_int_equal(topology_build(&t, d, "m.lua", &e), ERR_INPUT);
     assert_string_equal(e.text, "m.lua: groups[2].nic: missing: 2 nodes cannot reach each other without one");
@@ -357,13 +360,51 @@ static void there_and_back(void **state)
     }
 }
 
+/* The tiers agree on every network as they do on the star, several exchanges at once included. */
+static void tiers_agree(void **state)
+{
+    (void)state;
+    const char *const networks[] = { LEAF_SPINE("hash"), LEAF_SPINE("split"), LEAF_SPINE("spray"),
+                                     FAT_TREE("hash"),   FAT_TREE("split"),   FAT_TREE("spray") };
+    for (size_t i = 0; i < sizeof networks / sizeof *networks; i++) {
+        struct topology *t = star(16, networks[i]);
+        size_t n, n_even;
+        struct net_flow *flow = test_exchange(16, test_uneven, &n), *even = test_exchange(16, test_uniform, &n_even);
+        const double exact = test_makespan(t, NET_EXACT, flow, n, NULL),
+                     bound = test_makespan(t, NET_BOUND, flow, n, NULL);
+        assert_true(bound <= exact * (1 + 1e-9));
+        assert_true(bound > 0.5 * exact);
+        assert_near(test_makespan(t, NET_FLOW, flow, n, NULL), exact, 2e-3);
+        if (net_simgrid_available() &&
+            i % 3 != 1) /* SimGrid has one way between two endpoints: nothing to split over */
+            assert_near(test_makespan(t, NET_SIMGRID, flow, n, NULL), exact, 1e-6);
+
+        struct net_done done[64];
+        double last[2] = { 0 };
+        for (int k = 0; k < 2; k++) {
+            struct net *net = test_net(t, k ? NET_EXACT : NET_FLOW);
+            test_start(net, 0, 1, flow, n);
+            test_start(net, 0.3 * exact, 2, even, n_even);
+            const size_t got = test_drain(net, done, 64);
+            assert_int_equal(got, 32);
+            last[k] = done[got - 1].time;
+            net_close(net);
+        }
+        assert_near(last[0], last[1], 2e-3);
+        assert_true(last[1] > exact);
+        free(flow);
+        free(even);
+        topology_free(t);
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(leaf_spine),     cmocka_unit_test(hashed),        cmocka_unit_test(spread),
-        cmocka_unit_test(split_evenly),   cmocka_unit_test(fat_tree),      cmocka_unit_test(rails),
-        cmocka_unit_test(inside_a_node),  cmocka_unit_test(unified_memory), cmocka_unit_test(groups),
-        cmocka_unit_test(group_of_all),   cmocka_unit_test(there_and_back),
+        cmocka_unit_test(leaf_spine),    cmocka_unit_test(hashed),         cmocka_unit_test(spread),
+        cmocka_unit_test(split_evenly),  cmocka_unit_test(fat_tree),       cmocka_unit_test(rails),
+        cmocka_unit_test(inside_a_node), cmocka_unit_test(unified_memory), cmocka_unit_test(groups),
+        cmocka_unit_test(tiers_agree),   cmocka_unit_test(group_of_all),   cmocka_unit_test(there_and_back),
     };
     cmocka_set_message_output(CM_OUTPUT_TAP);
     return cmocka_run_group_tests(tests, NULL, NULL);
