@@ -20,12 +20,14 @@ int job_topology(struct eval_job *j, const char *machine, int32_t n_devices, int
     char file[600];
     if (script_machine(machine, &d, file, sizeof file, j->err) < 0)
         return err_prefix(j->err, "%s", j->who);
-    if (json_object_get(d, "groups")) { /* of nodes that differ: it is as it is */
+    if (json_object_get(d, "groups") || json_object_get(d, "platform")) { /* written down: it is as it is */
         const struct topology *t = topology_build(&j->topology, d, file, j->err) == 0 ? j->topology : NULL;
         if (t && ((n_devices > 0 && n_devices != t->n_devices) || (n_nodes > 0 && n_nodes != t->n_nodes)))
-            err_set(j->err, ERR_INPUT, "%s: machine %s is as its groups say, %d devices on %d nodes: found %s %d",
+            err_set(j->err, ERR_INPUT, "%s: machine %s is as its file says, %d devices on %d nodes: found %s %d",
                     j->file, machine, t->n_devices, t->n_nodes, n_devices > 0 ? "devices" : "nodes",
                     n_devices > 0 ? n_devices : n_nodes);
+        if (t && j->kind != EVAL_MACHINE) /* who asks more than how long transfers take */
+            topology_computes(t, PREC_BF16, j->err);
         json_decref(d);
         return j->err->code;
     }

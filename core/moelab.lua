@@ -249,9 +249,11 @@ local function machine_spec(v, run, where)
   if not is(v, Machine) then
     fail(at_key(where, "machine"), "machine: expected moe.machine \"NAME\", found %s", type(v))
   end
-  local description, file = native.machine(v.name)
+  local options = merge({}, v.options)
+  local description, file = native.machine(v.name, options.like)
+  options.like = nil
   if not description then fail(text_of(v.where), "%s", file) end
-  return { executor = run.executor, tier = run.tier, file = file, description = merge(description, v.options) }
+  return { executor = run.executor, tier = run.tier, file = file, description = merge(description, options) }
 end
 
 local function model_spec(v, where)

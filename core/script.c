@@ -444,7 +444,7 @@ static int no_machine(const char *name, struct err *e)
     return err_set(e, ERR_INPUT, "no machine named \"%s\" (hw/machines/%s.lua)", name, name);
 }
 
-int script_machine(const char *name, json_t **description, char *file, size_t room, struct err *e)
+int script_machine_file(const char *name, json_t **description, char *file, size_t room, struct err *e)
 {
     struct script s = { .path = "" };
     char sub[300];

@@ -21,8 +21,12 @@ struct script_options {
  * The script's own results table for `moelab reproduce` (rows of scenarios/lib/paper.lua) goes to *claims. */
 int script_run(const char *path, const struct script_options *, json_t **claims, struct err *);
 
-/* A machine file as JSON: a name under hw/machines/ or a path. file: where it was found. */
+/* A machine file as JSON: a name under hw/machines/, or a path of such a file or of a SimGrid platform (.xml). file:
+ * where it was found. */
 int script_machine(const char *name_or_path, json_t **description, char *file, size_t room, struct err *);
+
+/* Gives a description with a platform the devices of the machine that it, or else its own key `like`, names. */
+int script_machine_like(json_t *description, const char *like, const char *file, struct err *);
 
 /* The policy that the running scenario registered under this id (moe.policy). */
 const struct moe_plugin *script_policy(int id);

@@ -63,4 +63,7 @@ void script_clock_stop(lua_State *, lua_State *before);
 void script_clock_pause(void); /* while runs go on */
 void script_clock_resume(void);
 
+/* A machine file in Lua as it is written. */
+int script_machine_file(const char *name, json_t **description, char *file, size_t room, struct err *);
+
 #endif

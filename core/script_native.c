@@ -169,13 +169,15 @@ static int n_fail(lua_State *L)
     return script_raise(L, &e);
 }
 
-/* machine(name) -> description, file */
+/* machine(name, like) -> description, file; like: nil, or whose devices a platform has */
 static int n_machine(lua_State *L)
 {
     json_t *o = NULL;
     char file[600];
     struct err e = { 0 };
-    if (script_machine(luaL_checkstring(L, 1), &o, file, sizeof file, &e) < 0) {
+    if (script_machine(luaL_checkstring(L, 1), &o, file, sizeof file, &e) < 0 ||
+        (!lua_isnoneornil(L, 2) && script_machine_like(o, lua_tostring(L, 2), file, &e) < 0)) {
+        json_decref(o);
         lua_pushnil(L);
         lua_pushstring(L, e.text);
         return 2;

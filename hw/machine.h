@@ -51,8 +51,8 @@ struct exchange_costs {
     double message_overhead; /* bytes on the links beside each message */
 };
 
-/* PCIe and its uplink, a NIC, two links up a fat tree, and the same down. */
-#define TOPOLOGY_MAX_HOPS 12
+/* Up to 12 (PCIe and its uplink, a NIC, two links up a fat tree, and the same down), more in imported platforms. */
+#define TOPOLOGY_MAX_HOPS 32
 
 /* From `at` on, in seconds of the machine's clock, a link has another bandwidth; 0: it has failed. */
 struct link_change { double at; int32_t link; double bandwidth; };
@@ -76,6 +76,7 @@ struct topology {
     struct slow_change *slow;    /* [n_slow] in order of (device, at) */
     double *host_memory, *host_mem_bandwidth, *host_flops; /* [N] */
     bool *unified;               /* [N] host memory is the device's: what one holds, the other lacks */
+    struct platform *platform;   /* links and routes that are written down one by one; or NULL */
     void *priv;                  /* what topology_route.c needs to answer routes */
     json_t *description;         /* as written, defaults filled in: for the manifest */
 };

@@ -72,6 +72,9 @@ extern const struct net_ops net_bound_ops;
 extern const struct net_ops net_flow_ops; /* tiers flow, exact */
 extern const struct net_ops net_simgrid_ops;
 
+/* The path of moelab-simgrid; false: there is none, and `tried` lists where it was looked for. */
+bool net_simgrid_server(char *path, size_t size, char *tried, size_t room);
+
 /* Sizes are shares of messages: less than this is rounding, and counts as 0 bytes. */
 #define NET_LEAST_BYTES 1e-6
 

@@ -79,14 +79,22 @@ static const char *candidate(int i, char *path, size_t size)
     }
 }
 
-static int find_server(char *path, size_t size, struct err *err)
+bool net_simgrid_server(char *path, size_t size, char *tried, size_t room)
 {
-    char tried[700] = "";
+    *tried = '\0';
     for (int i = 0; candidate(i, path, size); i++) {
         if (access(path, X_OK) == 0)
-            return 0;
-        snprintf(tried + strlen(tried), sizeof tried - strlen(tried), "%s%.200s", i ? ", " : "", path);
+            return true;
+        snprintf(tried + strlen(tried), room - strlen(tried), "%s%.200s", i ? ", " : "", path);
     }
+    return false;
+}
+
+static int find_server(char *path, size_t size, struct err *err)
+{
+    char tried[700];
+    if (net_simgrid_server(path, size, tried, sizeof tried))
+        return 0;
     return err_set(err, ERR_INPUT,
                    "tier simgrid: no " SERVER " (looked for %s): it is not built --without-simgrid; "
                    "use tier exact, which shares its model, or set MOELAB_LIBEXEC",

@@ -34,8 +34,11 @@
  *
  * Started as `moelab-simgrid --parallel-task` it knows one exchange only, of at most one flow per pair, which it makes
  * one task of SimGrid's model L07: all its flows go on in step and end together. That is for comparison.
+ * Started as `moelab-simgrid --platform FILE MAX_HOSTS` it reads a platform instead: simgrid_platform.cpp.
  *
  * What is wrong is answered by `error TEXT`, and the program ends with status 1. */
+#include "simgrid_platform.h"
+
 #include <simgrid/s4u.hpp>
 
 #include <cmath>
@@ -238,6 +241,8 @@ class Server
 
 int main(int argc_given, char **argv_given)
 {
+    if (argc_given == 4 && strcmp(argv_given[1], "--platform") == 0)
+        simgrid_platform(argv_given[2], argv_given[3]);
     bool parallel_task = argc_given > 1 && strcmp(argv_given[1], "--parallel-task") == 0;
     puts("moelab-simgrid 2");
     fflush(stdout);

@@ -2,6 +2,7 @@
  * topology.c - a machine built from its description: devices, hosts, and what the other topology files add. */
 #include "config.h"
 
+#include "platform.h"
 #include "topology_internal.h"
 
 #include <stdio.h>
@@ -63,7 +64,7 @@ static int fill_group(struct topology *t, const struct group *g, int32_t *node, 
     struct device_spec spec = { 0 };
     char path[64];
     snprintf(path, sizeof path, "%sdevice.", g->path);
-    if (copy_name(spec.name, g->table[DEVICE], path, file, err))
+    if (g->table[DEVICE] && copy_name(spec.name, g->table[DEVICE], path, file, err))
         return err->code;
     device_fill(&spec, g->table[DEVICE], g->table[PEAK], g->table[GEMM]);
     const json_t *host = g->table[HOST];
@@ -129,6 +130,7 @@ void topology_free(struct topology *t)
     if (!t)
         return;
     topology_layout_free(t->priv);
+    platform_free(t->platform);
     json_decref(t->description);
     free(t->device);
     free(t->node);
@@ -148,6 +150,10 @@ int topology_computes(const struct topology *t, enum precision p, struct err *er
     for (int32_t d = 0; d < t->n_devices; d++) {
         const struct device_spec *spec = &t->device[d];
         char has[100] = "";
+        if (!*spec->name)
+            return err_set(err, ERR_INPUT, "machine %s: a platform alone says nothing of devices, and nothing computes "
+                           "on it: name a machine that has the same, moe.machine \"...\" { like = \"dgx-h100\" }",
+                           t->name);
         if (spec->peak[p] > 0 || (d > 0 && !memcmp(spec->peak, spec[-1].peak, sizeof spec->peak)))
             continue;
         for (int q = 0; q < N_PRECISIONS; q++)

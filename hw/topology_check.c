@@ -3,6 +3,7 @@
  * which some endpoints could not reach each other, a network that fits its nodes. */
 #include "config.h"
 
+#include "platform.h"
 #include "topology_internal.h"
 
 #include <stdio.h>
@@ -27,6 +28,8 @@ static int fill_group(struct group *g, const json_t *own, const json_t *top, con
         if (!json_is_object(g->table[s])) /* false: none */
             g->table[s] = NULL;
     }
+    if (!g->table[DEVICE] && json_object_get(top, "platform")) /* it is only asked how long transfers take */
+        return 0;
     if (!g->table[DEVICE])
         return err_set(err, ERR_INPUT, "%s: %sdevice: missing", file, g->path);
     g->table[PEAK] = json_object_get(g->table[DEVICE], "peak");
@@ -227,7 +230,10 @@ static const json_t *list_of(const json_t *top, const char *key)
 
 int topology_check(json_t *description, struct parts *p, const char *file, struct err *err)
 {
-    int rc = topology_format(description, TOP, "", file, err);
+    const bool platform = json_object_get(description, "platform");
+    int rc = platform ? platform_check(description, file, err) : 0;
+    if (rc == 0)
+        rc = topology_format(description, TOP, "", file, err);
     if (rc || (rc = list_groups(description, p, file, err)))
         return rc;
     p->network = json_object_get(description, "network");
@@ -243,7 +249,7 @@ int topology_check(json_t *description, struct parts *p, const char *file, struc
     if (devices > TOPOLOGY_MAX_DEVICES)
         return err_set(err, ERR_INPUT, "%s: %s: found %g nodes of %g devices, expected at most %d devices in all", file,
                        p->n_groups > 1 ? "groups" : "nodes", nodes, devices / nodes, TOPOLOGY_MAX_DEVICES);
-    for (int32_t i = 0; i < p->n_groups && rc == 0; i++)
+    for (int32_t i = 0; i < p->n_groups && rc == 0 && !platform; i++)
         rc = check_node(&p->group[i], nodes, file, err);
     if (rc == 0 && p->network)
         rc = check_network(p, nodes, file, err);

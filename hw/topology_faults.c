@@ -88,6 +88,9 @@ static int read_device(struct topology *t, const json_t *fault, const char *path
     if (json_object_get(fault, "factor"))
         return err_set(err, ERR_INPUT,
                        "%s: %sfactor: a device in faults has failed; one that is slower belongs in slow", file, path);
+    if (t->platform)
+        return err_set(err, ERR_INPUT, "%s: %sdevice: a platform does not say which links are a device's: name them",
+                       file, path);
     if (check_device(t, device, path, file, err))
         return err->code;
     snprintf(name, sizeof name, "gpu%d", device);

@@ -203,6 +203,8 @@ static int check_keys(json_t *table, enum section s, const char *path, const cha
     for (int i = TOP + 1; i < N_SECTIONS; i++)
         if (sections[i].parents & IN(s))
             known[n++] = sections[i].key;
+    if (s == TOP)
+        known[n++] = "platform"; /* platform.c knows what is in it */
     if (sections[s].figures) {
         known[n++] = "source";
         known[n++] = "assumed";

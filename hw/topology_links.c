@@ -5,6 +5,7 @@
  * and 4096 devices need no table of all pairs. */
 #include "config.h"
 
+#include "platform.h"
 #include "topology_internal.h"
 
 #include <math.h>
@@ -276,6 +277,8 @@ int topology_links(struct topology *t, const struct parts *p, const char *file, 
     }
     if (!lay || !lay->group || !lay->group_of || !lay->wiring)
         return err_set(err, ERR_MEMORY, "%s: out of memory", file);
+    if (json_object_get(t->description, "platform"))
+        return platform_build(t, file, err);
     int64_t room = 0;
     int32_t node = 0, device = 0;
     for (int32_t i = 0; i < p->n_groups; i++) {

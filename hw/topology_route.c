@@ -2,6 +2,7 @@
  * topology_route.c - the links between any two endpoints of a machine. Routes are computed, never stored. */
 #include "config.h"
 
+#include "platform.h"
 #include "topology_internal.h"
 
 #include <assert.h>
@@ -170,7 +171,7 @@ static int route_host(const struct topology *t, int32_t device, bool to_device, 
 int topology_loop(const struct topology *t, int32_t device, int32_t link[TOPOLOGY_MAX_HOPS])
 {
     const struct group_links *l = links_of(t, t->node[device]);
-    if (l->nvlink < 0 || l->mesh)
+    if (t->platform || l->nvlink < 0 || l->mesh)
         return 0;
     link[0] = l->nvlink + 2 * (device - l->first_device);
     link[1] = link[0] + 1;
@@ -206,6 +207,8 @@ int topology_route(const struct topology *t, int32_t src, int32_t dst, int32_t p
 {
     assert(src >= 0 && src < t->n_devices + 2 * t->n_nodes);
     assert(dst >= 0 && dst < t->n_devices + 2 * t->n_nodes);
+    if (t->platform)
+        return platform_route(t, src, dst, link, latency);
     if (latency)
         *latency = 0;
     if (src == dst)
