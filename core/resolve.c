@@ -5,6 +5,7 @@
  * follows from it and cannot be set is in `derived`: counts of devices, tokens and requests, sizes of caches. */
 #include "config.h"
 
+#include "latency_table.h"
 #include "registry.h"
 #include "run.h"
 #include "sha256.h"
@@ -81,6 +82,19 @@ static json_t *resolve_policies(const struct run *r, const json_t *given)
     return to;
 }
 
+/* Measured times by file: its checksum. */
+static json_t *sum_tables(const struct latency_table *t)
+{
+    json_t *sums = json_object();
+    const char *name, *path;
+    char hex[65];
+    struct err why = { 0 };
+    for (int32_t i = 0; latency_table_file(t, i, &name, &path); i++)
+        if (sha256_file(path, hex, &why) == 0)
+            json_object_set_new(sums, name, json_string(hex));
+    return sums;
+}
+
 static json_t *derive(const struct run *r)
 {
     const struct workload *w = &r->workload;
@@ -91,6 +105,8 @@ static json_t *derive(const struct run *r)
         json_object_set_new(o, "cache_experts", json_integer(r->context.cache_objects));
         json_object_set_new(o, "cache_bytes", json_real((double)r->context.cache_objects * run_expert_bytes(r)));
     }
+    if (r->topology->tables)
+        json_object_set_new(o, "tables", sum_tables(r->topology->tables));
     return o;
 }
 

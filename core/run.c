@@ -16,6 +16,7 @@
 #include "config.h"
 
 #include "run.h"
+#include "latency_table.h"
 #include "registry.h"
 #include "script.h"
 
@@ -329,6 +330,15 @@ int run_go(struct run *r)
     return 0;
 }
 
+/* Where times came from, if not from the models alone. */
+static json_t *models_json(const struct latency_table *t)
+{
+    int64_t measured, modelled;
+    latency_table_counts(t, &measured, &modelled);
+    return json_pack("{s:o, s:I, s:I}", "gemm", json_sprintf("table %s + model", latency_table_files(t)),
+                     "gemm_measured", (json_int_t)measured, "gemm_modelled", (json_int_t)modelled);
+}
+
 json_t *run_result(const struct run *r)
 {
     char hash[20];
@@ -338,6 +348,8 @@ json_t *run_result(const struct run *r)
                           r->workload.n_tokens);
     if (r->tier < N_NET_TIERS)
         json_object_set_new(o, "tier", json_string(net_tier_name[r->tier]));
+    if (r->topology->tables && r->tier < N_NET_TIERS)
+        json_object_set_new(o, "models", models_json(r->topology->tables));
     if (r->machine.verify)
         json_object_set_new(o, "verified", json_real(r->machine.max_error));
     if (r->machine.peak_memory > 0)

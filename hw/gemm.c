@@ -14,7 +14,7 @@
  * Tiles and memory overlap, but neither hides the other wholly: a p-norm with exponent `overlap` joins the two. */
 #include "config.h"
 
-#include "machine.h"
+#include "latency_table.h"
 
 #include <math.h>
 
@@ -82,6 +82,10 @@ struct kernel_cost cost_gemm(const struct device_spec *d, enum precision p, int3
     }
     const double computing = waves * seconds / n_tiles, q = d->gemm.overlap;
     const double memory = bytes / (d->mem_bandwidth * d->gemm.mem_efficiency);
-    return (struct kernel_cost){ d->gemm.launch_s + pow(pow(computing, q) + pow(memory, q), 1 / q), computing,
-                                 memory };
+    const double modelled = d->gemm.launch_s + pow(pow(computing, q) + pow(memory, q), 1 / q);
+    if (!d->tables)
+        return (struct kernel_cost){ modelled, computing, memory };
+    /* What was measured keeps arithmetic and memory as busy as the model says. */
+    const double measured = latency_table_gemm(d->tables, p, n_groups, group, b, modelled), share = measured / modelled;
+    return (struct kernel_cost){ measured, computing * share, memory * share };
 }

@@ -39,6 +39,7 @@ struct device_spec {
         double launch_s;
         double overlap;         /* of tiles and memory: exponent, INFINITY hides one behind the other */
     } gemm;
+    struct latency_table *tables; /* products that were timed go before gemm.c's model; or NULL. The topology's */
 };
 
 struct link { char name[64]; double bandwidth; double latency; };
@@ -76,6 +77,7 @@ struct topology {
     struct slow_change *slow;    /* [n_slow] in order of (device, at) */
     double *host_memory, *host_mem_bandwidth, *host_flops; /* [N] */
     bool *unified;               /* [N] host memory is the device's: what one holds, the other lacks */
+    struct latency_table *tables; /* or NULL */
     struct platform *platform;   /* links and routes that are written down one by one; or NULL */
     void *priv;                  /* what topology_route.c needs to answer routes */
     json_t *description;         /* as written, defaults filled in: for the manifest */

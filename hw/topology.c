@@ -2,6 +2,7 @@
  * topology.c - a machine built from its description: devices, hosts, and what the other topology files add. */
 #include "config.h"
 
+#include "latency_table.h"
 #include "platform.h"
 #include "topology_internal.h"
 
@@ -84,6 +85,21 @@ static int fill_group(struct topology *t, const struct group *g, int32_t *node, 
     return 0;
 }
 
+/* Every device's, so devices have to be alike. */
+static int add_tables(struct topology *t, const json_t *files, const char *file, struct err *err)
+{
+    if (json_object_get(t->description, "groups"))
+        return err_set(err, ERR_INPUT, "%s: tables: measured on one kind of device, and the machine has groups of them",
+                       file);
+    if (!*t->device[0].name)
+        return err_set(err, ERR_INPUT, "%s: tables: the machine has no devices that compute", file);
+    if (latency_table_read(&t->tables, files, file, err))
+        return err->code;
+    for (int32_t d = 0; d < t->n_devices; d++)
+        t->device[d].tables = t->tables;
+    return 0;
+}
+
 static int build(struct topology *t, const char *file, struct err *err)
 {
     struct parts parts = { 0 };
@@ -101,6 +117,9 @@ static int build(struct topology *t, const char *file, struct err *err)
                                            topology_number(parts.exchange, "per_peer"),
                                            topology_number(parts.exchange, "per_message"),
                                            topology_number(parts.exchange, "message_overhead") };
+    const json_t *tables = json_object_get(t->description, "tables");
+    if (rc == 0 && tables)
+        rc = add_tables(t, tables, file, err);
     if (rc == 0)
         rc = topology_faults(t, &parts, file, err);
     free(parts.group);
@@ -131,6 +150,7 @@ void topology_free(struct topology *t)
         return;
     topology_layout_free(t->priv);
     platform_free(t->platform);
+    latency_table_free(t->tables);
     json_decref(t->description);
     free(t->device);
     free(t->node);

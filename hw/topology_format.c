@@ -195,7 +195,7 @@ static const char *type_found(const json_t *v, char text[80])
 
 static int check_keys(json_t *table, enum section s, const char *path, const char *file, struct err *err)
 {
-    const char *known[N_FIELDS + N_SECTIONS + 2];
+    const char *known[N_FIELDS + N_SECTIONS + 4];
     int n = 0;
     for (size_t i = 0; i < N_FIELDS; i++)
         if (fields[i].section == s)
@@ -203,8 +203,10 @@ static int check_keys(json_t *table, enum section s, const char *path, const cha
     for (int i = TOP + 1; i < N_SECTIONS; i++)
         if (sections[i].parents & IN(s))
             known[n++] = sections[i].key;
-    if (s == TOP)
-        known[n++] = "platform"; /* platform.c knows what is in it */
+    if (s == TOP) { /* platform.c and latency_table.c know what is in them */
+        known[n++] = "platform";
+        known[n++] = "tables";
+    }
     if (sections[s].figures) {
         known[n++] = "source";
         known[n++] = "assumed";
