@@ -128,6 +128,10 @@ static void print_parts(const json_t *facts)
     {
         const char *comma = "";
         print_range("gpu", o);
+        if (!*text_of(o, "name")) { /* of a platform */
+            puts(": nothing is said of them (see `like` in doc/machines.md)");
+            continue;
+        }
         printf("%s: %s at %s; ", text_of(o, "name"), figure(UNIT_BYTES, o, "memory", a),
                figure(UNIT_BANDWIDTH, o, "mem_bandwidth", b));
         json_object_foreach(json_object_get(o, "peak"), key, v)

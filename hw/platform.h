@@ -7,6 +7,7 @@
 #include "machine.h"
 
 #include <stdbool.h>
+#include <stdio.h>
 
 /* Routes are stored, one for every pair of hosts. */
 #define PLATFORM_MAX_HOSTS 256
@@ -28,5 +29,10 @@ int platform_build(struct topology *, const char *file, struct err *);
 void platform_free(struct platform *);
 /* As topology_route; there is no way but between devices. */
 int platform_route(const struct topology *, int32_t src, int32_t dst, int32_t *link, double *latency);
+
+/* ---- pictures: platform_draw.c ---- */
+
+/* As topology_draw. */
+void platform_draw(const struct topology *, const char *stem, FILE *);
 
 #endif

@@ -4,6 +4,7 @@
  * PCIe may pass below an NVLink switch. */
 #include "config.h"
 
+#include "platform.h"
 #include "topology_draw.h"
 #include "units.h"
 
@@ -387,6 +388,10 @@ static int draw_captions(struct canvas *c, double *y, bool draw)
 
 void topology_draw(const struct topology *t, const char *stem, FILE *f)
 {
+    if (t->platform) {
+        platform_draw(t, stem, f);
+        return;
+    }
     struct canvas c = { .t = t, .lay = t->priv, .f = f };
     double y = 0;
     char title[300];

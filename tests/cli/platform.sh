@@ -32,6 +32,22 @@ sed 's/.*/{"load": [[1, 2, 3, 4, 5, 6, 7, 8]], "devices": 8, "machine": "star.xm
 run_expect 2 'machine star: a platform alone says nothing of devices.*like = "dgx-h100"' \
     "$moelab" eval placement eplb --input place.json
 
+# ---- shown ----
+
+run_expect 0 'l\*_UP +6 +10 GB/s +1 us' "$moelab" machine show ring.xml
+run_expect 0 'devices of two nodes .* 3 links: l0_UP l1_UP l2_UP' "$moelab" machine show ring.xml
+run_expect 0 "platform +imported from SimGrid's XML" "$moelab" machine show ring.xml
+if command -v gnuplot >/dev/null; then
+    ok "drawn" "$moelab" machine show ring.xml --plot ring.png
+    # 0 to 3 takes three links of 1 us, each of 10 GB/s.
+    row() { sed -n "/^\$$1 /,/^EOD/p" ring.gp | sed -n 2p; }
+    ok "... every pair's narrowest link" test "$(row bandwidth)" = "NaN 10 10 10 10 10"
+    ok "... and latency" test "$(row latency)" = "NaN 1 2 3 2 1"
+    ok "... as a picture" test -s ring.png
+else
+    skip "drawn" "no gnuplot"
+fi
+
 # ---- runs ----
 
 experiment()
@@ -69,6 +85,11 @@ printf 'return { name = "pair", summary = "two", like = "dgx-h100", platform = {
   routes = { { "a", "b", "ab" }, { "b", "a", "ba" } }, source = "a test" } }\n' >pair.lua
 sed 's/star\.xml/pair.lua/; s/\[\[0/[[0/' two.json >pair.json
 run_expect 0 '"dispatch_a2a",[^}]*"seconds":0\.00200100' "$moelab" eval dispatch flat --input pair.json --tier exact
+
+# The example in the manual, with 1/3 MB for every pair: each link carries four of them, both ways together, so bc's
+# 25 GB/s need 53.33 us, and from a to c it is 2 us more.
+sed -n '/^```lua/,/^```/{/^```/d;p}' "$top_srcdir/doc/machines.md" | sed -n '/triangle/,$p' | sed '1i return {' >triangle.lua
+run_expect 0 '"makespan_s":5\.5333333333' "$moelab" eval machine ./triangle.lua --pattern alltoall --bytes-per-rank 1e6 --n 3
 
 # ---- bad platforms ----
 

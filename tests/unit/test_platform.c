@@ -176,6 +176,13 @@ static void nobody_computes(void **state)
     topology_free(t);
 }
 
+static bool have_server(void)
+{
+    char path[4096];
+    snprintf(path, sizeof path, "%s/moelab-simgrid", test_env("MOELAB_LIBEXEC", "hw"));
+    return access(path, X_OK) == 0;
+}
+
 /* A link of a platform may fail like any other: half of 2 MB has passed at 0.5 ms, then the cable is half as fast. */
 static void a_link_degrades(void **state)
 {
@@ -185,17 +192,13 @@ static void a_link_degrades(void **state)
     assert_int_equal(t->n_changes, 1);
     assert_near(t->change[0].bandwidth, 1e9, 1e-12);
     assert_string_equal(t->link[t->change[0].link].name, "cable");
+    const struct net_flow flow = { 0, 1, 2e6 };
+    for (int tier = NET_BOUND; tier <= (have_server() ? NET_SIMGRID : NET_EXACT); tier++)
+        assert_near(test_makespan(t, (enum net_tier)tier, &flow, 1, NULL), 0.5e-3 + 1e-3 + 3e-6, 1e-6);
     topology_free(t);
 }
 
 /* ---- imported ---- */
-
-static bool have_server(void)
-{
-    char path[4096];
-    snprintf(path, sizeof path, "%s/moelab-simgrid", test_env("MOELAB_LIBEXEC", "hw"));
-    return access(path, X_OK) == 0;
-}
 
 static struct topology *import(const char *name)
 {
