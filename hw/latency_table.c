@@ -2,9 +2,9 @@
  * latency_table.c - answers from measured times; latency_read.c has them read.
  *
  * Between two numbers of rows times are read off a straight line: a launch and work in proportion to the rows are one,
- * and where a kernel turns from memory-bound to compute-bound the line lies above it, but less so than what is a line on
- * logarithmic axes: DeepGEMM's 7168 x 4096 takes 48.8 us for 1024 rows on H800; between 64 and 4096 rows the line has
- * 53.9 there, the other 76.4; its 2048 x 7168 takes 32.5 us, and they have 32.8 and 44.4. Beyond the outermost
+ * and where a kernel turns from memory-bound to compute-bound the line lies above it, but less so than a line on
+ * logarithmic axes does: DeepGEMM's 7168 x 4096 takes 48.8 us for 1024 rows on H800; between 64 and 4096 rows the one
+ * has 53.9 there, the other 76.4; its 2048 x 7168 takes 32.5 us, and they have 32.8 and 44.4. Beyond the outermost
  * measurements there is no line, so nothing is extrapolated. */
 #include "config.h"
 

@@ -88,8 +88,10 @@ run_expect 0 '"dispatch_a2a",[^}]*"seconds":0\.00200100' "$moelab" eval dispatch
 
 # The example in the manual, with 1/3 MB for every pair: each link carries four of them, both ways together, so bc's
 # 25 GB/s need 53.33 us, and from a to c it is 2 us more.
-sed -n '/^```lua/,/^```/{/^```/d;p}' "$top_srcdir/doc/machines.md" | sed -n '/triangle/,$p' | sed '1i return {' >triangle.lua
-run_expect 0 '"makespan_s":5\.5333333333' "$moelab" eval machine ./triangle.lua --pattern alltoall --bytes-per-rank 1e6 --n 3
+sed -n '/^```lua/,/^```/{/^```/d;p}' "$top_srcdir/doc/machines.md" | sed -n '/triangle/,$p' |
+    sed '1i return {' >triangle.lua
+run_expect 0 '"makespan_s":5\.5333333333' \
+    "$moelab" eval machine ./triangle.lua --pattern alltoall --bytes-per-rank 1e6 --n 3
 
 # ---- bad platforms ----
 
