@@ -10,7 +10,11 @@ cd "$work" || exit 99
 mkdir nothing
 run_expect 2 'star\.xml: SimGrid reads platforms, and there is no moelab-simgrid \(looked for nothing/' \
     env MOELAB_LIBEXEC=nothing "$moelab" eval machine star.xml --pattern alltoall --bytes-per-rank 1e6 --n 8
-[ -x "$top_builddir/hw/moelab-simgrid" ] || { plan; exit; }
+if [ ! -x "$top_builddir/hw/moelab-simgrid" ]; then
+    skip "platforms in XML" "built without SimGrid"
+    plan
+    exit
+fi
 
 # ---- times ----
 
@@ -85,6 +89,19 @@ printf 'return { name = "pair", summary = "two", like = "dgx-h100", platform = {
   routes = { { "a", "b", "ab" }, { "b", "a", "ba" } }, source = "a test" } }\n' >pair.lua
 sed 's/star\.xml/pair.lua/; s/\[\[0/[[0/' two.json >pair.json
 run_expect 0 '"dispatch_a2a",[^}]*"seconds":0\.00200100' "$moelab" eval dispatch flat --input pair.json --tier exact
+
+# A machine file that names the XML beside it: what is asked of devices has an answer then.
+mkdir there
+cp star.xml there/switch.xml
+printf 'return { name = "switch", summary = "8 of them", like = "dgx-h100", platform = "switch.xml" }\n' >there/switch.lua
+sed 's/"star.xml"/"there\/switch.lua"/' place.json >named.json
+run_expect 0 '"phy2dev"' "$moelab" eval placement eplb --input named.json
+printf 'return { name = "switch", summary = "8 of them", platform = "there" }\n' >there/not.lua
+run_expect 2 'not\.lua: platform: found "there", expected a table or the name of a \.xml file' \
+    "$moelab" eval machine there/not.lua --pattern alltoall --bytes-per-rank 1e6 --n 8
+printf 'return { name = "switch", summary = "8 of them", platform = "none.xml" }\n' >there/none.lua
+run_expect 2 'none\.lua: platform: there/none\.xml: No such file' \
+    "$moelab" eval machine there/none.lua --pattern alltoall --bytes-per-rank 1e6 --n 8
 
 # The example in the manual, with 1/3 MB for every pair: each link carries four of them, both ways together, so bc's
 # 25 GB/s need 53.33 us, and from a to c it is 2 us more.
