@@ -263,7 +263,7 @@ static void help(void)
     puts("usage: moelab machine list [--json]\n"
          "       moelab machine show NAME [--set KEY=VALUE] [--json] [--plot FILE.png]\n"
          "       moelab machine validate [TABLE.csv...]\n\n"
-         "Machines are files under hw/machines/, or any file given by its path.\n\n"
+         "Machines are files under hw/machines/, or any file given by its path, also a SimGrid platform (.xml).\n\n"
          "  list               every machine\n"
          "  show               devices, links, the ways between endpoints, bisection, and where figures come from\n"
          "  validate           published measurements against the models (it has a --help of its own)\n\n"

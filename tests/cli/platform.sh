@@ -93,7 +93,8 @@ run_expect 0 '"dispatch_a2a",[^}]*"seconds":0\.00200100' "$moelab" eval dispatch
 # A machine file that names the XML beside it: what is asked of devices has an answer then.
 mkdir there
 cp star.xml there/switch.xml
-printf 'return { name = "switch", summary = "8 of them", like = "dgx-h100", platform = "switch.xml" }\n' >there/switch.lua
+printf 'return { name = "switch", summary = "8 of them", like = "dgx-h100", platform = "switch.xml" }\n' \
+    >there/switch.lua
 sed 's/"star.xml"/"there\/switch.lua"/' place.json >named.json
 run_expect 0 '"phy2dev"' "$moelab" eval placement eplb --input named.json
 printf 'return { name = "switch", summary = "8 of them", platform = "there" }\n' >there/not.lua
