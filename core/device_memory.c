@@ -10,17 +10,42 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* Attention is replicated on every device (data parallel), as the pipeline lays it out. */
-double device_memory_fixed(const struct run *r)
+/* All layers, dense ones too. */
+static int32_t all_layers(const struct run *r)
+{
+    int32_t n = r->model.n_layers;
+    for (int32_t l = 0; l < r->model.n_layers; l++)
+        n += step_dense_before(r, l);
+    return n;
+}
+
+/* Elements in weights of attention, gates, dense layers and shared experts; a device's share of what tp split. */
+static double plain_weights(const struct run *r)
 {
     const struct moe_model *m = &r->model;
-    double q = (double)r->attention.n_heads * r->attention.d_head;
-    double kv = (double)r->attention.n_kv_heads * r->attention.d_head;
-    /* As the pipeline reads them: per request when decoding, of one prompt when prefilling; 2 bytes each. */
-    double requests = r->workload.phase == MOE_DECODE ? (double)r->workload.n_tokens / r->topology->n_devices : 1;
-    return m->n_layers * ((2.0 * m->d_model * q + 2.0 * m->d_model * kv + (double)m->d_model * m->n_experts) *
-                          m->weight_bytes + m->n_shared * run_expert_bytes(r) +
-                          requests * r->workload.context * 2 * kv * 2);
+    const int32_t layers = all_layers(r);
+    return layers * layer_attention_weights(m, &r->attention, r->tp) +
+           m->n_layers * ((double)m->d_model * m->n_experts + m->n_shared * 3.0 * m->d_model * m->d_expert) +
+           (layers - m->n_layers) * 3.0 * m->d_model * r->dense.width / r->tp;
+}
+
+/* Embedding and head, in elements that are never below 16 bits. */
+static double vocabulary(const struct run *r)
+{
+    return 2.0 * r->vocab * r->model.d_model / r->tp;
+}
+
+/* As attention reads them: per request when decoding, of one prompt when prefilling; 2 bytes each. */
+static double cache_bytes(const struct run *r)
+{
+    const double requests = r->workload.phase == MOE_DECODE ? (double)r->workload.n_tokens / r->topology->n_devices : 1;
+    return all_layers(r) * requests * r->tp * r->workload.context * layer_cache(&r->attention, r->tp) * 2;
+}
+
+double device_memory_fixed(const struct run *r)
+{
+    return plain_weights(r) * r->model.weight_bytes + vocabulary(r) * layer_element_bytes(r->precision) +
+           cache_bytes(r);
 }
 
 int64_t device_memory_objects(const struct run *r)

@@ -10,10 +10,11 @@
 
 void graph_reset(struct moe_graph *g)
 {
-    g->n_tasks = g->n_parts = g->n_experts = 0;
+    g->n_tasks = g->n_parts = g->n_experts = g->n_kernels = 0;
     g->n_edges = g->n_items = 0;
     g->layer = g->micro = 0;
     g->n_route_layers = g->n_tokens = 0;
+    memset(g->last_list, 0, sizeof g->last_list);
 }
 
 void graph_free(struct moe_graph *g)
@@ -24,6 +25,7 @@ void graph_free(struct moe_graph *g)
     free(g->part_item);
     free(g->expert);
     free(g->rows);
+    free(g->kernel);
     free(g->item);
     free(g->route);
     free(g->route_first);
@@ -93,6 +95,25 @@ int32_t graph_compute(struct moe_graph *g, const struct moe_work *w, struct err 
         return err_set(e, ERR_RUN, "compute task with flops %g, bytes %g", w->flops, w->bytes);
     return add(g, &(struct task){ .kind = TASK_COMPUTE, .op = w->op, .device = w->device, .stream = w->stream,
                                   .flops = w->flops, .bytes = w->bytes }, e);
+}
+
+int32_t graph_kernels(struct moe_graph *g, int32_t device, int32_t stream, enum moe_op op, int32_t n,
+                      const struct kernel *kernel, struct err *e)
+{
+    if (check_place(g, device, stream, e) < 0)
+        return ERR_RUN;
+    int32_t *last = g->last_list[op];
+    struct task t = { .kind = TASK_COMPUTE, .op = op, .device = device, .stream = stream, .first = last[0], .n = n,
+                      .listed = true };
+    if (last[1] == n && n > 0 && !memcmp(g->kernel + last[0], kernel, sizeof *kernel * (size_t)n))
+        return add(g, &t, e);
+    last[0] = t.first = g->n_kernels;
+    last[1] = n;
+    RESERVE(g->kernel, g->room_kernels, (int64_t)g->n_kernels + n, e);
+    if (n > 0)
+        memcpy(g->kernel + g->n_kernels, kernel, sizeof *kernel * (size_t)n);
+    g->n_kernels += n;
+    return add(g, &t, e);
 }
 
 int32_t graph_experts(struct moe_graph *g, const struct moe_expert_work *w, struct err *e)

@@ -8,10 +8,11 @@
 #define GRAPH_H
 
 #include "err.h"
+#include "machine.h"
 #include "moelab.h"
 
 enum task_kind {
-    TASK_COMPUTE,  /* (device, stream): flops, bytes */
+    TASK_COMPUTE,  /* (device, stream): flops, bytes; or a list of kernels, one after another */
     TASK_EXPERTS,  /* (device, stream): expert/rows/items */
     TASK_EXCHANGE, /* parts */
     TASK_ARRIVAL,  /* ends when `exchange` has delivered to `device` */
@@ -30,12 +31,14 @@ struct task {
     int32_t exchange;             /* TASK_ARRIVAL */
     int32_t source;               /* TASK_LOAD: an endpoint of the topology */
     uint32_t object;              /* TASK_LOAD: what arrives */
-    int32_t first, n;             /* TASK_EXCHANGE: parts; TASK_EXPERTS: experts and rows */
+    int32_t first, n;             /* TASK_EXCHANGE: parts; TASK_EXPERTS: experts and rows; TASK_COMPUTE: kernels */
     int64_t first_item, n_items;  /* TASK_EXPERTS */
     float fraction;               /* TASK_EXPERTS */
     double message_bytes;         /* TASK_EXCHANGE: size of its messages; 0: a part is one */
     int32_t sms;                  /* TASK_EXCHANGE: that it takes from computing */
     bool fused;                   /* TASK_EXCHANGE: no start-up of its own */
+    bool listed;                  /* TASK_COMPUTE: kernels, not flops and bytes */
+    bool collective;              /* TASK_EXCHANGE: of attention, dense layers and gradients, not of tokens */
     bool moves_weights;           /* TASK_EXCHANGE: migration or a plan's transfers, not a layer's traffic */
     double flops, bytes;
     double start, end;            /* set by the machine, in seconds of its clock */
@@ -56,6 +59,9 @@ struct moe_graph {
     int32_t *expert;
     int64_t *rows;
     int32_t n_experts, room_experts;
+    struct kernel *kernel;
+    int32_t n_kernels, room_kernels;
+    int32_t last_list[MOE_OP_OTHER + 1][2]; /* of each op, first and n: the next is likely the same */
     int64_t *item;
     int64_t n_items, room_items;
     int64_t *part_item; /* [n_parts] first item of a part in `item` */
@@ -74,6 +80,9 @@ struct moe_graph {
 void graph_reset(struct moe_graph *);
 void graph_free(struct moe_graph *);
 int32_t graph_compute(struct moe_graph *, const struct moe_work *, struct err *);
+/* The core's own computation: n kernels, launched one after another; none takes no time. */
+int32_t graph_kernels(struct moe_graph *, int32_t device, int32_t stream, enum moe_op, int32_t n, const struct kernel *,
+                      struct err *);
 int32_t graph_experts(struct moe_graph *, const struct moe_expert_work *, struct err *);
 int32_t graph_exchange(struct moe_graph *, const struct moe_exchange *, struct err *);
 int32_t graph_arrival(struct moe_graph *, int32_t exchange, int32_t device, struct err *);

@@ -259,15 +259,22 @@ static int by_start(const void *a, const void *b)
     return (x[0] > y[0]) - (x[0] < y[0]);
 }
 
-/* Time in which any exchange was under way, of weights or of a layer's traffic: what overlaps counts once. */
-static int time_under_way(const struct moe_graph *g, bool weights, double *seconds, struct err *e)
+enum traffic { OF_TOKENS, OF_WEIGHTS, COLLECTIVE };
+
+static enum traffic traffic_of(const struct task *x)
+{
+    return x->moves_weights ? OF_WEIGHTS : x->collective ? COLLECTIVE : OF_TOKENS;
+}
+
+/* Time in which any exchange of a kind was under way: what overlaps counts once. */
+static int time_under_way(const struct moe_graph *g, enum traffic kind, double *seconds, struct err *e)
 {
     double (*span)[2] = malloc(sizeof *span * ((size_t)g->n_tasks + 1));
     size_t n = 0;
     if (!span)
         return err_set(e, ERR_MEMORY, "out of memory for metrics");
     for (int32_t i = 0; i < g->n_tasks; i++)
-        if (g->task[i].kind == TASK_EXCHANGE && g->task[i].moves_weights == weights) {
+        if (g->task[i].kind == TASK_EXCHANGE && traffic_of(&g->task[i]) == kind) {
             span[n][0] = g->task[i].start;
             span[n++][1] = g->task[i].end;
         }
@@ -300,8 +307,9 @@ int metrics_step(struct metrics *m, const struct moe_graph *g, const struct topo
         free(s.load);
         return err_set(e, ERR_MEMORY, "out of memory for metrics");
     }
-    double a2a = 0, migration = 0;
-    if (time_under_way(g, false, &a2a, e) < 0 || time_under_way(g, true, &migration, e) < 0) {
+    double a2a = 0, migration = 0, collective = 0;
+    if (time_under_way(g, OF_TOKENS, &a2a, e) < 0 || time_under_way(g, OF_WEIGHTS, &migration, e) < 0 ||
+        time_under_way(g, COLLECTIVE, &collective, e) < 0) {
         free(s.layer_op);
         free(s.load);
         return e->code;
@@ -327,6 +335,7 @@ int metrics_step(struct metrics *m, const struct moe_graph *g, const struct topo
     for (int32_t d = 0; d < t->n_devices; d++)
         load = fmax(load, s.load[d]);
     metrics_bound(g, t, &bound, e);
+    const double other = slowest(&s, MOE_OP_OTHER);
     double *const *v = m->value;
     const int32_t at = m->n_steps++;
     v[METRIC_step_s][at] = seconds;
@@ -338,6 +347,8 @@ int metrics_step(struct metrics *m, const struct moe_graph *g, const struct topo
     v[METRIC_attention_s][at] = slowest(&s, MOE_OP_ATTENTION);
     v[METRIC_load_s][at] = m->accesses > 0 ? load : NAN;
     v[METRIC_migration_s][at] = migration;
+    v[METRIC_collective_s][at] = collective > 0 ? collective : NAN;
+    v[METRIC_other_s][at] = other > 0 ? other : NAN;
     v[METRIC_imbalance][at] = m->n_layers > 0 ? m->imbalance_sum / m->n_layers : NAN;
     v[METRIC_max_vio][at] = m->n_layers > 0 ? m->max_vio_sum / m->n_layers : NAN;
     v[METRIC_routes][at] = m->routed > 0 ? (double)m->routed : NAN;

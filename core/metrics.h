@@ -15,6 +15,8 @@
     M(a2a_s, "s", "time in which tokens or their outputs were on their way")                                          \
     M(experts_s, "s", "time of the slowest device's expert FFNs, summed over layers")                                 \
     M(attention_s, "s", "time of the slowest device's attention, summed over layers")                                 \
+    M(other_s, "s", "time of the slowest device's dense FFNs, embedding, head and optimiser, summed over layers")     \
+    M(collective_s, "s", "time in which partial sums or gradients of what devices share were on their way")           \
     M(load_s, "s", "time that expert weights were on their way, summed over the busiest device's loads")              \
     M(migration_s, "s", "time in which weights moved to their new devices")                                           \
     M(imbalance, "", "largest / mean rows computed per device, mean over layers")                                     \

@@ -167,11 +167,11 @@ local label_of, unfold, cross = axes_part.label_of, axes_part.unfold, axes_part.
 
 local experiment_keys = {
   name = 1, model = 1, machine = 1, executor = 1, tier = 1, workload = 1, router = 1, balancer = 1, placement = 1,
-  dispatch = 1, offload = 1, cache = 1, warmup = 1, seed = 1, verify = 1,
+  dispatch = 1, offload = 1, cache = 1, warmup = 1, seed = 1, verify = 1, layout = 1,
 }
 -- The order in which axes unfold: the last varies fastest.
-local axis_order = { "model", "machine", "executor", "tier", "workload", "router", "balancer", "placement", "dispatch",
-                     "offload", "cache", "warmup", "seed", "verify" }
+local axis_order = { "model", "machine", "layout", "executor", "tier", "workload", "router", "balancer", "placement",
+                     "dispatch", "offload", "cache", "warmup", "seed", "verify" }
 local kinds = { "router", "balancer", "placement", "dispatch", "offload" }
 local defaults = { router = "replay", placement = "contiguous", dispatch = "flat", offload = "none", seed = 1,
                    executor = "flow", name = "experiment" }
@@ -183,7 +183,7 @@ end
 
 local model_keys = { name = 1, layers = 1, experts = 1, top_k = 1, shared = 1, d_model = 1, d_expert = 1, n_heads = 1,
                      n_kv_heads = 1, d_head = 1, precision = 1, weight_bytes = 1, act_bytes = 1, combine_bytes = 1,
-                     source = 1 }
+                     source = 1, attention = 1, vocab = 1, dense = 1, dispatch = 1, combine = 1 }
 
 -- Keys that can be set in a value, if they are known here; parameters and machines are checked in the core.
 local function keys_in(v)
@@ -239,7 +239,8 @@ end
 -- What is given replaces what is there; tables are merged.
 local function merge(base, changes)
   for k, v in pairs(changes) do
-    if type(v) == "table" and type(base[k]) == "table" then merge(base[k], v) else base[k] = v end
+    if type(v) ~= "table" or getmetatable(v) then base[k] = v
+    else base[k] = merge(type(base[k]) == "table" and base[k] or {}, v) end
   end
   return base
 end
@@ -254,6 +255,19 @@ local function machine_spec(v, run, where)
   options.like = nil
   if not description then fail(text_of(v.where), "%s", file) end
   return { executor = run.executor, tier = run.tier, file = file, description = merge(description, options) }
+end
+
+-- Two ways to say one thing: a change in one drops the other of the model that is changed.
+local same = { attention = { "n_heads", "n_kv_heads", "d_head" }, dispatch = { "act_bytes" },
+               combine = { "combine_bytes" } }
+
+local function drop_others(sizes, changes)
+  for new, old in pairs(same) do
+    for _, k in ipairs(old) do
+      if changes[new] ~= nil and changes[k] == nil then sizes[k] = nil end
+      if changes[k] ~= nil and changes[new] == nil then sizes[new] = nil end
+    end
+  end
 end
 
 local function model_spec(v, where)
@@ -273,6 +287,7 @@ local function model_spec(v, where)
     end
     merge(sizes, models[v.name])
     sizes.name = v.name
+    drop_others(sizes, v.options)
   end
   return merge(sizes, v.options)
 end
@@ -326,7 +341,7 @@ local function run_spec(run, where)
   return {
     where = text_of(where), seed = run.seed, model = model_spec(run.model, where),
     machine = machine_spec(run.machine, run, where), workload = workload_spec(run.workload, where),
-    policies = policies, cache = run.cache, warmup = run.warmup, verify = run.verify,
+    layout = run.layout, policies = policies, cache = run.cache, warmup = run.warmup, verify = run.verify,
   }
 end
 

@@ -137,50 +137,6 @@ static void count_devices(struct run *r)
     r->metrics.imbalance_sum += sum > 0 ? (double)most * n_devices / (double)sum : 1;
 }
 
-/* Attention, gate and shared experts: plain costs that no policy decides on. Leaves in entry[d] the task after
- * which device d's tokens are ready, in shared[d] its shared experts' task or -1. */
-static int lay_out_plain(struct run *r, const struct moe_batch *b, const struct moe_cost *own, int32_t *shared)
-{
-    const struct moe_model *m = &r->model;
-    const double d = m->d_model, q = (double)r->attention.n_heads * r->attention.d_head,
-                 kv = (double)r->attention.n_kv_heads * r->attention.d_head, w = m->weight_bytes;
-    const int32_t n_devices = r->topology->n_devices;
-    memset(r->device_tokens, 0, sizeof *r->device_tokens * (size_t)n_devices);
-    for (int32_t t = 0; t < b->n_tokens; t++)
-        r->device_tokens[b->device[t]]++;
-    for (int32_t dev = 0; dev < n_devices; dev++) {
-        double rows = (double)r->device_tokens[dev], context = r->workload.context;
-        double cached = b->phase == MOE_DECODE ? rows * context : context; /* keys and values read */
-        struct moe_work attention = { dev, 0, MOE_OP_ATTENTION,
-                                      .flops = rows * (4 * d * q + 4 * d * kv + 4 * context * q),
-                                      .bytes = (2 * d * q + 2 * d * kv) * w + cached * 2 * kv * 2 };
-        struct moe_work gate = { dev, 0, MOE_OP_GATE, .flops = 2 * rows * d * m->n_experts,
-                                 .bytes = rows * (d * m->act_bytes + m->n_experts * 4.0) + d * m->n_experts * 4.0 };
-        if (r->router.plugin->needs & MOE_OWN_GATE)
-            gate.flops = gate.bytes = 0;
-        double share = rows / (b->n_tokens > 0 ? b->n_tokens : 1);
-        gate.flops += own->flops * share;
-        gate.bytes += own->bytes * share;
-        int32_t a = graph_compute(&r->graph, &attention, r->err);
-        if (a >= 0 && r->entry[dev] >= 0)
-            graph_after(&r->graph, a, r->entry[dev], r->err);
-        int32_t g = graph_compute(&r->graph, &gate, r->err);
-        if (r->err->code || graph_after(&r->graph, g, a, r->err) < 0)
-            return r->err->code;
-        r->entry[dev] = g;
-        shared[dev] = -1;
-        if (m->n_shared > 0) {
-            double width = (double)m->n_shared * m->d_expert;
-            struct moe_work s = { dev, 1, MOE_OP_SHARED, .flops = 6 * rows * d * width,
-                                  .bytes = 3 * d * width * w + 2 * rows * d * m->act_bytes };
-            shared[dev] = graph_compute(&r->graph, &s, r->err);
-            if (shared[dev] < 0 || graph_after(&r->graph, shared[dev], g, r->err) < 0)
-                return r->err->code;
-        }
-    }
-    return 0;
-}
-
 /* A plan's weights leave once every gate has spoken; experts on a device that gets some wait for them. */
 static int lay_out_moves(struct run *r, int32_t first_task)
 {
@@ -224,7 +180,7 @@ static int lay_out_layer(struct run *r, const struct moe_batch *b, const struct 
     r->graph.layer = b->layer;
     if (r->graph.keep_items && graph_keep_routes(&r->graph, &r->routes, b->device, r->err) < 0)
         return r->err->code;
-    if (lay_out_plain(r, b, own, shared) < 0)
+    if (step_lay_out_plain(r, b, own, shared) < 0)
         return r->err->code;
     struct moe_traffic traffic = {
         .step = b->step, .layer = b->layer, .micro = 0, .n_micro = 1,
@@ -348,6 +304,8 @@ int pipeline_step(struct run *r, int32_t step)
             return r->err->code;
         keep_as_previous(r);
     }
+    if (step_lay_out_head(r) < 0)
+        return r->err->code;
     if (r->recording)
         return placement_observe(r, step);
     double began = r->machine.now;

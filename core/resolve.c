@@ -10,6 +10,27 @@
 #include "run.h"
 #include "sha256.h"
 
+/* In the table if there is one: the same keys beside it are refused. */
+static void resolve_attention(const struct attention_shape *a, json_t *m)
+{
+    json_t *to = json_object_get(m, "attention");
+    to = to ? to : m;
+    json_object_set_new(to, "n_heads", json_integer(a->n_heads));
+    if (a->kind == ATTENTION_MLA) {
+        json_object_set_new(to, "q_lora", json_integer(a->q_lora));
+        return;
+    }
+    json_object_set_new(to, "n_kv_heads", json_integer(a->n_kv_heads));
+    json_object_set_new(to, "d_head", json_integer(a->d_head));
+}
+
+static void resolve_layout(const struct run *r, json_t *spec)
+{
+    const int32_t n = r->topology->n_devices;
+    json_object_set_new(spec, "layout", json_pack("{s:{s:i, s:i}, s:{s:i, s:i}}", "attention", "dp", n / r->tp, "tp",
+                                                  r->tp, "experts", "ep", n, "etp", 1));
+}
+
 static void resolve_model(const struct run *r, json_t *m)
 {
     const struct moe_model *o = &r->model;
@@ -19,13 +40,17 @@ static void resolve_model(const struct run *r, json_t *m)
     json_object_set_new(m, "shared", json_integer(o->n_shared));
     json_object_set_new(m, "d_model", json_integer(o->d_model));
     json_object_set_new(m, "d_expert", json_integer(o->d_expert));
-    json_object_set_new(m, "n_heads", json_integer(r->attention.n_heads));
-    json_object_set_new(m, "n_kv_heads", json_integer(r->attention.n_kv_heads));
-    json_object_set_new(m, "d_head", json_integer(r->attention.d_head));
+    resolve_attention(&r->attention, m);
+    json_object_set_new(m, "vocab", json_integer(r->vocab));
+    if (r->dense.width > 0)
+        json_object_set_new(m, "dense", json_pack("{s:i, s:i, s:i}", "layers", r->dense.n_first, "interleave",
+                                                  r->dense.interleave, "d_ff", r->dense.width));
     json_object_set_new(m, "precision", json_string(precision_name[r->precision]));
     json_object_set_new(m, "weight_bytes", json_real(o->weight_bytes));
-    json_object_set_new(m, "act_bytes", json_real(o->act_bytes));
-    json_object_set_new(m, "combine_bytes", json_real(o->combine_bytes));
+    if (!json_object_get(m, "dispatch")) /* which says the same */
+        json_object_set_new(m, "act_bytes", json_real(o->act_bytes));
+    if (!json_object_get(m, "combine"))
+        json_object_set_new(m, "combine_bytes", json_real(o->combine_bytes));
 }
 
 static void resolve_machine(const struct run *r, json_t *m)
@@ -124,6 +149,7 @@ json_t *run_resolve(const struct run *r)
     json_t *spec = json_deep_copy(r->spec);
     resolve_model(r, table_of(spec, "model"));
     resolve_machine(r, table_of(spec, "machine"));
+    resolve_layout(r, spec);
     resolve_workload(r, table_of(spec, "workload"));
     json_object_set_new(spec, "policies", resolve_policies(r, json_object_get(r->spec, "policies")));
     json_object_set_new(spec, "seed", json_integer((json_int_t)r->seed));

@@ -4,8 +4,8 @@
  * A specification is plain JSON; scenarios make it, manifests keep it:
  *   where      "FILE:LINE"
  *   seed       whole number
- *   model      name, layers, experts, top_k, shared, d_model, d_expert, n_heads, n_kv_heads, d_head, precision,
- *              weight_bytes, act_bytes, combine_bytes
+ *   model      sizes, see run_model.c
+ *   layout     which devices split what, see run_model.c
  *   machine    executor ("flow", "simgrid", "host"), tier, file, description (a machine file, nodes applied)
  *   workload   see workload.c
  *   policies   kind -> list of {name, params}; one each but for balancers
@@ -24,73 +24,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-
-static int get_number(struct run *r, const json_t *from, const char *table, const char *key, double def, double min,
-                      double max, double *out)
-{
-    const json_t *v = json_object_get(from, key);
-    char found[PARAM_FOUND];
-    *out = def;
-    if (v && !json_is_number(v))
-        return err_set(r->err, ERR_INPUT, "%s: %s.%s: expected a number, found %s", r->where, table, key,
-                       param_found(v, found));
-    if (v)
-        *out = json_number_value(v);
-    if (isnan(*out))
-        return err_set(r->err, ERR_INPUT, "%s: %s.%s: is missing", r->where, table, key);
-    if (!(*out >= min && *out <= max))
-        return err_set(r->err, ERR_INPUT, "%s: %s.%s: %g is out of range, expected %g to %g", r->where, table, key,
-                       *out, min, max);
-    return 0;
-}
-
-static int get_whole(struct run *r, const json_t *from, const char *table, const char *key, double def, int32_t min,
-                     int32_t max, int32_t *out)
-{
-    double x;
-    if (get_number(r, from, table, key, def, min, max, &x) < 0)
-        return r->err->code;
-    if (x != floor(x))
-        return err_set(r->err, ERR_INPUT, "%s: %s.%s: expected a whole number, found %g", r->where, table, key, x);
-    *out = (int32_t)x;
-    return 0;
-}
-
-static int read_model(struct run *r, const json_t *m)
-{
-    static const double bytes_of[N_PRECISIONS] = { [PREC_FP32] = 4, [PREC_TF32] = 4, [PREC_BF16] = 2, [PREC_FP16] = 2,
-                                                   [PREC_FP8] = 1, [PREC_INT8] = 1, [PREC_INT4] = 0.5 };
-    const char *precision = json_string_value(json_object_get(m, "precision"));
-    if (!precision)
-        precision = "bf16";
-    int p = 0;
-    while (p < N_PRECISIONS && strcmp(precision, precision_name[p]))
-        p++;
-    if (p == N_PRECISIONS) {
-        const char *near = err_nearest(precision, precision_name, N_PRECISIONS);
-        return err_set(r->err, ERR_INPUT, "%s: model.precision: unknown precision \"%s\"%s%s%s", r->where, precision,
-                       near ? "; did you mean \"" : "", near ? near : "", near ? "\"?" : "");
-    }
-    r->precision = (enum precision)p;
-    struct moe_model *o = &r->model;
-    if (get_whole(r, m, "model", "layers", NAN, 1, 1000, &o->n_layers) < 0 ||
-        get_whole(r, m, "model", "experts", NAN, 1, 65535, &o->n_experts) < 0 ||
-        get_whole(r, m, "model", "top_k", NAN, 1, 1024, &o->top_k) < 0 ||
-        get_whole(r, m, "model", "shared", 0, 0, 64, &o->n_shared) < 0 ||
-        get_whole(r, m, "model", "d_model", NAN, 1, 1 << 20, &o->d_model) < 0 ||
-        get_whole(r, m, "model", "d_expert", NAN, 1, 1 << 20, &o->d_expert) < 0 ||
-        get_whole(r, m, "model", "n_heads", NAN, 1, 1 << 16, &r->attention.n_heads) < 0 ||
-        get_whole(r, m, "model", "n_kv_heads", r->attention.n_heads, 1, 1 << 16, &r->attention.n_kv_heads) < 0 ||
-        get_whole(r, m, "model", "d_head", NAN, 1, 1 << 16, &r->attention.d_head) < 0 ||
-        get_number(r, m, "model", "weight_bytes", bytes_of[p], 0.05, 8, &o->weight_bytes) < 0 ||
-        get_number(r, m, "model", "act_bytes", 2, 0.5, 8, &o->act_bytes) < 0 ||
-        get_number(r, m, "model", "combine_bytes", 2, 0.5, 8, &o->combine_bytes) < 0)
-        return r->err->code;
-    if (o->top_k > o->n_experts)
-        return err_set(r->err, ERR_INPUT, "%s: model.top_k: %d is more than the %d experts there are", r->where,
-                       o->top_k, o->n_experts);
-    return 0;
-}
 
 static int open_machine(struct run *r, const json_t *m, bool verify)
 {
@@ -257,14 +190,15 @@ int run_open(struct run *r, json_t *spec, struct err *e)
     snprintf(r->where, sizeof r->where, "%s", where ? where : "run");
     r->seed = (uint64_t)json_integer_value(json_object_get(spec, "seed"));
     r->decisions = UINT64_C(0xcbf29ce484222325);
-    if (read_model(r, json_object_get(spec, "model")) < 0 ||
+    if (run_read_model(r, json_object_get(spec, "model")) < 0 ||
         open_machine(r, json_object_get(spec, "machine"), json_is_true(json_object_get(spec, "verify"))) < 0 ||
+        run_read_layout(r, json_object_get(spec, "layout")) < 0 ||
         workload_open(&r->workload, json_object_get(spec, "workload"), &r->model, r->topology->n_devices, r->seed,
                       r->where, e) < 0 ||
         open_policies(r, spec) < 0 || allocate(r) < 0 || offload_open(r) < 0)
         return e->code;
     int32_t warmup;
-    if (get_whole(r, spec, "run", "warmup", 0, 0, r->workload.n_steps - 1, &warmup) < 0)
+    if (run_whole(r, spec, "run", "warmup", 0, 0, r->workload.n_steps - 1, &warmup) < 0)
         return e->code;
     r->n_warmup = warmup;
     return 0;

@@ -5,6 +5,7 @@
 #define RUN_H
 
 #include "cache.h"
+#include "layer.h"
 #include "machine.h"
 #include "metrics.h"
 #include "policy.h"
@@ -12,7 +13,8 @@
 
 enum { MAX_BALANCERS = 8 };
 
-struct attention_shape { int32_t n_heads, n_kv_heads, d_head; };
+/* Layers without experts: n_first before the first MoE layer, interleave - 1 before each. */
+struct dense_layers { int32_t n_first, interleave, width; };
 
 /* Accesses of one device, recorded by a first pass for policies that know the next use. */
 struct sequence { uint32_t *key; int64_t n, room; int64_t *next; int64_t at; };
@@ -33,6 +35,9 @@ struct run {
     struct moe_model model;
     enum precision precision;
     struct attention_shape attention;
+    struct dense_layers dense;
+    int32_t vocab;             /* 0: no embedding and no head */
+    int32_t tp;                /* neighbouring devices that split attention, dense layers and head */
     struct topology *topology;
     struct machine machine;
     bool machine_open;
@@ -105,11 +110,24 @@ static inline double run_expert_bytes(const struct run *r)
     return moe_expert_bytes(&r->model);
 }
 
+/* A specification's numbers, with defaults (NAN: required): run_model.c */
+int run_number(struct run *, const json_t *from, const char *table, const char *key, double def, double min,
+               double max, double *out);
+int run_whole(struct run *, const json_t *from, const char *table, const char *key, double def, int32_t min,
+              int32_t max, int32_t *out);
+int run_read_model(struct run *, const json_t *model);
+int run_read_layout(struct run *, const json_t *layout);
+
 /* ---- stages, in the order of the pipeline (pipeline.c and the file named) ---- */
 
 int pipeline_step(struct run *, int32_t step);
 /* Adds what a policy says that deciding cost, if it can be charged. */
 int pipeline_charge(struct run *, const struct policy *, const struct moe_cost *own, struct moe_cost *sum);
+/* What a layer computes before its experts, with the dense layers before it (step_layout.c). Leaves in entry[d] the
+ * task after which device d's tokens are ready, in shared[d] its shared experts' task or -1. */
+int step_lay_out_plain(struct run *, const struct moe_batch *, const struct moe_cost *own, int32_t *shared);
+int step_lay_out_head(struct run *);
+int step_dense_before(const struct run *, int32_t layer); /* dense layers right before an MoE layer */
 /* That the tasks which dispatch appended do the layer's work: layout_check.c */
 int layout_check(struct run *, const struct moe_batch *, int32_t first_task, int64_t first_edge);
 /* That nothing was used before it was there: after a step on a simulated machine (layout_times.c). */

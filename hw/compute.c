@@ -8,7 +8,8 @@
 #include <math.h>
 
 /* Bytes of one activation element as a kernel of this precision reads it. */
-static const double element_bytes[N_PRECISIONS] = { 4, 4, 2, 1, 1, 0.5 };
+static const double element_bytes[N_PRECISIONS] = { [PREC_FP32] = 4, [PREC_TF32] = 4, [PREC_BF16] = 2, [PREC_FP16] = 2,
+                                                    [PREC_FP8] = 1, [PREC_INT8] = 1, [PREC_INT4] = 0.5 };
 
 /* Results of matrix products leave in 16 bits, as in DeepGEMM, or in what they were computed in. */
 static double result_bytes(enum precision p)
@@ -16,11 +17,26 @@ static double result_bytes(enum precision p)
     return fmax(element_bytes[p], 2);
 }
 
+double compute_element_bytes(enum precision p)
+{
+    return element_bytes[p];
+}
+
 struct kernel_cost cost_plain(const struct device_spec *d, enum precision p, double flops, double bytes)
 {
     double arithmetic = flops > 0 ? flops / (d->peak[p] * d->flops_efficiency) : 0;
     double memory = bytes / (d->mem_bandwidth * d->mem_efficiency);
     return (struct kernel_cost){ fmax(arithmetic, memory) + d->launch_s, arithmetic, memory };
+}
+
+struct kernel_cost cost_kernel(const struct device_spec *d, const struct kernel *k)
+{
+    if (k->groups == 0)
+        return cost_plain(d, k->precision, k->flops, k->traffic);
+    struct gemm_group group[k->groups];
+    for (int32_t g = 0; g < k->groups; g++)
+        group[g] = k->shape;
+    return cost_gemm(d, k->precision, k->groups, group, &k->bytes);
 }
 
 struct kernel_cost cost_experts(const struct device_spec *d, enum precision p, const struct moe_model *m, int32_t n,

@@ -147,6 +147,16 @@ static inline double compute_plain(const struct device_spec *d, enum precision p
 {
     return cost_plain(d, p, flops, bytes).seconds;
 }
+/* One launch: `groups` GEMMs of one shape, each with its own weights; with no groups anything else. See layer.h. */
+struct kernel {
+    enum precision precision;
+    int32_t groups;
+    struct gemm_group shape;
+    struct gemm_bytes bytes;
+    double flops, traffic; /* with no groups */
+};
+struct kernel_cost cost_kernel(const struct device_spec *, const struct kernel *);
+double compute_element_bytes(enum precision); /* of an operand as a kernel of this precision reads it */
 
 /* ---- net: transfers that share links ---- */
 

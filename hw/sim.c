@@ -29,6 +29,8 @@ struct sim {
     size_t room_done;
 };
 
+struct timed { struct kernel_cost cost; int32_t device; }; /* -1: not yet */
+
 struct walk { /* one run of one graph */
     struct machine *m;
     struct sim *s;
@@ -37,6 +39,7 @@ struct walk { /* one run of one graph */
     struct arrival *arrival;    /* sorted by (exchange, device) */
     int32_t n_arrivals, n_left;
     int32_t *receivers;         /* [tasks] devices that an exchange still has to deliver to */
+    struct timed *timed;        /* [n_kernels] of the list that begins there */
     int32_t *root, n_roots;     /* tasks that wait for nothing */
     int32_t lost;               /* a device that failed under a task, or -1 */
     double now;
@@ -52,6 +55,23 @@ static struct kernel_cost cost_of(const struct walk *w, const struct task *t)
 {
     const struct moe_graph *g = w->g;
     const struct moe_model *model = w->m->model;
+    if (t->kind == TASK_COMPUTE && t->listed) {
+        /* Most devices of most layers compute the same: lists are shared, and so is their cost on equal devices. */
+        struct timed *known = t->n > 0 ? &w->timed[t->first] : NULL;
+        if (known && known->device >= 0 &&
+            !memcmp(spec_of(w, t), &w->m->topology->device[known->device], sizeof(struct device_spec)))
+            return known->cost;
+        struct kernel_cost sum = { 0, 0, 0 };
+        for (int32_t i = t->first; i < t->first + t->n; i++) {
+            const struct kernel_cost c = cost_kernel(spec_of(w, t), &g->kernel[i]);
+            sum.seconds += c.seconds;
+            sum.arithmetic += c.arithmetic;
+            sum.memory += c.memory;
+        }
+        if (known)
+            *known = (struct timed){ sum, t->device };
+        return sum;
+    }
     if (t->kind == TASK_COMPUTE)
         return cost_plain(spec_of(w, t), w->m->precision, t->flops, t->bytes);
     double width[t->n + 1];
@@ -335,10 +355,13 @@ static int sim_run(struct machine *m, struct moe_graph *g, struct err *e)
     w.receivers = calloc((size_t)g->n_tasks + 1, sizeof *w.receivers);
     w.arrival = malloc(sizeof *w.arrival * ((size_t)g->n_tasks + 1));
     w.root = malloc(sizeof *w.root * ((size_t)g->n_tasks + 1));
-    if (!w.receivers || !w.arrival || !w.root) {
+    w.timed = malloc(sizeof *w.timed * ((size_t)g->n_kernels + 1));
+    if (!w.receivers || !w.arrival || !w.root || !w.timed) {
         err_set(e, ERR_MEMORY, "out of memory for the task graph");
         goto out;
     }
+    for (int32_t i = 0; i < g->n_kernels; i++)
+        w.timed[i].device = -1;
     for (int32_t t = 0; t < g->n_tasks; t++)
         if (g->task[t].kind == TASK_ARRIVAL)
             w.arrival[w.n_arrivals++] = (struct arrival){ g->task[t].exchange, g->task[t].device, t };
@@ -350,6 +373,7 @@ out:
     free(w.receivers);
     free(w.arrival);
     free(w.root);
+    free(w.timed);
     return e->code;
 }
 

@@ -42,7 +42,7 @@ local function offload(name, executor, tokens)
     executor = executor,
     workload = moe.decode { trace = trace, layer_repeat = 3, batch_per_device = 1, steps = tokens, profile = 0 },
     offload  = moe.each { "lru", "lfu", "layer-distance", "belady" },
-    cache    = moe.each { 0.05, 0.1, 0.2, 0.3, 0.4, 0.5 },
+    cache    = moe.each { 0.05, 0.1, 0.2, 0.3, 0.4, 0.45 },
   }
 end
 

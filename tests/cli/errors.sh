@@ -140,8 +140,8 @@ refused_with 'machine rtx4090-pcie4, device 0: its experts take 653.9 GB .* fewe
     'model = "deepseek-v3", machine = "rtx4090-pcie4",
      workload = moe.decode { trace = moe.synth { layers = 58, experts = 256, top_k = 8, requests = 4 }, steps = 1 }'
 refused_with 'node 0: its devices. experts take 653.9 GB and host memory has 128 GB' \
-    'model = "deepseek-v3", machine = "rtx4090-pcie4", offload = "lru",
-     workload = moe.decode { trace = moe.synth { layers = 58, experts = 256, top_k = 8, requests = 4 }, steps = 1 }'
+    'model = "deepseek-v3", machine = "rtx4090-pcie4", offload = "lru", workload = moe.decode {
+         trace = moe.synth { layers = 58, experts = 256, top_k = 8, requests = 4 }, steps = 1, context = 0 }'
 refused_with 'cache: offload none keeps every expert resident and has none' 'cache = 0.5'
 refused_with 'the model has 2 layers, 8 experts, top_k 2; the trace .* has 8 layers, 32 experts, top_k 4' \
     'workload = moe.decode { trace = "traces/tiny-moe" }'

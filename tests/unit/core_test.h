@@ -47,32 +47,19 @@ static const struct moe_model test_model = {
  * d_model and d_expert 1000, 8 heads of 100 and as many KV heads, fp8, one byte per weight and activation, no context:
  * a row is 1000 B on the wire, an expert 3e6 B. */
 
-struct card { double flops, bandwidth, sms, mma, port, store, gemm_bandwidth; };
+struct card { double flops, bandwidth, sms, mma, port, store, gemm_bandwidth, half; /* 16-bit rate / FP8's */ };
 static const struct card h100 = { 1978.9e12 * 0.60, 3.35e12 * 0.86, 132, 1978.9e12 / 132 * 0.86, 106e9, 16.5e9,
-                                  3.35e12 * 0.88 };
+                                  3.35e12 * 0.88, 989.4 / 1978.9 };
 
 static inline double by_hand(const struct card *c, double flops, double bytes)
 {
     return fmax(flops / c->flops, bytes / c->bandwidth) + 2.5 * US;
 }
 
-static inline double attention(const struct card *c, double rows)
-{
-    return by_hand(c, rows * 8 * 1000 * 800, 4 * 1000 * 800);
-}
-
-static inline double gate(const struct card *c, double rows, double n_experts)
-{
-    return by_hand(c, 2 * rows * 1000 * n_experts, rows * (1000 + 4 * n_experts) + 4 * 1000 * n_experts);
-}
-
-static inline double permute(const struct card *c, double rows)
-{
-    return by_hand(c, 0, 2 * rows * 1000);
-}
-
-/* One grouped GEMM: n experts of r rows each, k wide in and width wide out, one byte per operand, two per result. */
-static inline double gemm(const struct card *c, double n, double r, double width, double k)
+/* One grouped GEMM: n experts of r rows each, k wide in and width wide out; in, out: bytes of an element of what is
+ * multiplied and of results; mma: arithmetic of one SM. */
+static inline double gemm_of(const struct card *c, double n, double r, double width, double k, double in, double out,
+                             double mma)
 {
     const double m = r <= 64 ? 64 : 128;
     double waves = INFINITY, last = 0, tile = 0;
@@ -82,11 +69,48 @@ static inline double gemm(const struct card *c, double n, double r, double width
             continue;
         waves = w;
         last = rest;
-        double cores = 2 * m * t * k / c->mma, fetch = (m + t) * k / c->port;
-        tile = pow(pow(cores, 4) + pow(fetch, 4), 0.25) + m * t * 2 / c->store;
+        double cores = 2 * m * t * k / mma, fetch = (m + t) * in * k / c->port;
+        tile = pow(pow(cores, 4) + pow(fetch, 4), 0.25) + m * t * out / c->store;
     }
-    double memory = n * (r * k + width * k + 2 * r * width) / c->gemm_bandwidth;
+    double memory = n * (r * k * in + width * k * in + out * r * width) / c->gemm_bandwidth;
     return 1.2 * US + pow(pow(waves * tile, 2.4) + pow(memory, 2.4), 1 / 2.4);
+}
+
+static inline double gemm(const struct card *c, double n, double r, double width, double k)
+{
+    return gemm_of(c, n, r, width, k, 1, 2, c->mma);
+}
+
+/* The sum and what is added read, the sum and its norm written, 2 bytes each. */
+static inline double norm(const struct card *c, double rows)
+{
+    return by_hand(c, 0, 4 * rows * 1000 * 2);
+}
+
+/* The core in 16 bits, on half the arithmetic: 8 heads; queries and outputs of 100 values each beside the cache. */
+static inline double attention_of(const struct card *c, double rows, double context)
+{
+    const double core = fmax(rows * context * 4 * 800 / (c->flops * c->half),
+                             rows * (context * 1600 + 1600) * 2 / c->bandwidth) + 2.5 * US;
+    return norm(c, rows) + gemm(c, 1, rows, 2400, 1000) + by_hand(c, 0, 2 * rows * 2400 * 2) + core +
+           gemm(c, 1, rows, 1000, 800);
+}
+
+static inline double attention(const struct card *c, double rows)
+{
+    return attention_of(c, rows, 0);
+}
+
+/* 2-byte weights, 4-byte scores, read once more by top-k. */
+static inline double gate(const struct card *c, double rows, double n_experts)
+{
+    return norm(c, rows) + gemm_of(c, 1, rows, n_experts, 1000, 2, 4, c->mma * c->half) +
+           by_hand(c, 0, rows * n_experts * 4);
+}
+
+static inline double permute(const struct card *c, double rows)
+{
+    return by_hand(c, 0, 2 * rows * 1000);
 }
 
 /* n experts of r rows each: gate and up, what comes between (4000 + 1000 bytes a row), down. */

@@ -4,7 +4,7 @@
 #include "core_test.h"
 
 static const struct card rtx4090 = { 330.3e12 * 0.75, 1.008e12 * 0.86, 128, 330.3e12 / 128 * 0.86, 152e9, 23.7e9,
-                                     1.008e12 * 0.88 };
+                                     1.008e12 * 0.88, 165.2 / 330.3 };
 
 /* An expert's way over PCIe 4.0 x16: 31.5e9 B/s at 0.8, 5 us. */
 static const double load = 3e6 / (31.5e9 * 0.8) + 5e-6;
@@ -66,7 +66,7 @@ static void loads_in_turn_residents_at_once(void **state)
     json_decref(spec);
 }
 
-enum { PADDED = 512 }; /* rows of an eager layout's later experts: long enough to outlast the next layer's gate */
+enum { PADDED = 2048 }; /* rows of an eager layout's later experts: long enough to outlast the next layer's gate */
 
 /* A dispatch with a task per expert, the later ones padded, that goes on to the next layer when the first has ended. */
 static int eager_lay_out(void *self, const struct moe_traffic *in, struct moe_graph *g)

@@ -72,8 +72,7 @@ static void every_token_reads_its_context(void **state)
     struct run *r = test_open_run(spec, &e);
     test_ok(run_go(r), &e);
     assert_near(test_metric(r, METRIC_attention_s, 0),
-                by_hand(&h100, rows * (8 * 1000 * 800 + 4 * context * 800), 4 * 1000 * 800 + rows * context * 3200),
-                1e-9);
+                attention_of(&h100, rows, context), 1e-9);
     test_close_run(r);
     json_decref(spec);
 }
@@ -585,14 +584,16 @@ static void own_gates(void **state)
         test_swap_policy(r, &r->router, own ? &own_gate : &rogue_router);
         ((struct rogue *)r->router.self)->what = 2; /* no fault: all to expert 0 */
         test_ok(run_go(r), &e);
-        int n = 0;
+        int n = 0, products = 0;
         for (int32_t t = 0; t < r->graph.n_tasks; t++)
             if (r->graph.task[t].op == MOE_OP_GATE && r->graph.task[t].kind == TASK_COMPUTE) {
-                assert_near(r->graph.task[t].flops, own ? 0 : 2 * 1000 * 2, 0);
-                assert_true((r->graph.task[t].bytes > 0) == !own);
+                const struct task *x = &r->graph.task[t];
+                for (int32_t i = x->first; i < x->first + x->n; i++)
+                    products += r->graph.kernel[i].groups;
                 n++;
             }
         assert_int_equal(n, 2);
+        assert_int_equal(products, own ? 0 : 2);
         test_close_run(r);
     }
     json_decref(spec);
