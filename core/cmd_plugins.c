@@ -26,6 +26,7 @@ static const struct { const char *kind, *name, *summary, *source; } builtin[] = 
     { "workload", "decode", "continuous batching over recorded requests, one token per request and step",
       "field practice" },
     { "workload", "prefill", "whole prompts, a fixed number of tokens per device and step", "field practice" },
+    { "workload", "train", "forward and backward pass, reduction of gradients, optimiser", "field practice" },
     { "workload", "synth", "made-up routing: popularity skew, stickiness, layer affinity, drift", "doc/traces.md" },
     { "metric", "routing-consistency",
       "SRP and SCH of a trace, with what unrelated routing would give (eval metric srp|sch)",

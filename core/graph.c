@@ -13,6 +13,7 @@ void graph_reset(struct moe_graph *g)
     g->n_tasks = g->n_parts = g->n_experts = g->n_kernels = 0;
     g->n_edges = g->n_items = 0;
     g->layer = g->micro = 0;
+    g->pass = PASS_FORWARD;
     g->n_route_layers = g->n_tokens = 0;
     memset(g->last_list, 0, sizeof g->last_list);
 }
@@ -65,6 +66,7 @@ static int32_t add(struct moe_graph *g, const struct task *t, struct err *e)
     g->task[g->n_tasks] = *t;
     g->task[g->n_tasks].layer = g->layer;
     g->task[g->n_tasks].micro = g->micro;
+    g->task[g->n_tasks].pass = g->pass;
     return g->n_tasks++;
 }
 

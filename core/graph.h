@@ -23,11 +23,15 @@ enum task_kind {
 /* Streams of a device. Dispatch uses those below STREAM_COPY freely. */
 enum { STREAM_COPY = 14, STREAM_HOST = 15, N_STREAMS = 16 };
 
+/* What a layer's tasks are part of; training has all three, in this order, the last two from the last layer on. */
+enum graph_pass { PASS_FORWARD, PASS_AGAIN /* recomputed */, PASS_BACKWARD, N_PASSES };
+
 struct task {
     enum task_kind kind;
     enum moe_op op;
     enum moe_payload payload;
     int32_t device, stream, layer, micro;
+    enum graph_pass pass;
     int32_t exchange;             /* TASK_ARRIVAL */
     int32_t source;               /* TASK_LOAD: an endpoint of the topology */
     uint32_t object;              /* TASK_LOAD: what arrives */
@@ -68,6 +72,7 @@ struct moe_graph {
     int32_t room_part_item;
     int32_t n_devices;
     int32_t layer, micro; /* stamped on new tasks */
+    enum graph_pass pass; /* so is this */
     bool keep_items;      /* a real machine will run this */
     struct graph_route *route;
     int64_t room_routes;

@@ -94,13 +94,16 @@ static double rows_of(const struct moe_graph *g, const struct task *x)
     return rows;
 }
 
-/* One layer's tasks, listed. */
-static int check_layer(struct run *r, int32_t layer, const int32_t *task, int32_t n, struct arrivals *a,
+/* Tasks of one layer in one pass, listed; key: layer + L x pass. */
+static int check_layer(struct run *r, int32_t key, const int32_t *task, int32_t n, struct arrivals *a,
                        struct layer_times *l)
 {
     const struct moe_graph *g = &r->graph;
     const int32_t n_devices = r->topology->n_devices;
-    const struct layer_needs *needs = &r->needs_of[(size_t)layer * (size_t)n_devices];
+    const int32_t layer = key % r->model.n_layers;
+    const struct layer_needs *needs = &r->needs_of[(size_t)key * (size_t)n_devices];
+    if (n == 0)
+        return 0;
     for (int32_t d = 0; d < n_devices; d++) {
         l->entry[d] = needs[d].entry >= 0 ? g->task[needs[d].entry].end : 0;
         l->exit[d] = g->task[needs[d].exit].end;
@@ -139,15 +142,21 @@ static int check_layer(struct run *r, int32_t layer, const int32_t *task, int32_
     return 0;
 }
 
-/* Tasks by layer, in order: counting sort. first: [L + 1]. */
-static void sort_by_layer(const struct moe_graph *g, int32_t n_layers, int32_t *first, int32_t *task)
+static int32_t key_of(const struct run *r, const struct task *t)
 {
+    return t->layer + r->model.n_layers * (int32_t)t->pass;
+}
+
+/* Tasks by key, in order: counting sort. first: [keys + 1]. */
+static void sort_by_layer(const struct run *r, int32_t n_layers, int32_t *first, int32_t *task)
+{
+    const struct moe_graph *g = &r->graph;
     for (int32_t t = 0; t < g->n_tasks; t++)
-        first[g->task[t].layer + 1]++;
+        first[key_of(r, &g->task[t]) + 1]++;
     for (int32_t l = 0; l < n_layers; l++)
         first[l + 1] += first[l];
     for (int32_t t = g->n_tasks - 1; t >= 0; t--)
-        task[--first[g->task[t].layer + 1]] = t;
+        task[--first[key_of(r, &g->task[t]) + 1]] = t;
     for (int32_t l = 0; l < n_layers; l++) /* filling moved every start one place up */
         first[l] = first[l + 1];
     first[n_layers] = g->n_tasks;
@@ -157,7 +166,7 @@ int layout_times(struct run *r)
 {
     const struct moe_graph *g = &r->graph;
     const size_t n_devices = (size_t)r->topology->n_devices, n_tasks = (size_t)g->n_tasks + 1;
-    const int32_t n_layers = r->model.n_layers;
+    const int32_t n_layers = r->model.n_layers * N_PASSES;
     int32_t *first = calloc((size_t)n_layers + 2, sizeof *first), *task = malloc(sizeof *task * n_tasks);
     struct arrivals a = { malloc(sizeof *a.head * n_tasks), malloc(sizeof *a.next * n_tasks),
                           malloc(sizeof *a.at * n_devices) };
@@ -177,7 +186,7 @@ int layout_times(struct run *r)
             a.next[t] = a.head[g->task[t].exchange];
             a.head[g->task[t].exchange] = t;
         }
-    sort_by_layer(g, n_layers, first, task);
+    sort_by_layer(r, n_layers, first, task);
     for (int32_t layer = 0; layer < n_layers && !r->err->code; layer++)
         check_layer(r, layer, task + first[layer], first[layer + 1] - first[layer], &a, &l);
 out:

@@ -142,8 +142,9 @@ end
 
 local workload_keys = {}
 
-local function workload(kind, batch_key)
+local function workload(kind, batch_key, more)
   local known = { trace = 1, steps = 1, profile = 1, context = 1, layer_repeat = 1, [batch_key] = 1 }
+  for _, k in ipairs(more or {}) do known[k] = 1 end
   workload_keys[kind] = known
   return function(t)
     local where = here()
@@ -157,6 +158,9 @@ end
 moe.decode = workload("decode", "batch_per_device")
 --- Prompts: tokens_per_device tokens per device and step.
 moe.prefill = workload("prefill", "tokens_per_device")
+--- Training: forward, backward, reduction of gradients, optimiser.
+moe.train = workload("train", "tokens_per_device", { "recompute", "shard_optimizer", "gradient_bytes",
+                                                     "optimizer_bytes" })
 
 local axes_part = native.part("axes", check, {
   Each = Each, Plugin = Plugin, Machine = Machine, Model = Model, Workload = Workload, Synth = Synth, Label = Label,
@@ -294,7 +298,8 @@ end
 
 local function workload_spec(v, where)
   if not is(v, Workload) then
-    fail(at_key(where, "workload"), "workload: expected moe.decode {...} or moe.prefill {...}, found %s", type(v))
+    fail(at_key(where, "workload"), "workload: expected moe.decode, moe.prefill or moe.train {...}, found %s",
+         type(v))
   end
   local spec = { kind = v.kind }
   for k, x in pairs(v.options) do spec[k] = x end

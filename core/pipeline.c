@@ -162,7 +162,8 @@ static int lay_out_moves(struct run *r, int32_t first_task)
 
 static void keep_needs(struct run *r, const struct moe_batch *b)
 {
-    struct layer_needs *needs = &r->needs_of[(size_t)b->layer * (size_t)r->topology->n_devices];
+    const size_t key = (size_t)b->layer + (size_t)r->model.n_layers * (size_t)r->graph.pass;
+    struct layer_needs *needs = &r->needs_of[key * (size_t)r->topology->n_devices];
     for (int32_t d = 0; d < r->topology->n_devices; d++)
         needs[d] = (struct layer_needs){ .entry = r->entry[d], .exit = r->exit[d] };
     for (int32_t t = 0; t < b->n_tokens; t++)
@@ -173,17 +174,11 @@ static void keep_needs(struct run *r, const struct moe_batch *b)
                 needs[r->to[i]].foreign++;
 }
 
-static int lay_out_layer(struct run *r, const struct moe_batch *b, const struct moe_cost *own)
+int pipeline_lay_out_experts(struct run *r, const struct moe_batch *b, const int32_t *shared)
 {
     const int32_t n_devices = r->topology->n_devices;
-    int32_t shared[n_devices];
-    r->graph.layer = b->layer;
-    if (r->graph.keep_items && graph_keep_routes(&r->graph, &r->routes, b->device, r->err) < 0)
-        return r->err->code;
-    if (step_lay_out_plain(r, b, own, shared) < 0)
-        return r->err->code;
     struct moe_traffic traffic = {
-        .step = b->step, .layer = b->layer, .micro = 0, .n_micro = 1,
+        .step = b->step, .layer = b->layer, .micro = 0, .n_micro = 1, .backward = r->graph.pass == PASS_BACKWARD,
         .routes = &r->routes, .device = b->device, .to = r->to, .placement = &r->placed.view,
         .dispatch_bytes = r->model.d_model * r->model.act_bytes,
         .combine_bytes = r->model.d_model * r->model.combine_bytes,
@@ -221,6 +216,17 @@ static int lay_out_layer(struct run *r, const struct moe_batch *b, const struct 
         r->entry[d] = join;
     }
     return 0;
+}
+
+static int lay_out_layer(struct run *r, const struct moe_batch *b, const struct moe_cost *own)
+{
+    int32_t shared[r->topology->n_devices];
+    r->graph.layer = b->layer;
+    if (r->graph.keep_items && graph_keep_routes(&r->graph, &r->routes, b->device, r->err) < 0)
+        return r->err->code;
+    if (step_lay_out_plain(r, b, own, shared) < 0 || pipeline_lay_out_experts(r, b, shared) < 0)
+        return r->err->code;
+    return r->trained ? train_keep(r, b->layer) : 0;
 }
 
 /* The weights that a new placement moves travel before the step begins: nothing can run on them earlier. */
@@ -304,7 +310,7 @@ int pipeline_step(struct run *r, int32_t step)
             return r->err->code;
         keep_as_previous(r);
     }
-    if (step_lay_out_head(r) < 0)
+    if (step_lay_out_head(r) < 0 || (r->trained && train_lay_out(r, step) < 0))
         return r->err->code;
     if (r->recording)
         return placement_observe(r, step);

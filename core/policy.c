@@ -321,9 +321,6 @@ static const struct moe_host host = {
 
 /* ---- contexts and policies ---- */
 
-/* Of a device's memory; the rest is for activations and KV cache. */
-static const double ROOM_SHARE = 0.9;
-
 int policy_context_init(struct policy_context *c, const struct moe_model *model, const struct topology *t,
                         enum precision precision, double fixed_bytes, uint64_t seed, struct err *e)
 {

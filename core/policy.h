@@ -15,6 +15,9 @@ void *arena_take(struct arena *, size_t bytes); /* 16-byte aligned; NULL when th
 void arena_reset(struct arena *);
 void arena_free(struct arena *);
 
+/* Of a device's memory, for what stays there; the rest is for activations and rows on their way. */
+static const double ROOM_SHARE = 0.9;
+
 /* What the run knows and services need; env->core of every policy points into it. */
 struct policy_context {
     const struct moe_model *model;

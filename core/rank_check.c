@@ -93,7 +93,7 @@ static int too_large(const struct run *r, const struct host_need *n, const struc
                    memory_text(b->rows, rows, sizeof rows), r->workload.n_tokens, m->n_layers,
                    memory_text(b->buffers, buffers, sizeof buffers),
                    memory_text(b->processes, processes, sizeof processes),
-                   r->workload.phase == MOE_PREFILL ? "tokens_per_device" : "batch_per_device");
+                   r->workload.phase == MOE_DECODE ? "batch_per_device" : "tokens_per_device");
 }
 
 static bool fits(const struct host_bytes *b, const struct memory_left *left)

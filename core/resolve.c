@@ -66,8 +66,15 @@ static void resolve_machine(const struct run *r, json_t *m)
 static void resolve_workload(const struct run *r, json_t *o)
 {
     const struct workload *w = &r->workload;
-    bool prefill = w->phase == MOE_PREFILL;
-    json_object_set_new(o, "kind", json_string(prefill ? "prefill" : "decode"));
+    static const char *const kind[] = { [MOE_PREFILL] = "prefill", [MOE_DECODE] = "decode", [MOE_TRAIN] = "train" };
+    const bool prefill = w->phase != MOE_DECODE;
+    json_object_set_new(o, "kind", json_string(kind[w->phase]));
+    if (w->phase == MOE_TRAIN) {
+        json_object_set_new(o, "recompute", json_boolean(w->recompute));
+        json_object_set_new(o, "shard_optimizer", json_boolean(w->shard_optimizer));
+        json_object_set_new(o, "gradient_bytes", json_real(w->gradient_bytes));
+        json_object_set_new(o, "optimizer_bytes", json_real(w->optimizer_bytes));
+    }
     json_object_set_new(o, prefill ? "tokens_per_device" : "batch_per_device",
                         json_integer(w->n_tokens / w->n_devices));
     json_object_set_new(o, "steps", json_integer(w->n_steps));

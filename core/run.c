@@ -172,7 +172,7 @@ static int allocate(struct run *r)
     r->exit = calloc(n_devices, sizeof *r->exit);
     r->leaves = calloc((size_t)r->workload.n_tokens, sizeof *r->leaves);
     r->placed_bytes = calloc(n_devices, sizeof *r->placed_bytes);
-    r->needs_of = calloc((size_t)r->model.n_layers * n_devices, sizeof *r->needs_of);
+    r->needs_of = calloc((size_t)r->model.n_layers * N_PASSES * n_devices, sizeof *r->needs_of);
     r->turn = calloc(r->context.n_objects, sizeof *r->turn);
     if (!r->scores || !r->bias.add || !r->bias.scale || !r->load || !r->device_load || !r->device_tokens ||
         !r->entry || !r->exit || !r->leaves || !r->needs_of || !r->placed_bytes || !r->turn)
@@ -195,7 +195,7 @@ int run_open(struct run *r, json_t *spec, struct err *e)
         run_read_layout(r, json_object_get(spec, "layout")) < 0 ||
         workload_open(&r->workload, json_object_get(spec, "workload"), &r->model, r->topology->n_devices, r->seed,
                       r->where, e) < 0 ||
-        open_policies(r, spec) < 0 || allocate(r) < 0 || offload_open(r) < 0)
+        open_policies(r, spec) < 0 || allocate(r) < 0 || offload_open(r) < 0 || train_open(r) < 0)
         return e->code;
     int32_t warmup;
     if (run_whole(r, spec, "run", "warmup", 0, 0, r->workload.n_steps - 1, &warmup) < 0)
@@ -280,6 +280,8 @@ json_t *run_result(const struct run *r)
     json_t *o = json_pack("{s:o, s:s, s:s, s:i, s:i}", "metrics", metrics_json(&r->metrics), "decisions", hash,
                           "machine", r->machine.ops->name, "devices", r->topology->n_devices, "tokens",
                           r->workload.n_tokens);
+    if (!r->graph.keep_items)
+        json_object_set_new(o, "memory", device_memory_json(r));
     if (r->tier < N_NET_TIERS)
         json_object_set_new(o, "tier", json_string(net_tier_name[r->tier]));
     if (r->topology->tables && r->tier < N_NET_TIERS)
@@ -296,6 +298,7 @@ json_t *run_result(const struct run *r)
 void run_close(struct run *r)
 {
     offload_close(r);
+    train_close(r);
     close_policies(r);
     json_decref(r->spec);
     workload_close(&r->workload);

@@ -29,6 +29,8 @@ struct layer_needs {
     bool at_home;        /* it computes rows of its own tokens */
 };
 
+struct trained_layer { struct moe_routes routes; int32_t room_routes; int32_t *to; int64_t room_to; };
+
 struct run {
     json_t *spec;              /* what it was opened from */
     char where[256];           /* "FILE:LINE", starts messages */
@@ -66,9 +68,12 @@ struct run {
     int64_t *device_tokens;    /* [D] tokens that live there */
     int32_t *entry, *exit;     /* [D] tasks */
     int32_t *leaves;           /* [T] device after the layer */
-    struct layer_needs *needs_of; /* [L][D] of this step */
+    struct layer_needs *needs_of; /* [N_PASSES][L][D] of this step */
     double *placed_bytes;      /* [D] experts that a device holds, or caches at most */
     uint32_t *turn;            /* [L*E] which replica is next */
+
+    struct trained_layer *trained; /* [L] decisions of the forward pass, kept for the backward; NULL: no training */
+    int32_t reduced;           /* task after which the last gradients were reduced; -1 */
 
     struct placement placed;
     struct statistics window;  /* since the last placement; kept when the placement has a due hook */
@@ -127,11 +132,35 @@ int pipeline_charge(struct run *, const struct policy *, const struct moe_cost *
  * task after which device d's tokens are ready, in shared[d] its shared experts' task or -1. */
 int step_lay_out_plain(struct run *, const struct moe_batch *, const struct moe_cost *own, int32_t *shared);
 int step_lay_out_head(struct run *);
+/* Norm to output of what is before a layer's experts, once more or backwards (graph.pass). */
+int step_lay_out_again(struct run *, const struct moe_batch *, int32_t *shared);
+int step_lay_out_shared(struct run *, int32_t *shared);
+int step_lay_out_gate_backward(struct run *, int32_t layer);
+int step_lay_out_attention(struct run *);
+int step_lay_out_dense_ffn(struct run *);
+/* A device's kernels after what it did last. */
+int step_after_entry(struct run *, int32_t device, enum moe_op, const struct kernels *);
+/* Dispatch, experts and combine; moves entries on. traffic.backward: graph.pass. (pipeline.c) */
+int pipeline_lay_out_experts(struct run *, const struct moe_batch *, const int32_t *shared);
+/* Training (train_stage.c): refuses what it does not do; keeps a layer's decisions; lays out all after the head. */
+int train_open(struct run *);
+int train_keep(struct run *, int32_t layer);
+int train_lay_out(struct run *, int32_t step);
+void train_close(struct run *);
 int step_dense_before(const struct run *, int32_t layer); /* dense layers right before an MoE layer */
 /* That the tasks which dispatch appended do the layer's work: layout_check.c */
 int layout_check(struct run *, const struct moe_batch *, int32_t first_task, int64_t first_edge);
 /* That nothing was used before it was there: after a step on a simulated machine (layout_times.c). */
 int layout_times(struct run *);
+/* Elements: of what tp devices split in so many layers, of one layer's gate and shared experts, of embedding and head,
+ * and of all that a device's optimiser updates. device_memory.c */
+int32_t step_dense_all(const struct run *); /* dense layers */
+double memory_split_weights(const struct run *, int32_t n_dense, int32_t n_moe);
+double memory_whole_weights(const struct run *);
+double memory_vocabulary(const struct run *);
+double memory_updated(const struct run *, int32_t device);
+/* Bytes of each kind on the device that has most of it, as results give them. */
+json_t *device_memory_json(const struct run *);
 double device_memory_fixed(const struct run *);    /* bytes on every device beside routed experts: device_memory.c */
 int64_t device_memory_objects(const struct run *); /* experts that fit beside them on the smallest device */
 /* That every device holds what is placed there, or its cache; ERR_INPUT with the figures. */

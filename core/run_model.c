@@ -205,9 +205,9 @@ int run_read_layout(struct run *r, const json_t *layout)
         get_table(r, layout, "layout", "attention", attention, &a) < 0 ||
         get_table(r, layout, "layout", "experts", experts, &x) < 0 ||
         run_whole(r, a, "layout.attention", "tp", 1, 1, 1 << 20, &r->tp) < 0 ||
-        run_whole(r, a, "layout.attention", "dp", n / r->tp, 1, 1 << 20, &dp) < 0 ||
+        run_whole(r, a, "layout.attention", "dp", fmax(1, n / r->tp), 1, 1 << 20, &dp) < 0 ||
         run_whole(r, x, "layout.experts", "etp", 1, 1, 1 << 20, &etp) < 0 ||
-        run_whole(r, x, "layout.experts", "ep", n / etp, 1, 1 << 20, &ep) < 0)
+        run_whole(r, x, "layout.experts", "ep", fmax(1, n / etp), 1, 1 << 20, &ep) < 0)
         return r->err->code;
     if ((int64_t)dp * r->tp != n)
         return err_set(r->err, ERR_INPUT, "%s: layout.attention: dp x tp = %d x %d = %lld, and machine %s has %d "

@@ -14,7 +14,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-struct layer_part step_part(const struct run *r, int32_t device, bool split)
+static struct layer_part step_part(const struct run *r, int32_t device, bool split)
 {
     struct layer_part p = { .model = &r->model, .attention = &r->attention, .precision = r->precision,
                             .phase = r->workload.phase, .context = r->workload.context, .tp = split ? r->tp : 1 };
@@ -24,7 +24,7 @@ struct layer_part step_part(const struct run *r, int32_t device, bool split)
     return p;
 }
 
-void step_count_tokens(struct run *r, const struct moe_batch *b)
+static void count_tokens(struct run *r, const struct moe_batch *b)
 {
     memset(r->device_tokens, 0, sizeof *r->device_tokens * (size_t)r->topology->n_devices);
     for (int32_t t = 0; t < b->n_tokens; t++)
@@ -32,7 +32,7 @@ void step_count_tokens(struct run *r, const struct moe_batch *b)
 }
 
 /* A device's kernels after what it did last; `entry` moves on. */
-static int after_entry(struct run *r, int32_t device, enum moe_op op, const struct kernels *k)
+int step_after_entry(struct run *r, int32_t device, enum moe_op op, const struct kernels *k)
 {
     int32_t t = graph_kernels(&r->graph, device, 0, op, k->n, k->kernel, r->err);
     if (t >= 0 && r->entry[device] >= 0)
@@ -108,7 +108,16 @@ static void list_head(const struct run *r, struct kernels *k, const struct layer
     layer_head(k, p, r->vocab, head_rows(p));
 }
 
-/* One split stage on all devices; `sum`: its results are partial. */
+/* Forward kernels become backward ones. */
+static void turn(struct kernels *k)
+{
+    const struct kernels forward = *k;
+    k->n = 0;
+    layer_backward(k, &forward);
+}
+
+/* One split stage on all devices; `sum`: its results are partial. Backwards, all-gather and reduce-scatter change
+ * places: the same bytes. */
 static int lay_out_split(struct run *r, enum moe_op op, lister list, bool sum)
 {
     const int32_t n_devices = r->topology->n_devices;
@@ -118,7 +127,9 @@ static int lay_out_split(struct run *r, enum moe_op op, lister list, bool sum)
         const struct layer_part p = step_part(r, d, true);
         struct kernels k = { .n = 0 };
         list(r, &k, &p);
-        if (after_entry(r, d, op, &k) < 0)
+        if (r->graph.pass == PASS_BACKWARD)
+            turn(&k);
+        if (step_after_entry(r, d, op, &k) < 0)
             return r->err->code;
     }
     if (!sum || r->tp == 1)
@@ -128,7 +139,7 @@ static int lay_out_split(struct run *r, enum moe_op op, lister list, bool sum)
     for (int32_t d = 0; d < n_devices; d++) {
         struct kernels k = { .n = 0 };
         add_sums(r, &k, d);
-        if (after_entry(r, d, op, &k) < 0)
+        if (step_after_entry(r, d, op, &k) < 0)
             return r->err->code;
     }
     return 0;
@@ -139,7 +150,7 @@ static int lay_out_embedding(struct run *r)
     for (int32_t d = 0; d < r->topology->n_devices && r->vocab > 0; d++) {
         const double bytes = 2 * (double)r->device_tokens[d] * r->model.d_model * layer_element_bytes(r->precision);
         struct kernels k = { .n = bytes > 0, .kernel = { { .precision = r->precision, .traffic = bytes } } };
-        if (after_entry(r, d, MOE_OP_OTHER, &k) < 0)
+        if (step_after_entry(r, d, MOE_OP_OTHER, &k) < 0)
             return r->err->code;
     }
     return 0;
@@ -150,12 +161,53 @@ int step_dense_before(const struct run *r, int32_t layer)
     return (layer == 0 ? r->dense.n_first : 0) + r->dense.interleave - 1;
 }
 
+int step_lay_out_attention(struct run *r)
+{
+    return lay_out_split(r, MOE_OP_ATTENTION, list_attention, true);
+}
+
+int step_lay_out_dense_ffn(struct run *r)
+{
+    return lay_out_split(r, MOE_OP_OTHER, list_dense, true);
+}
+
 static int lay_out_dense(struct run *r, int32_t layer)
 {
     for (int32_t i = 0; i < step_dense_before(r, layer); i++)
-        if (lay_out_split(r, MOE_OP_ATTENTION, list_attention, true) < 0 ||
-            lay_out_split(r, MOE_OP_OTHER, list_dense, true) < 0)
+        if (step_lay_out_attention(r) < 0 || step_lay_out_dense_ffn(r) < 0)
             return r->err->code;
+    return 0;
+}
+
+/* Beside routed ones, on a stream of their own. */
+int step_lay_out_shared(struct run *r, int32_t *shared)
+{
+    for (int32_t d = 0; d < r->topology->n_devices; d++) {
+        const struct layer_part p = step_part(r, d, false);
+        struct kernels k = { .n = 0 };
+        shared[d] = -1;
+        if (r->model.n_shared == 0)
+            continue;
+        layer_ffn(&k, &p, (double)r->model.n_shared * r->model.d_expert);
+        if (r->graph.pass == PASS_BACKWARD)
+            turn(&k);
+        shared[d] = graph_kernels(&r->graph, d, 1, MOE_OP_SHARED, k.n, k.kernel, r->err);
+        if (shared[d] < 0 || (r->entry[d] >= 0 && graph_after(&r->graph, shared[d], r->entry[d], r->err) < 0))
+            return r->err->code;
+    }
+    return 0;
+}
+
+int step_lay_out_gate_backward(struct run *r, int32_t layer)
+{
+    for (int32_t d = 0; d < r->topology->n_devices; d++) {
+        const struct layer_part p = step_part(r, d, false);
+        struct kernels k = { .n = 0 };
+        layer_gate(&k, &p, r->router.plugin->needs & MOE_OWN_GATE ? 0 : moe_experts_of(&r->model, layer));
+        turn(&k);
+        if (step_after_entry(r, d, MOE_OP_GATE, &k) < 0)
+            return r->err->code;
+    }
     return 0;
 }
 
@@ -165,34 +217,33 @@ static int lay_out_gate(struct run *r, const struct moe_batch *b, const struct m
     const struct moe_model *m = &r->model;
     for (int32_t d = 0; d < r->topology->n_devices; d++) {
         const struct layer_part p = step_part(r, d, false);
-        struct kernels k = { .n = 0 }, s = { .n = 0 };
+        struct kernels k = { .n = 0 };
         layer_gate(&k, &p, r->router.plugin->needs & MOE_OWN_GATE ? 0 : moe_experts_of(m, b->layer));
         double share = p.tokens / (b->n_tokens > 0 ? b->n_tokens : 1);
         if (k.n > 0) { /* top-k's kernel decides the rest as well */
             k.kernel[k.n - 1].flops += own->flops * share;
             k.kernel[k.n - 1].traffic += own->bytes * share;
         }
-        if (after_entry(r, d, MOE_OP_GATE, &k) < 0)
-            return r->err->code;
-        shared[d] = -1;
-        if (m->n_shared == 0)
-            continue;
-        layer_ffn(&s, &p, (double)m->n_shared * m->d_expert);
-        shared[d] = graph_kernels(&r->graph, d, 1, MOE_OP_SHARED, s.n, s.kernel, r->err);
-        if (shared[d] < 0 || graph_after(&r->graph, shared[d], r->entry[d], r->err) < 0)
+        if (step_after_entry(r, d, MOE_OP_GATE, &k) < 0)
             return r->err->code;
     }
-    return 0;
+    return step_lay_out_shared(r, shared);
+}
+
+int step_lay_out_again(struct run *r, const struct moe_batch *b, int32_t *shared)
+{
+    static const struct moe_cost none = { 0, 0, 0 };
+    return step_lay_out_attention(r) < 0 ? r->err->code : lay_out_gate(r, b, &none, shared);
 }
 
 int step_lay_out_plain(struct run *r, const struct moe_batch *b, const struct moe_cost *own, int32_t *shared)
 {
     if (b->layer == 0) {
-        step_count_tokens(r, b);
+        count_tokens(r, b);
         if (lay_out_embedding(r) < 0)
             return r->err->code;
     }
-    if (lay_out_dense(r, b->layer) < 0 || lay_out_split(r, MOE_OP_ATTENTION, list_attention, true) < 0)
+    if (lay_out_dense(r, b->layer) < 0 || step_lay_out_attention(r) < 0)
         return r->err->code;
     return lay_out_gate(r, b, own, shared);
 }

@@ -54,6 +54,37 @@ static int split_requests(struct workload *w, const char *who, struct err *e)
     return 0;
 }
 
+static int read_bool(const json_t *spec, const char *key, bool *out, const char *who, struct err *e)
+{
+    const json_t *v = json_object_get(spec, key);
+    char found[PARAM_FOUND];
+    if (v && !json_is_boolean(v))
+        return err_set(e, ERR_INPUT, "%s: workload.%s: expected true or false, found %s", who, key,
+                       param_found(v, found));
+    *out = json_is_true(v);
+    return 0;
+}
+
+static int read_bytes(const json_t *spec, const char *key, double def, double *out, const char *who, struct err *e)
+{
+    const json_t *v = json_object_get(spec, key);
+    char found[PARAM_FOUND];
+    *out = v ? json_number_value(v) : def;
+    if ((v && !json_is_number(v)) || !(*out >= 0 && *out <= 64))
+        return err_set(e, ERR_INPUT, "%s: workload.%s: expected bytes of one weight, 0 to 64, found %s", who, key,
+                       param_found(v, found));
+    return 0;
+}
+
+/* Mixed precision as usual: gradients, master weights and two moments of 4 bytes each. */
+static int read_training(struct workload *w, const json_t *spec, const char *who, struct err *e)
+{
+    return read_bool(spec, "recompute", &w->recompute, who, e) < 0 ||
+           read_bool(spec, "shard_optimizer", &w->shard_optimizer, who, e) < 0 ||
+           read_bytes(spec, "gradient_bytes", 4, &w->gradient_bytes, who, e) < 0 ||
+           read_bytes(spec, "optimizer_bytes", 12, &w->optimizer_bytes, who, e) < 0 ? e->code : 0;
+}
+
 int workload_open(struct workload *w, const json_t *spec, const struct moe_model *m, int32_t n_devices, uint64_t seed,
                   const char *who, struct err *e)
 {
@@ -74,10 +105,12 @@ int workload_open(struct workload *w, const json_t *spec, const struct moe_model
                        "%s: the model has %d layers, %d experts, top_k %d; the trace %s has %d layers, %d experts, "
                        "top_k %d, with layer_repeat %d", who, m->n_layers, m->n_experts, m->top_k, dir,
                        w->trace.n_layers, w->trace.n_experts, w->trace.top_k, w->layer_repeat);
-    if (kind && strcmp(kind, "decode") && strcmp(kind, "prefill"))
-        return err_set(e, ERR_INPUT, "%s: workload.kind: \"%s\", expected decode or prefill", who, kind);
-    bool prefill = kind && !strcmp(kind, "prefill");
-    w->phase = prefill ? MOE_PREFILL : MOE_DECODE;
+    if (kind && strcmp(kind, "decode") && strcmp(kind, "prefill") && strcmp(kind, "train"))
+        return err_set(e, ERR_INPUT, "%s: workload.kind: \"%s\", expected decode, prefill or train", who, kind);
+    const bool train = kind && !strcmp(kind, "train"), prefill = train || (kind && !strcmp(kind, "prefill"));
+    w->phase = train ? MOE_TRAIN : prefill ? MOE_PREFILL : MOE_DECODE;
+    if (train && read_training(w, spec, who, e) < 0)
+        return e->code;
     const char *key = prefill ? "tokens_per_device" : "batch_per_device";
     if (read_int(spec, key, prefill ? 4096 : 64, 1, 1 << 20, &batch, who, e) < 0 ||
         read_int(spec, "steps", 20, 1, 1000000, &steps, who, e) < 0 ||

@@ -18,6 +18,9 @@ struct workload {
     int32_t n_streams, per_stream;  /* tokens of a step: n_streams * per_stream */
     int32_t layer_repeat;           /* layers of the model that play one recorded layer */
     double profile;                 /* share of requests profiled; 0: profile what is played */
+    bool recompute;                 /* train: activations are not kept, but computed once more */
+    bool shard_optimizer;           /* train: copies of a weight share its optimiser's state (ZeRO-1) */
+    double gradient_bytes, optimizer_bytes; /* train: of one weight; master copy and moments */
     int32_t context;                /* tokens of context that attention sees, at least */
     int32_t *played, n_played;      /* requests, in playing order */
     int32_t *profiled, n_profiled;

@@ -56,13 +56,36 @@ struct kernel_cost cost_experts(const struct device_spec *d, enum precision p, c
     }
     if (any == 0)
         return (struct kernel_cost){ 0 };
-    const struct kernel_cost part[] = { cost_gemm(d, p, n, up, &b), cost_plain(d, p, 0, activation),
-                                        cost_gemm(d, p, n, down, &b) };
-    struct kernel_cost sum = part[0];
-    for (int i = 1; i < 3; i++) {
-        sum.seconds += part[i].seconds;
-        sum.arithmetic += part[i].arithmetic;
-        sum.memory += part[i].memory;
+    struct kernel_cost sum = cost_gemm(d, p, n, up, &b);
+    cost_add(&sum, cost_plain(d, p, 0, activation));
+    cost_add(&sum, cost_gemm(d, p, n, down, &b));
+    return sum;
+}
+
+struct kernel_cost cost_experts_backward(const struct device_spec *d, enum precision p, const struct moe_model *m,
+                                         int32_t n, const int64_t *rows, const double *width)
+{
+    enum { DOWN_INPUT, DOWN_WEIGHT, UP_INPUT, UP_WEIGHT, N_PRODUCTS };
+    struct gemm_group group[N_PRODUCTS][n > 0 ? n : 1];
+    /* Gradients of weights add to 4-byte sums; both their operands are rows. */
+    const struct gemm_bytes input = { element_bytes[p], m->weight_bytes, result_bytes(p) },
+                            weight = { element_bytes[p], element_bytes[p], 4 };
+    struct kernel_cost sum = { 0, 0, 0 };
+    double activation = 0;
+    for (int32_t i = 0; i < n; i++) {
+        const double hidden = (double)m->d_expert * (width ? width[i] : 1);
+        const int64_t h = (int64_t)ceil(hidden), t = rows[i], some = t > 0;
+        group[DOWN_INPUT][i] = (struct gemm_group){ t, h, m->d_model };
+        group[DOWN_WEIGHT][i] = (struct gemm_group){ some * m->d_model, h, t };
+        group[UP_INPUT][i] = (struct gemm_group){ t, m->d_model, 2 * h };
+        group[UP_WEIGHT][i] = (struct gemm_group){ some * 2 * h, m->d_model, t };
+        /* gate, up and the product's gradient read; gradients of both written, and the product once more */
+        activation += some ? (double)t * hidden * (3 * result_bytes(p) + 3 * element_bytes[p]) : 0;
     }
+    if (activation == 0)
+        return sum;
+    for (int k = 0; k < N_PRODUCTS; k++)
+        cost_add(&sum, cost_gemm(d, p, n, group[k], k == DOWN_INPUT || k == UP_INPUT ? &input : &weight));
+    cost_add(&sum, cost_plain(d, p, 0, activation));
     return sum;
 }

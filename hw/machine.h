@@ -119,11 +119,20 @@ void topology_draw(const struct topology *, const char *stem, FILE *);
 /* What a kernel (or several, one after another) takes of an idle device: seconds, and for how many of them arithmetic
  * and memory are busy. */
 struct kernel_cost { double seconds, arithmetic, memory; };
+static inline void cost_add(struct kernel_cost *sum, struct kernel_cost c)
+{
+    sum->seconds += c.seconds;
+    sum->arithmetic += c.arithmetic;
+    sum->memory += c.memory;
+}
 
 /* Grouped FFNs on one device: for every expert i, rows[i] tokens through a gated FFN of three matrices d_model x
  * (width[i] or d_expert): one grouped GEMM for gate and up, the activation, one for down. */
 struct kernel_cost cost_experts(const struct device_spec *, enum precision, const struct moe_model *, int32_t n,
                        const int64_t *rows, const double *width /* or NULL: 1 */);
+/* Their gradients: for each of the two GEMMs one of the input's and one of the weights'. */
+struct kernel_cost cost_experts_backward(const struct device_spec *, enum precision, const struct moe_model *,
+                                         int32_t n, const int64_t *rows, const double *width);
 /* One grouped GEMM: rows x k times k x n per group, nothing for groups without rows. */
 struct gemm_group { int64_t rows, n, k; };
 struct gemm_bytes { double in, weight, out; }; /* of one element */

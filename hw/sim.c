@@ -62,12 +62,8 @@ static struct kernel_cost cost_of(const struct walk *w, const struct task *t)
             !memcmp(spec_of(w, t), &w->m->topology->device[known->device], sizeof(struct device_spec)))
             return known->cost;
         struct kernel_cost sum = { 0, 0, 0 };
-        for (int32_t i = t->first; i < t->first + t->n; i++) {
-            const struct kernel_cost c = cost_kernel(spec_of(w, t), &g->kernel[i]);
-            sum.seconds += c.seconds;
-            sum.arithmetic += c.arithmetic;
-            sum.memory += c.memory;
-        }
+        for (int32_t i = t->first; i < t->first + t->n; i++)
+            cost_add(&sum, cost_kernel(spec_of(w, t), &g->kernel[i]));
         if (known)
             *known = (struct timed){ sum, t->device };
         return sum;
@@ -82,6 +78,8 @@ static struct kernel_cost cost_of(const struct walk *w, const struct task *t)
                                            : 1.0;
         width[i] = share * (double)t->fraction;
     }
+    if (t->pass == PASS_BACKWARD)
+        return cost_experts_backward(spec_of(w, t), w->m->precision, model, t->n, g->rows + t->first, width);
     return cost_experts(spec_of(w, t), w->m->precision, model, t->n, g->rows + t->first, width);
 }
 

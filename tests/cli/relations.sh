@@ -8,5 +8,5 @@ cp out printed
 while read -r line; do
     ok "${line#*: }" grep -qxF "ok: ${line#*: }" printed
 done < <(grep -E '^(NOT OK|ok): ' printed)
-ok "all eight were checked" test "$(grep -cE '^(NOT OK|ok): ' printed)" = 8
+ok "all twelve were checked" test "$(grep -cE '^(NOT OK|ok): ' printed)" = 12
 plan

@@ -171,6 +171,18 @@ static void none_has_no_cache(void **state)
     json_decref(spec);
 }
 
+/* 2,800,000 bytes too little. Keys and values of 3 requests of 1000 tokens take 19.2e6: what is there suffices for 854
+ * tokens, or 2 requests; and 24e6 of experts fit on two devices that have 21.2e6 of room each. */
+static void what_would_fit(void **state)
+{
+    const double least = (fixed + 2 * 3 * 1000 * 2 * 800 * 2 + 8 * expert - 2.8e6) / 0.9;
+    json_t *spec = spec_with(*state, least, 1e6);
+    test_set(spec, "workload", "batch_per_device", json_integer(3));
+    test_set(spec, "workload", "context", json_integer(1000));
+    expect(spec, "0.0028 GB too much; context 854 fits, or batch_per_device 2",
+           "one copy of every expert fits on 2 such devices");
+}
+
 #define WITH_SCRATCH(test) cmocka_unit_test_setup_teardown(test, scratch_make, scratch_remove)
 
 int main(void)
@@ -179,7 +191,7 @@ int main(void)
         WITH_SCRATCH(all_resident), WITH_SCRATCH(cached), WITH_SCRATCH(host_of_each_node),
         WITH_SCRATCH(default_cache), WITH_SCRATCH(shared_experts),
         WITH_SCRATCH(keys_and_values), WITH_SCRATCH(caches_hold_what_is_placed),
-        WITH_SCRATCH(none_has_no_cache), WITH_SCRATCH(shards),
+        WITH_SCRATCH(none_has_no_cache), WITH_SCRATCH(what_would_fit), WITH_SCRATCH(shards),
     };
     cmocka_set_message_output(CM_OUTPUT_TAP);
     return cmocka_run_group_tests(tests, NULL, NULL);

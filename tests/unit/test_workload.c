@@ -320,7 +320,7 @@ static void bad_specifications(void **state)
     REFUSED(right, json_pack("{}"), "workload.trace");
     REFUSED(right, json_pack("{s:s}", "trace", "/no/such"), "/no/such");
     REFUSED(wrong, json_pack("{s:s}", "trace", dir), "2 layers, 8 experts, top_k 2", "2 layers, 4 experts, top_k 2");
-    REFUSED(right, json_pack("{s:s, s:s}", "trace", dir, "kind", "train"), "workload.kind", "\"train\"");
+    REFUSED(right, json_pack("{s:s, s:s}", "trace", dir, "kind", "training"), "workload.kind", "\"training\"");
     REFUSED(right, json_pack("{s:s, s:i}", "trace", dir, "batch_per_device", 0), "workload.batch_per_device", "0 is");
     REFUSED(right, json_pack("{s:s, s:f}", "trace", dir, "steps", 1.5), "workload.steps", "whole number");
     REFUSED(right, json_pack("{s:s, s:s}", "trace", dir, "profile", "all"), "workload.profile");
