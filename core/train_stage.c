@@ -28,7 +28,8 @@ int train_open(struct run *r)
         return 0;
     if (r->offloading)
         return err_set(r->err, ERR_INPUT, "%s: workload.kind: train, and offload %s brings experts and drops them: "
-                       "their gradients would have nowhere to go; expected offload none", r->where, r->offload.plugin->name);
+                       "their gradients would have nowhere to go; expected offload none", r->where,
+                       r->offload.plugin->name);
     if (r->graph.keep_items)
         return err_set(r->err, ERR_INPUT, "%s: workload.kind: train: machine host runs forward passes alone", r->where);
     r->trained = calloc((size_t)r->model.n_layers, sizeof *r->trained);
