@@ -20,7 +20,9 @@ double run_forecast(const struct run *r, char *text, size_t room)
         return 0;
     double routes = (double)r->workload.n_tokens / n_devices * r->model.top_k;
     double flows = n_devices * destinations(routes, n_devices), one = net_simgrid_seconds(flows);
-    snprintf(text, room, "%.0f steps of %d layers, each with 2 exchanges of about %.0f flows that take SimGrid about "
-             "%.2g s apiece", n_steps, r->model.n_layers, flows, one);
-    return 2 * one * r->model.n_layers * n_steps;
+    /* there and back; in training backwards, too, and with `recompute` once more forward */
+    const int exchanges = r->workload.phase != MOE_TRAIN ? 2 : r->workload.recompute ? 6 : 4;
+    snprintf(text, room, "%.0f steps of %d layers, each with %d exchanges of about %.0f flows that take SimGrid about "
+             "%.2g s apiece", n_steps, r->model.n_layers, exchanges, flows, one);
+    return exchanges * one * r->model.n_layers * n_steps;
 }
