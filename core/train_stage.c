@@ -125,18 +125,27 @@ static int reduce_exchange(struct run *r, struct list *l, const int32_t *after)
     return r->err->code;
 }
 
+/* Devices of each node; 0: nodes differ. */
+static int32_t node_size(const struct topology *t)
+{
+    for (int32_t n = 0; n < t->n_nodes; n++)
+        if (t->first_device[n + 1] - t->first_device[n] != t->first_device[1])
+            return 0;
+    return t->first_device[1];
+}
+
 /* Devices of each node among the copies of one rank; 0: not as many in every node. */
 static int32_t per_node(const struct run *r, int32_t stride)
 {
-    const int32_t per = r->topology->devices_per_node, n = r->topology->n_devices;
-    return stride < n && per % stride == 0 && n % per == 0 ? per / stride : 0;
+    const int32_t per = node_size(r->topology);
+    return stride < r->topology->n_devices && per > 0 && per % stride == 0 ? per / stride : 0;
 }
 
 static int inside_nodes(struct run *r, struct list *l, const struct copies *c, const int32_t *after)
 {
-    const int32_t per = r->topology->devices_per_node, m = per_node(r, c->stride);
+    const int32_t per = node_size(r->topology), m = per_node(r, c->stride);
     for (int32_t src = 0; src < r->topology->n_devices; src++)
-        for (int32_t dst = src - src % per; m > 1 && dst < src - src % per + per; dst++)
+        for (int32_t dst = m > 1 ? src - src % per : 0; m > 1 && dst < src - src % per + per; dst++)
             if (src % c->stride == dst % c->stride && add_part(r, l, src, dst, c->bytes / m) < 0)
                 return r->err->code;
     return reduce_exchange(r, l, after);
@@ -146,7 +155,7 @@ static int inside_nodes(struct run *r, struct list *l, const struct copies *c, c
 static int rings(struct run *r, struct list *l, const struct copies *c, const int32_t *after)
 {
     const int32_t n = r->topology->n_devices, m = per_node(r, c->stride);
-    const int32_t step = m > 0 ? r->topology->devices_per_node : c->stride, members = n / step;
+    const int32_t step = m > 0 ? node_size(r->topology) : c->stride, members = n / step;
     for (int32_t src = 0; src < n; src++)
         if (add_part(r, l, src, (src + step) % n, c->bytes / (m > 0 ? m : 1) * (members - 1) / members) < 0)
             return r->err->code;
