@@ -18,6 +18,7 @@ struct entry {
 
 struct matrix { /* what a warning was given for */
     enum precision precision;
+    bool grouped;
     int64_t n, k;
 };
 

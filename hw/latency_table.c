@@ -110,17 +110,19 @@ static struct launch measure(int32_t n_groups, const struct gemm_group *group, c
     return l;
 }
 
-/* Why the model was asked, once for every matrix: what follows from a warning is the same for all its rows. */
+/* Why the model was asked, once for every matrix, in groups and alone: what follows from a warning is the same for all
+ * its rows. */
 static void warn(struct latency_table *t, enum precision p, const struct launch *l)
 {
     for (int32_t i = 0; i < t->n_warned; i++)
-        if (t->warned[i].precision == p && t->warned[i].n == l->n && t->warned[i].k == l->k)
+        if (t->warned[i].precision == p && t->warned[i].grouped == (l->groups > 1) && t->warned[i].n == l->n &&
+            t->warned[i].k == l->k)
             return;
     struct matrix *grown = realloc(t->warned, ((size_t)t->n_warned + 1) * sizeof *grown);
     if (!grown) /* rather no warning than the same again and again */
         return;
     t->warned = grown;
-    t->warned[t->n_warned++] = (struct matrix){ p, l->n, l->k };
+    t->warned[t->n_warned++] = (struct matrix){ p, l->groups > 1, l->n, l->k };
 
     struct entry shape = { .op = l->groups == 1 ? LATENCY_GEMM : LATENCY_GROUPED_GEMM, .precision = p,
                            .groups = l->groups, .n = l->n, .k = l->k };
