@@ -57,11 +57,15 @@ struct line {
     int32_t id;
 };
 
+enum { GUIDES = 4 }; /* per expert: then a search looks at little more than one rank */
+
 struct generator {
     const struct trace_synth *p;
     double *quantile;   /* [E] of the standard normal, falling */
     struct line *line;  /* [E] by falling popularity; quantile[rank] is the popularity of line[rank].id */
     double *cumulative; /* [E] sum of the weights up to a rank */
+    int32_t *guide;     /* [GUIDES * E] the rank at which the search for a share of all weight begins */
+    double per_guide;   /* guides per weight */
     uint16_t *rank_of;  /* [E] */
     uint16_t *expert;   /* [L][E] id of the line's expert */
     uint16_t *lines;    /* [L][K] of this token */
@@ -130,6 +134,7 @@ static void close_generator(struct generator *g)
     free(g->quantile);
     free(g->line);
     free(g->cumulative);
+    free(g->guide);
     free(g->rank_of);
     free(g->expert);
     free(g->lines);
@@ -149,12 +154,14 @@ static int open_generator(struct generator *g, const struct trace_synth *p, stru
     g->quantile = malloc(n * sizeof *g->quantile);
     g->line = malloc(n * sizeof *g->line);
     g->cumulative = malloc(n * sizeof *g->cumulative);
+    g->guide = malloc(GUIDES * n * sizeof *g->guide);
     g->rank_of = malloc(n * sizeof *g->rank_of);
     g->expert = malloc(layers * n * sizeof *g->expert);
     g->lines = malloc(layers * k * sizeof *g->lines);
     g->before = malloc(layers * k * sizeof *g->before);
     g->used = calloc(n, sizeof *g->used);
-    if (!g->quantile || !g->line || !g->cumulative || !g->rank_of || !g->expert || !g->lines || !g->before || !g->used)
+    if (!g->quantile || !g->line || !g->cumulative || !g->guide || !g->rank_of || !g->expert || !g->lines ||
+        !g->before || !g->used)
         return err_set(err, ERR_MEMORY, "synth: no memory for %d layers of %d experts", p->n_layers, p->n_experts);
     double sum = 0;
     for (size_t i = 0; i < n; i++) {
@@ -163,6 +170,12 @@ static int open_generator(struct generator *g, const struct trace_synth *p, stru
         g->rank_of[i] = (uint16_t)i;
         sum += exp(p->skew * g->quantile[i]);
         g->cumulative[i] = sum;
+    }
+    g->per_guide = GUIDES * (double)n / sum;
+    for (size_t i = 0, rank = 0; i < GUIDES * n; i++) {
+        while (rank + 1 < n && g->cumulative[rank] * g->per_guide <= (double)i)
+            rank++;
+        g->guide[i] = (int32_t)rank;
     }
     for (size_t l = 0; l < layers; l++) {
         struct stream s = stream_of(p->seed, FOR_LAYERS, (int64_t)l);
@@ -194,22 +207,27 @@ static void begin_request(struct generator *g, int32_t request)
         g->rank_of[g->line[rank].id] = (uint16_t)rank;
 }
 
+/* The first rank whose sum is above u: what bisection finds, from a guide that rounding may have put a rank too far. */
+static int32_t rank_at(const struct generator *g, double u)
+{
+    const int32_t last = g->p->n_experts - 1;
+    int32_t guide = (int32_t)(u * g->per_guide);
+    int32_t rank = g->guide[guide <= GUIDES * last ? guide : GUIDES * last];
+    while (rank > 0 && g->cumulative[rank - 1] > u)
+        rank--;
+    while (rank < last && g->cumulative[rank] <= u)
+        rank++;
+    return rank;
+}
+
 /* A line by popularity among those that the row has not used. */
 static uint16_t draw_line(struct generator *g)
 {
     int32_t n = g->p->n_experts;
     for (int tries = 0; tries < 16; tries++) {
-        double u = draw_unit(&g->routes) * g->cumulative[n - 1];
-        int32_t low = 0, high = n - 1; /* the first rank whose sum is above u */
-        while (low < high) {
-            int32_t middle = (low + high) / 2;
-            if (g->cumulative[middle] > u)
-                high = middle;
-            else
-                low = middle + 1;
-        }
-        if (g->used[g->line[low].id] != g->stamp)
-            return (uint16_t)g->line[low].id;
+        int32_t id = g->line[rank_at(g, draw_unit(&g->routes) * g->cumulative[n - 1])].id;
+        if (g->used[id] != g->stamp)
+            return (uint16_t)id;
     }
     /* Those in use have nearly all of the weight: draw among the others alone. */
     double left = 0;
