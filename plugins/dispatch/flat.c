@@ -29,88 +29,154 @@ struct state {
 /* One layer's routes, sorted once. n_sent routes have a device to go to. */
 struct layout {
     const struct moe_traffic *in;
-    const int32_t *expert; /* [n] */
-    int32_t *from;         /* [n] device of the route's token */
     int64_t n_sent;
     int64_t *by_pair;      /* [n_sent] routes by (from, to) */
     int64_t *by_expert;    /* [n_sent] routes by (to, expert) */
     int64_t *to_first;     /* [D + 1] into by_expert */
     int64_t *from_first;   /* [D + 1] into by_pair */
-    int32_t n_experts;     /* largest expert id + 1 */
+    struct moe_part *part; /* [n_parts] one for each pair, as dispatch sends it */
+    int32_t n_parts;
+    int32_t *expert;       /* [E] scratch: experts of one device, */
+    int64_t *rows;         /* [E] and what they compute */
 };
 
-/* Stable: in[0..n) by key[in[i]] into out; first: [n_keys + 1], where each key begins. */
-static void sort_by(const int32_t *key, int32_t n_keys, const int64_t *in, int64_t n, int64_t *out, int64_t *first)
+/* Routes are sorted as (key, route) in one word: millions of them, and a key that lies elsewhere is a cache miss. Keys
+ * are devices and experts, of which a run has fewer than 2^24. */
+enum { ROUTE_BITS = 40 };
+
+static int64_t word_of(int32_t key, int64_t route)
 {
-    memset(first, 0, ((size_t)n_keys + 1) * sizeof *first);
-    for (int64_t i = 0; i < n; i++)
-        first[key[in[i]] + 1]++;
-    for (int32_t k = 0; k < n_keys; k++)
-        first[k + 1] += first[k];
-    for (int64_t i = 0; i < n; i++)
-        out[first[key[in[i]]]++] = in[i];
-    memmove(first + 1, first, (size_t)n_keys * sizeof *first); /* filling moved every start to its end */
+    return (int64_t)key << ROUTE_BITS | route;
+}
+
+static int32_t key_of(int64_t word)
+{
+    return (int32_t)(word >> ROUTE_BITS);
+}
+
+static int64_t route_of(int64_t word)
+{
+    return word & (((int64_t)1 << ROUTE_BITS) - 1);
+}
+
+/* Stable sort of word[0..n) by key, a byte at a time: few at once, which stay in the cache. other: [n]. */
+static void sort_words(int64_t *word, int64_t n, int64_t *other)
+{
+    int32_t differ = 0;
+    for (int64_t i = 1; i < n; i++)
+        differ |= key_of(word[i]) ^ key_of(word[0]);
+    for (int shift = 0; differ >> shift != 0; shift += 8) {
+        int64_t at[257] = {0};
+        if ((differ >> shift & 255) == 0)
+            continue;
+        for (int64_t i = 0; i < n; i++)
+            at[(key_of(word[i]) >> shift & 255) + 1]++;
+        for (int b = 0; b < 256; b++)
+            at[b + 1] += at[b];
+        for (int64_t i = 0; i < n; i++)
+            other[at[key_of(word[i]) >> shift & 255]++] = word[i];
+        memcpy(word, other, (size_t)n * sizeof *word);
+    }
+}
+
+/* Where each device's routes begin, from counts at first[device + 1]. */
+static void add_up(int64_t *first, int32_t n_devices)
+{
+    for (int32_t d = 0; d < n_devices; d++)
+        first[d + 1] += first[d];
+}
+
+/* After filling, which moved every start to its end. */
+static void back_to_start(int64_t *first, int32_t n_devices)
+{
+    memmove(first + 1, first, (size_t)n_devices * sizeof *first);
     first[0] = 0;
+}
+
+/* The parts of one device's routes, which are sorted by where they go. */
+static void add_parts(struct layout *l, int32_t from)
+{
+    int64_t *word = l->by_pair, last = l->from_first[from + 1];
+    for (int64_t i = l->from_first[from], end; i < last; i = end) {
+        int32_t to = key_of(word[i]);
+        for (end = i; end < last && key_of(word[end]) == to; end++)
+            word[end] = route_of(word[end]);
+        l->part[l->n_parts++] = (struct moe_part){
+            .src = from,
+            .dst = to,
+            .bytes = from == to ? 0 : (double)(end - i) * l->in->dispatch_bytes,
+            .n_items = end - i,
+            .items = word + i,
+        };
+    }
 }
 
 static int sort_routes(const struct moe_env *env, const struct moe_traffic *in, struct layout *l)
 {
-    size_t n = (size_t)in->routes->n, n_devices = (size_t)env->topology->n_devices;
-    *l = (struct layout){.in = in, .expert = in->routes->expert};
-    for (size_t i = 0; i < n; i++)
-        if (in->to[i] >= 0 && l->expert[i] >= l->n_experts)
-            l->n_experts = l->expert[i] + 1;
-    int64_t *wide = env->host->scratch(env, (4 * n + 2 * (n_devices + 1) + (size_t)l->n_experts + 1) * sizeof *wide);
-    l->from = env->host->scratch(env, (n + 1) * sizeof *l->from);
-    if (wide == NULL || l->from == NULL)
+    const struct moe_routes *routes = in->routes;
+    size_t n = (size_t)routes->n, n_experts = (size_t)env->model->n_experts;
+    int32_t n_devices = env->topology->n_devices;
+    size_t n_firsts = 2 * ((size_t)n_devices + 1);
+    *l = (struct layout){.in = in};
+    int64_t *wide = env->host->scratch(env, (3 * n + n_firsts + n_experts) * sizeof *wide);
+    l->part = env->host->scratch(env, (n + 1) * sizeof *l->part);
+    l->expert = env->host->scratch(env, n_experts * sizeof *l->expert);
+    if (wide == NULL || l->part == NULL || l->expert == NULL)
         return MOE_ENOMEM;
-    int64_t *sent = wide, *half = wide + n, *first = wide + 4 * n + 2 * (n_devices + 1);
-    l->by_pair = wide + 2 * n;
-    l->by_expert = wide + 3 * n;
-    l->to_first = wide + 4 * n;
-    l->from_first = l->to_first + n_devices + 1;
-    for (int32_t t = 0; t < in->routes->n_tokens; t++) {
-        for (int64_t i = in->routes->offset[t]; i < in->routes->offset[t + 1]; i++) {
+    int64_t *other = wide + 2 * n;
+    l->by_pair = wide;
+    l->by_expert = wide + n;
+    l->from_first = wide + 3 * n;
+    l->to_first = l->from_first + n_devices + 1;
+    l->rows = l->from_first + n_firsts;
+    memset(l->from_first, 0, n_firsts * sizeof *l->from_first);
+    for (int32_t t = 0; t < routes->n_tokens; t++) {
+        for (int64_t i = routes->offset[t]; i < routes->offset[t + 1]; i++) {
             if (in->to[i] == MOE_SHARDED)
                 return env->host->fail(env, MOE_EUNSUPPORTED, "layer %d: expert %d is sharded; this layout sends each "
-                                       "route to one device", in->layer, l->expert[i]);
-            l->from[i] = in->device[t];
-            if (in->to[i] >= 0)
-                sent[l->n_sent++] = i;
+                                       "route to one device", in->layer, routes->expert[i]);
+            if (in->to[i] < 0)
+                continue;
+            l->n_sent++;
+            l->from_first[in->device[t] + 1]++;
+            l->to_first[in->to[i] + 1]++;
         }
     }
-    sort_by(l->expert, l->n_experts, sent, l->n_sent, half, first);
-    sort_by(in->to, (int32_t)n_devices, half, l->n_sent, l->by_expert, l->to_first);
-    sort_by(in->to, (int32_t)n_devices, sent, l->n_sent, half, l->from_first);
-    sort_by(l->from, (int32_t)n_devices, half, l->n_sent, l->by_pair, l->from_first);
+    add_up(l->from_first, n_devices);
+    add_up(l->to_first, n_devices);
+    for (int32_t t = 0; t < routes->n_tokens; t++) {
+        for (int64_t i = routes->offset[t]; i < routes->offset[t + 1]; i++) {
+            if (in->to[i] < 0)
+                continue;
+            l->by_pair[l->from_first[in->device[t]]++] = word_of(in->to[i], i);
+            l->by_expert[l->to_first[in->to[i]]++] = word_of(routes->expert[i], i);
+        }
+    }
+    back_to_start(l->from_first, n_devices);
+    back_to_start(l->to_first, n_devices);
+    for (int32_t d = 0; d < n_devices; d++) {
+        sort_words(l->by_pair + l->from_first[d], l->from_first[d + 1] - l->from_first[d], other);
+        sort_words(l->by_expert + l->to_first[d], l->to_first[d + 1] - l->to_first[d], other);
+        add_parts(l, d);
+    }
     return MOE_OK;
 }
 
-/* One exchange over all pairs: token to expert (out), or back. Returns its task. */
-static int32_t exchange(const struct state *s, const struct layout *l, bool out, struct moe_graph *g)
+/* One exchange over all pairs: token to expert (out), or back, which is asked for second. Returns its task. */
+static int32_t exchange(const struct state *s, struct layout *l, bool out, struct moe_graph *g)
 {
     const struct moe_env *env = s->env;
-    struct moe_part *part = env->host->scratch(env, ((size_t)l->n_sent + 1) * sizeof *part);
-    double row_bytes = out ? l->in->dispatch_bytes : l->in->combine_bytes;
-    int32_t n_parts = 0;
-    if (part == NULL)
-        return MOE_ENOMEM;
-    for (int64_t i = 0, end; i < l->n_sent; i = end) {
-        int32_t from = l->from[l->by_pair[i]], to = l->in->to[l->by_pair[i]];
-        for (end = i + 1; end < l->n_sent; end++)
-            if (l->from[l->by_pair[end]] != from || l->in->to[l->by_pair[end]] != to)
-                break;
-        part[n_parts++] = (struct moe_part){
-            .src = out ? from : to,
-            .dst = out ? to : from,
-            .bytes = from == to ? 0 : (double)(end - i) * row_bytes,
-            .n_items = end - i,
-            .items = l->by_pair + i,
-        };
+    const double row_bytes = out ? l->in->dispatch_bytes : l->in->combine_bytes;
+    for (int32_t i = 0; !out && i < l->n_parts; i++) {
+        struct moe_part *p = &l->part[i];
+        int32_t from = p->src;
+        p->src = p->dst;
+        p->dst = from;
+        p->bytes = p->src == p->dst ? 0 : (double)p->n_items * row_bytes;
     }
     return env->host->task_exchange(env, g,
                                     &(struct moe_exchange){.payload = out ? MOE_PAY_HIDDEN : MOE_PAY_OUTPUT,
-                                                           .n_parts = n_parts, .part = part,
+                                                           .n_parts = l->n_parts, .part = l->part,
                                                            .message_bytes = s->conf->messages == PER_ROW ? row_bytes
                                                                                                          : 0});
 }
@@ -120,22 +186,19 @@ static int32_t experts(const struct moe_env *env, const struct layout *l, int32_
                        struct moe_graph *g)
 {
     int64_t begin = l->to_first[device], end = l->to_first[device + 1];
-    int32_t *expert = env->host->scratch(env, (size_t)(end - begin) * sizeof *expert);
-    int64_t *rows = env->host->scratch(env, (size_t)(end - begin) * sizeof *rows);
     int32_t n = 0;
-    if (expert == NULL || rows == NULL)
-        return MOE_ENOMEM;
     for (int64_t i = begin; i < end; i++) {
-        int32_t e = l->expert[l->by_expert[i]];
-        if (n == 0 || expert[n - 1] != e) {
-            expert[n] = e;
-            rows[n++] = 0;
+        int32_t e = key_of(l->by_expert[i]);
+        if (n == 0 || l->expert[n - 1] != e) {
+            l->expert[n] = e;
+            l->rows[n++] = 0;
         }
-        rows[n - 1]++;
+        l->rows[n - 1]++;
+        l->by_expert[i] = route_of(l->by_expert[i]);
     }
     int32_t task = env->host->task_experts(env, g,
                                            &(struct moe_expert_work){.device = device, .layer = l->in->layer, .n = n,
-                                                                     .expert = expert, .rows = rows,
+                                                                     .expert = l->expert, .rows = l->rows,
                                                                      .items = l->by_expert + begin, .fraction = 1});
     int32_t arrival = task < 0 ? task : env->host->task_arrival(env, g, dispatch, device);
     int rc = arrival < 0 ? arrival : env->host->task_after(env, g, task, arrival);
@@ -155,7 +218,7 @@ static int32_t compute(const struct moe_env *env, struct moe_graph *g, enum moe_
 
 /* Dispatch: permute on every device that sends, one exchange after all of them, the experts where their tokens have
  * arrived. Returns the exchange that brings the outputs back, which waits for all experts. */
-static int32_t there_and_back(const struct state *s, const struct layout *l, struct moe_graph *g)
+static int32_t there_and_back(const struct state *s, struct layout *l, struct moe_graph *g)
 {
     const struct moe_env *env = s->env;
     int32_t out = exchange(s, l, true, g), back = out < 0 ? out : exchange(s, l, false, g);
