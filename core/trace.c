@@ -245,6 +245,12 @@ void trace_close(struct trace *t)
 
 /* ---- reading ---- */
 
+void trace_fetch(const struct trace *t, int64_t token, int32_t layer)
+{
+    const char *ids = t->experts.data;
+    __builtin_prefetch(ids + (token * t->n_layers + layer) * t->top_k * t->experts.item_bytes);
+}
+
 void trace_experts(const struct trace *t, int64_t token, int32_t layer, int32_t *out)
 {
     int32_t k = t->top_k;

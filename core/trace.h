@@ -31,6 +31,8 @@ struct trace {
 int trace_open(struct trace *, const char *dir, struct err *);
 void trace_close(struct trace *);
 
+/* Has the cache fetch what trace_experts will soon be asked for. */
+void trace_fetch(const struct trace *, int64_t token, int32_t layer);
 /* Experts of (token, layer): k ids into out. */
 void trace_experts(const struct trace *, int64_t token, int32_t layer, int32_t *out);
 /* Their weights; 1/k each when the trace has none. */

@@ -290,6 +290,8 @@ int workload_batch(struct workload *w, int32_t step, int32_t layer, uint32_t nee
             return e->code;
         for (int32_t i = 0; i < w->n_tokens; i++) {
             int64_t at = (int64_t)i * t->top_k;
+            if (i + 32 < w->n_tokens) /* streams are all over the trace, which is larger than any cache */
+                trace_fetch(t, w->row[i + 32], recorded_layer(w, layer));
             trace_experts(t, w->row[i], recorded_layer(w, layer), w->recorded.expert + at);
             trace_weights(t, w->row[i], recorded_layer(w, layer), w->recorded.weight + at);
             w->recorded.offset[i + 1] = at + t->top_k;
