@@ -6,9 +6,11 @@
 
 #include <math.h>
 #include <stdbool.h>
+#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
 /* The figure behind "key" in a file of lines "key figure" or "key: figure kB"; -1: there is none. */
 static double figure(const char *path, const char *key)
@@ -134,4 +136,17 @@ const char *memory_text(double bytes, char *text, size_t room)
         bytes /= 1000;
     snprintf(text, room, "%.*f %s", bytes < 99.95 ? 1 : 0, bytes, unit[u]);
     return text;
+}
+
+void *memory_large(void *p, size_t bytes)
+{
+#ifdef MADV_HUGEPAGE
+    const size_t page = (size_t)1 << 21, begin = ((uintptr_t)p + page - 1) & ~(page - 1);
+    const size_t end = ((uintptr_t)p + bytes) & ~(page - 1);
+    if (p && bytes >= 4 * page && end > begin)
+        (void)madvise((void *)begin, end - begin, MADV_HUGEPAGE); /* advice: no harm if it is not taken */
+#else
+    (void)bytes;
+#endif
+    return p;
 }

@@ -2,6 +2,7 @@
  * policy.c - life of a policy, and the services behind struct moe_host. */
 #include "config.h"
 
+#include "memory.h"
 #include "policy.h"
 #include "registry.h"
 
@@ -31,7 +32,7 @@ void *arena_take(struct arena *a, size_t bytes)
         size_t room = a->current ? 2 * a->current->room : 4096;
         if (room < bytes)
             room = bytes;
-        struct arena_block *b = malloc(sizeof *b + room);
+        struct arena_block *b = memory_large(malloc(sizeof *b + room), sizeof *b + room);
         if (!b)
             return NULL;
         b->next = NULL;

@@ -2,6 +2,7 @@
  * routes.c - routes and placements: growing them, closing them, checking what policies made of them. */
 #include "config.h"
 
+#include "memory.h"
 #include "policy.h"
 
 #include <math.h>
@@ -17,10 +18,10 @@ int routes_reserve(struct moe_routes *r, int64_t n, struct err *e)
         room *= 2;
     int32_t *expert = realloc(r->expert, sizeof *expert * (size_t)room);
     if (expert)
-        r->expert = expert;
+        r->expert = memory_large(expert, sizeof *expert * (size_t)room);
     float *weight = realloc(r->weight, sizeof *weight * (size_t)room);
     if (weight)
-        r->weight = weight;
+        r->weight = memory_large(weight, sizeof *weight * (size_t)room);
     if (!expert || !weight)
         return err_set(e, ERR_MEMORY, "out of memory for %lld routes", (long long)n);
     r->capacity = room;
