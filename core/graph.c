@@ -3,6 +3,7 @@
 #include "config.h"
 
 #include "graph.h"
+#include "memory.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -10,7 +11,7 @@
 
 void graph_reset(struct moe_graph *g)
 {
-    g->n_tasks = g->n_parts = g->n_experts = g->n_kernels = 0;
+    g->n_tasks = g->n_parts = g->n_experts = g->n_kernels = g->n_sums = 0;
     g->n_edges = g->n_items = 0;
     g->layer = g->micro = 0;
     g->pass = PASS_FORWARD;
@@ -24,6 +25,8 @@ void graph_free(struct moe_graph *g)
     free(g->edge);
     free(g->part);
     free(g->part_item);
+    free(g->sum);
+    free(g->side);
     free(g->expert);
     free(g->rows);
     free(g->kernel);
@@ -45,7 +48,7 @@ static int reserve(void **array, int64_t *room, int64_t need, size_t bytes, stru
     void *p = realloc(*array, (size_t)grown * bytes);
     if (!p)
         return err_set(e, ERR_MEMORY, "out of memory for the task graph");
-    *array = p;
+    *array = memory_large(p, (size_t)grown * bytes);
     *room = grown;
     return 0;
 }
@@ -67,6 +70,7 @@ static int32_t add(struct moe_graph *g, const struct task *t, struct err *e)
     g->task[g->n_tasks].layer = g->layer;
     g->task[g->n_tasks].micro = g->micro;
     g->task[g->n_tasks].pass = g->pass;
+    g->task[g->n_tasks].sum = g->task[g->n_tasks].load = -1;
     return g->n_tasks++;
 }
 
@@ -168,7 +172,8 @@ int32_t graph_exchange(struct moe_graph *g, const struct moe_exchange *x, struct
         return err_set(e, ERR_RUN, "exchange with %d parts", x->n_parts);
     if (!(x->message_bytes >= 0) || !isfinite(x->message_bytes) || x->sms < 0)
         return err_set(e, ERR_RUN, "exchange with messages of %g bytes, %d SMs", x->message_bytes, x->sms);
-    RESERVE(g->part_item, g->room_part_item, (int64_t)g->n_parts + x->n_parts, e);
+    if (g->keep_items)
+        RESERVE(g->part_item, g->room_part_item, (int64_t)g->n_parts + x->n_parts, e);
     RESERVE(g->part, g->room_parts, (int64_t)g->n_parts + x->n_parts, e);
     for (int32_t i = 0; i < x->n_parts; i++) {
         const struct moe_part *p = &x->part[i];
@@ -180,15 +185,16 @@ int32_t graph_exchange(struct moe_graph *g, const struct moe_exchange *x, struct
         if (p->path < 0) /* how many there are, the machine knows */
             return err_set(e, ERR_RUN, "exchange from %d to %d on path %d, expected 0 or more", p->src, p->dst,
                            p->path);
-        int64_t at = g->n_items;
-        if (g->keep_items && p->items && p->n_items > 0) {
-            RESERVE(g->item, g->room_items, g->n_items + p->n_items, e);
-            memcpy(g->item + g->n_items, p->items, sizeof *p->items * (size_t)p->n_items);
-            g->n_items += p->n_items;
+        if (g->keep_items) {
+            g->part_item[g->n_parts] = g->n_items;
+            if (p->items && p->n_items > 0) {
+                RESERVE(g->item, g->room_items, g->n_items + p->n_items, e);
+                memcpy(g->item + g->n_items, p->items, sizeof *p->items * (size_t)p->n_items);
+                g->n_items += p->n_items;
+            }
         }
         g->part[g->n_parts] = *p;
-        g->part[g->n_parts].items = NULL;
-        g->part_item[g->n_parts++] = at;
+        g->part[g->n_parts++].items = NULL;
         t.bytes += p->src == p->dst ? 0 : p->bytes;
     }
     return add(g, &t, e);
@@ -225,6 +231,19 @@ int graph_after(struct moe_graph *g, int32_t task, int32_t before, struct err *e
     RESERVE(g->edge, g->room_edges, g->n_edges + 1, e);
     g->edge[g->n_edges++] = (struct edge){ before, task };
     return 0;
+}
+
+static int reserve_sum(struct moe_graph *g, struct err *e)
+{
+    const int64_t n = (int64_t)g->n_sums + 1;
+    RESERVE(g->sum, g->room_sums, n, e);
+    RESERVE(g->side, g->room_sides, n * g->n_devices, e);
+    return 0;
+}
+
+struct exchange_sum *graph_sum(struct moe_graph *g, struct err *e)
+{
+    return reserve_sum(g, e) < 0 ? NULL : &g->sum[g->n_sums++];
 }
 
 int graph_keep_routes(struct moe_graph *g, const struct moe_routes *r, const int32_t *device, struct err *e)

@@ -24,6 +24,7 @@ struct need {
     double *rows;              /* [D][E] */
     double *moved[2][N_WAYS];  /* hidden states, outputs: [D] into and out of a device; [N] into, out of a node */
     bool *served;              /* [D] has tokens that are computed */
+    int32_t *seen[2];          /* [D], [N] scratch: the last token that one of its experts is on, or on whose node */
 };
 
 static void count_needs(const struct run *r, const struct moe_batch *b, struct need *n)
@@ -39,12 +40,10 @@ static void count_needs(const struct run *r, const struct moe_batch *b, struct n
                 continue;
             n->served[home] = true;
             n->rows[(size_t)d * (size_t)r->model.n_experts + (size_t)routes->expert[i]]++;
-            bool again = d == home, same_node = node[d] == node[home];
+            const bool again = d == home || n->seen[0][d] == t;
+            const bool same_node = node[d] == node[home] || n->seen[1][node[d]] == t;
+            n->seen[0][d] = n->seen[1][node[d]] = t;
             away |= d != home;
-            for (int64_t j = routes->offset[t]; j < i; j++) {
-                again |= r->to[j] == d;
-                same_node |= r->to[j] >= 0 && node[r->to[j]] == node[d];
-            }
             n->moved[MOE_PAY_HIDDEN][IN][d] += !again;
             n->moved[MOE_PAY_OUTPUT][OUT][d] += !again;
             n->moved[MOE_PAY_HIDDEN][NODE][node[d]] += !same_node;
@@ -60,7 +59,8 @@ static int subtract(struct run *r, const struct moe_batch *b, int32_t first_task
 {
     const struct moe_graph *g = &r->graph;
     const int32_t n_experts = moe_experts_of(&r->model, b->layer), *node = r->context.view.node;
-    const double row[2] = { r->model.d_model * r->model.act_bytes, r->model.d_model * r->model.combine_bytes };
+    const double per_byte[2] = { 1 / (r->model.d_model * r->model.act_bytes),
+                                 1 / (r->model.d_model * r->model.combine_bytes) };
     for (int32_t t = first_task; t < g->n_tasks; t++) {
         const struct task *x = &g->task[t];
         for (int32_t i = x->first; x->kind == TASK_EXPERTS && i < x->first + x->n; i++) {
@@ -74,7 +74,7 @@ static int subtract(struct run *r, const struct moe_batch *b, int32_t first_task
             continue;
         for (int32_t i = x->first; i < x->first + x->n; i++) {
             const struct moe_part *p = &g->part[i];
-            const double rows = p->bytes / row[x->payload];
+            const double rows = p->bytes * per_byte[x->payload];
             if (p->src == p->dst)
                 continue;
             need->moved[x->payload][IN][p->dst] -= rows;
@@ -195,18 +195,22 @@ int layout_check(struct run *r, const struct moe_batch *b, int32_t first_task, i
 {
     const size_t n = (size_t)r->topology->n_devices, n_rows = n * (size_t)r->model.n_experts;
     double *figures = calloc(n_rows + 2 * N_WAYS * n, sizeof *figures);
-    struct need need = { .rows = figures, .served = calloc(n, sizeof *need.served) };
+    int32_t *seen = malloc(sizeof *seen * 2 * n);
+    struct need need = { .rows = figures, .served = calloc(n, sizeof *need.served), .seen = { seen, seen + n } };
     for (int k = 0; figures && k < 2; k++)
         for (int way = 0; way < N_WAYS; way++)
             need.moved[k][way] = figures + n_rows + (size_t)(k * N_WAYS + way) * n;
-    if (!figures || !need.served)
+    if (!figures || !seen || !need.served)
         err_set(r->err, ERR_MEMORY, "out of memory for %zu devices", n);
     else {
+        for (size_t i = 0; i < 2 * n; i++)
+            seen[i] = -1;
         count_needs(r, b, &need);
         if (check_amounts(r, b, first_task, &need) == 0)
             check_order(r, b, first_task, first_edge, &need);
     }
     free(figures);
+    free(seen);
     free(need.served);
     return r->err->code;
 }

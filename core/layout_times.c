@@ -11,6 +11,7 @@
  * Whether every single row waited for its own token cannot be told from times; `first` is what all layouts share. */
 #include "config.h"
 
+#include "exchange.h"
 #include "run.h"
 
 #include <math.h>
@@ -23,7 +24,11 @@ struct layer_times { /* [D] each; INFINITY, or 0 for `last`: there was nothing *
 enum { N_TIMES = 7 };
 
 /* Arrivals of each exchange as a list, by task id. */
-struct arrivals { int32_t *head, *next; double *at; /* [D]; < 0: no arrival of its own */ };
+struct arrivals {
+    int32_t *head, *next;
+    double *at;    /* [D]; < 0: no arrival of its own */
+    uint8_t *side; /* [D] of the exchange that is looked at */
+};
 
 static const double SLACK = 1e-9; /* of the time on the clock: sums in another order */
 
@@ -45,20 +50,21 @@ static void close_arrivals(const struct moe_graph *g, struct arrivals *a, int32_
         a->at[g->task[t].device] = -1;
 }
 
-static void see_exchange(const struct moe_graph *g, struct arrivals *a, int32_t id, struct layer_times *l)
+static void see_exchange(const struct moe_graph *g, const struct topology *t, struct arrivals *a, int32_t id,
+                         struct layer_times *l)
 {
     const struct task *x = &g->task[id];
     const bool out = x->payload == MOE_PAY_OUTPUT;
     open_arrivals(g, a, id);
-    for (int32_t i = x->first; i < x->first + x->n; i++) {
-        const struct moe_part *p = &g->part[i];
-        if (p->src == p->dst || p->bytes <= 0)
+    exchange_sides(g, t, x, a->side);
+    for (int32_t d = 0; d < g->n_devices; d++) {
+        if (!(a->side[d] & SIDE_GETS))
             continue;
-        double there = a->at[p->dst] >= 0 ? a->at[p->dst] : x->end;
-        double *first = out ? &l->output_first[p->dst] : &l->hidden_first[p->dst];
+        double there = a->at[d] >= 0 ? a->at[d] : x->end;
+        double *first = out ? &l->output_first[d] : &l->hidden_first[d];
         *first = fmin(*first, there);
         if (out)
-            l->output_last[p->dst] = fmax(l->output_last[p->dst], there);
+            l->output_last[d] = fmax(l->output_last[d], there);
     }
     close_arrivals(g, a, id);
 }
@@ -70,18 +76,14 @@ static int fault(struct run *r, int32_t layer, int32_t device, const char *what,
                    earliest);
 }
 
-static int check_exchange(struct run *r, const struct task *x, const struct layer_times *l)
+static int check_exchange(struct run *r, const struct task *x, uint8_t *side, const struct layer_times *l)
 {
-    const struct moe_graph *g = &r->graph;
-    for (int32_t i = x->first; i < x->first + x->n; i++) {
-        const struct moe_part *p = &g->part[i];
-        if (p->src == p->dst || p->bytes <= 0)
-            continue;
-        const bool out = x->payload == MOE_PAY_OUTPUT;
-        double ready = out ? fmin(l->experts_first[p->src], l->output_first[p->src])
-                           : fmin(l->entry[p->src], l->hidden_first[p->src]);
-        if (before(x->start, ready))
-            return fault(r, x->layer, p->src, out ? "sends outputs" : "sends hidden states", x->start, ready);
+    const bool out = x->payload == MOE_PAY_OUTPUT;
+    exchange_sides(&r->graph, r->topology, x, side);
+    for (int32_t d = 0; d < r->graph.n_devices; d++) {
+        double ready = out ? fmin(l->experts_first[d], l->output_first[d]) : fmin(l->entry[d], l->hidden_first[d]);
+        if ((side[d] & SIDE_SENDS) && before(x->start, ready))
+            return fault(r, x->layer, d, out ? "sends outputs" : "sends hidden states", x->start, ready);
     }
     return 0;
 }
@@ -113,13 +115,13 @@ static int check_layer(struct run *r, int32_t key, const int32_t *task, int32_t 
     for (int32_t i = 0; i < n; i++) {
         const struct task *x = &g->task[task[i]];
         if (x->kind == TASK_EXCHANGE && x->payload != MOE_PAY_BYTES)
-            see_exchange(g, a, task[i], l);
+            see_exchange(g, r->topology, a, task[i], l);
         else if (x->kind == TASK_EXPERTS && rows_of(g, x) > 0)
             l->experts_first[x->device] = fmin(l->experts_first[x->device], x->end);
     }
     for (int32_t i = 0; i < n; i++) {
         const struct task *x = &g->task[task[i]];
-        if (x->kind == TASK_EXCHANGE && x->payload != MOE_PAY_BYTES && check_exchange(r, x, l) < 0)
+        if (x->kind == TASK_EXCHANGE && x->payload != MOE_PAY_BYTES && check_exchange(r, x, a->side, l) < 0)
             return r->err->code;
         if (x->kind != TASK_EXPERTS)
             continue;
@@ -169,9 +171,10 @@ int layout_times(struct run *r)
     const int32_t n_layers = r->model.n_layers * N_PASSES;
     int32_t *first = calloc((size_t)n_layers + 2, sizeof *first), *task = malloc(sizeof *task * n_tasks);
     struct arrivals a = { malloc(sizeof *a.head * n_tasks), malloc(sizeof *a.next * n_tasks),
-                          malloc(sizeof *a.at * n_devices) };
+                          malloc(sizeof *a.at * n_devices),
+                          malloc(n_devices) };
     double *times = malloc(sizeof *times * N_TIMES * n_devices);
-    if (!first || !task || !a.head || !a.next || !a.at || !times) {
+    if (!first || !task || !a.head || !a.next || !a.at || !a.side || !times) {
         err_set(r->err, ERR_MEMORY, "out of memory for %d tasks", g->n_tasks);
         goto out;
     }
@@ -195,6 +198,7 @@ out:
     free(a.head);
     free(a.next);
     free(a.at);
+    free(a.side);
     free(times);
     return r->err->code;
 }

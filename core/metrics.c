@@ -2,9 +2,9 @@
  * metrics.c - reads figures off a graph that has run. */
 #include "config.h"
 
+#include "exchange.h"
 #include "metrics.h"
 
-#include <ctype.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -26,54 +26,6 @@ void metrics_free(struct metrics *m)
 }
 
 /* ---- the bound ---- */
-
-/* Links that differ only by the numbers in their names play one role. role: [n_links]; returns how many roles. */
-static int32_t link_roles(const struct topology *t, int32_t *role)
-{
-    int32_t n_roles = 0;
-    char(*known)[64] = malloc(sizeof *known * (size_t)(t->n_links > 0 ? t->n_links : 1));
-    for (int32_t i = 0; known && i < t->n_links; i++) {
-        char plain[64];
-        size_t n = 0;
-        for (const char *c = t->link[i].name; *c && n + 1 < sizeof plain; c++)
-            if (!isdigit((unsigned char)*c))
-                plain[n++] = *c;
-        plain[n] = '\0';
-        int32_t j = 0;
-        while (j < n_roles && strcmp(known[j], plain))
-            j++;
-        if (j == n_roles)
-            memcpy(known[n_roles++], plain, sizeof plain);
-        role[i] = j;
-    }
-    free(known);
-    return known || t->n_links == 0 ? n_roles : -1;
-}
-
-struct evening { /* bytes of one exchange, by the role of links */
-    const struct topology *topology;
-    int32_t *role, n_roles;
-    double *role_bytes;     /* [roles] summed over an exchange's links */
-    double *role_bandwidth; /* [roles] of all its links */
-};
-
-/* Time of an exchange whose bytes lie evenly on the links of every role it uses. */
-static double even_exchange(struct evening *v, const struct moe_graph *g, const struct task *t)
-{
-    memset(v->role_bytes, 0, sizeof *v->role_bytes * (size_t)v->n_roles);
-    for (int32_t i = 0; i < t->n; i++) {
-        const struct moe_part *p = &g->part[t->first + i];
-        int32_t link[TOPOLOGY_MAX_HOPS];
-        int n = p->src == p->dst || p->bytes <= 0 ? 0 : topology_route(v->topology, p->src, p->dst, p->path, link,
-                                                                      NULL);
-        for (int j = 0; j < n; j++)
-            v->role_bytes[v->role[link[j]]] += p->bytes;
-    }
-    double most = 0;
-    for (int32_t i = 0; i < v->n_roles; i++)
-        most = fmax(most, v->role_bytes[i] / v->role_bandwidth[i]);
-    return most;
-}
 
 static size_t phase_of(const struct task *x)
 {
@@ -169,7 +121,7 @@ static double longest_path(struct bound *b, struct evening *v)
         const int32_t t = b->ready[i];
         const struct task *x = &g->task[t];
         if (x->kind == TASK_EXCHANGE)
-            b->own[t] = fmin(even_exchange(v, g, x), x->end - x->start);
+            b->own[t] = fmin(evening_seconds(v, g, x), x->end - x->start);
         else if (x->kind == TASK_ARRIVAL) /* after its exchange's begin */
             b->own[t] = fmin(b->own[x->exchange], x->end - x->start);
         const double begin = b->end[t];
@@ -190,22 +142,19 @@ static double longest_path(struct bound *b, struct evening *v)
 
 int metrics_bound(const struct moe_graph *g, const struct topology *t, double *seconds, struct err *e)
 {
-    const size_t n = (size_t)g->n_tasks + 1, n_links = (size_t)t->n_links + 1;
+    const size_t n = (size_t)g->n_tasks + 1;
     int32_t n_layers = 0;
     for (int32_t i = 0; i < g->n_tasks; i++)
         n_layers = g->task[i].layer >= n_layers ? g->task[i].layer + 1 : n_layers;
-    struct evening v = { .topology = t, .role = malloc(sizeof *v.role * n_links),
-                         .role_bytes = calloc(n_links, sizeof *v.role_bytes),
-                         .role_bandwidth = calloc(n_links, sizeof *v.role_bandwidth) };
+    struct evening v;
     struct bound b = { .graph = g, .own = calloc(n, sizeof *b.own), .end = calloc(n, sizeof *b.end),
                        .chain = malloc(sizeof *b.chain * n), .ready = malloc(sizeof *b.ready * n) };
-    if (!b.own || !b.end || !b.chain || !b.ready || !v.role || !v.role_bytes || !v.role_bandwidth ||
-        (v.n_roles = link_roles(t, v.role)) < 0) {
+    if (evening_open(&v, t, e) < 0)
+        goto out;
+    if (!b.own || !b.end || !b.chain || !b.ready) {
         err_set(e, ERR_MEMORY, "out of memory for the bound");
         goto out;
     }
-    for (int32_t i = 0; i < t->n_links; i++)
-        v.role_bandwidth[v.role[i]] += t->link[i].bandwidth;
     if (graph_order(g, &b.order, e) == 0 && even_devices(g, t, n_layers, b.own, e) == 0 &&
         chain_streams(g, b.chain, e) == 0)
         *seconds = longest_path(&b, &v);
@@ -215,9 +164,7 @@ out:
     free(b.end);
     free(b.chain);
     free(b.ready);
-    free(v.role);
-    free(v.role_bytes);
-    free(v.role_bandwidth);
+    evening_close(&v);
     return e->code;
 }
 
@@ -322,14 +269,11 @@ int metrics_step(struct metrics *m, const struct moe_graph *g, const struct topo
             s.layer_op[((size_t)x->layer * N_OPS + x->op) * (size_t)t->n_devices + (size_t)x->device] += took;
         else if (x->kind == TASK_LOAD)
             s.load[x->device] += took;
-        for (int32_t p = 0; x->kind == TASK_EXCHANGE && p < x->n; p++) {
-            const struct moe_part *part = &g->part[x->first + p];
-            if (part->src == part->dst)
-                continue;
-            if (t->node[part->src] == t->node[part->dst])
-                intra += part->bytes;
-            else
-                inter += part->bytes;
+        if (x->kind == TASK_EXCHANGE) {
+            double within, between;
+            exchange_bytes(g, t, x, &within, &between);
+            intra += within;
+            inter += between;
         }
     }
     for (int32_t d = 0; d < t->n_devices; d++)

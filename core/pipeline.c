@@ -20,15 +20,19 @@
 static void hash_add(uint64_t *h, const void *data, size_t bytes)
 {
     const unsigned char *p = data;
-    for (uint64_t word; bytes > 0;) {
-        size_t n = bytes < sizeof word ? bytes : sizeof word;
-        word = 0;
-        memcpy(&word, p, n);
-        *h = (*h ^ word) * UINT64_C(0x9E3779B97F4A7C15);
-        *h ^= *h >> 32;
-        p += n;
-        bytes -= n;
+    uint64_t word, hash = *h;
+    for (; bytes >= sizeof word; p += sizeof word, bytes -= sizeof word) {
+        memcpy(&word, p, sizeof word);
+        hash = (hash ^ word) * UINT64_C(0x9E3779B97F4A7C15);
+        hash ^= hash >> 32;
     }
+    if (bytes > 0) {
+        word = 0;
+        memcpy(&word, p, bytes);
+        hash = (hash ^ word) * UINT64_C(0x9E3779B97F4A7C15);
+        hash ^= hash >> 32;
+    }
+    *h = hash;
 }
 
 /* Bytes that have to be gathered before anyone can decide: the header has them, nothing here sends them. */
@@ -184,7 +188,7 @@ int pipeline_lay_out_experts(struct run *r, const struct moe_batch *b, const int
         .combine_bytes = r->model.d_model * r->model.combine_bytes,
         .entry = r->entry, .exit = r->exit, .leaves = r->leaves,
     };
-    int32_t first_task = r->graph.n_tasks;
+    const int32_t first_task = r->graph.n_tasks, first_part = r->graph.n_parts;
     int64_t first_edge = r->graph.n_edges;
     for (int32_t d = 0; d < n_devices; d++)
         r->exit[d] = -1;
@@ -204,6 +208,9 @@ int pipeline_lay_out_experts(struct run *r, const struct moe_batch *b, const int
         return r->err->code;
     keep_needs(r, b);
     if (r->offloading && offload_expand(r, b, first_task, first_edge) < 0)
+        return r->err->code;
+    if (!r->recording &&
+        exchange_reduce(&r->evening, &r->machine, &r->graph, first_task, first_part, r->err) < 0)
         return r->err->code;
     for (int32_t d = 0; d < n_devices; d++) {
         r->entry[d] = r->exit[d];

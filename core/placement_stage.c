@@ -3,6 +3,7 @@
  * placement changes. */
 #include "config.h"
 
+#include "memory.h"
 #include "run.h"
 
 #include <stdio.h>
@@ -50,23 +51,47 @@ int placement_start(struct run *r)
     return r->err->code;
 }
 
-/* The replica on the token's device, else one on its node, else any: in turn where there are several. */
-static int32_t nearest_replica(struct run *r, size_t object, int32_t device)
+/* The layer's replicas by (expert, node), lowest device first: near[near_first[expert * N + node]...]. */
+static int list_near(struct run *r, int32_t layer)
 {
     const struct placement *p = &r->placed;
-    const int32_t *node = r->context.view.node, *id = p->by_expert + p->expert_first[object];
-    int32_t n = p->expert_first[object + 1] - p->expert_first[object], n_near = 0;
+    const size_t n_nodes = (size_t)r->topology->n_nodes, n_experts = (size_t)r->model.n_experts;
+    const int32_t begin = p->layer_first[layer], end = p->layer_first[layer + 1], *node = r->context.view.node;
+    if (!r->near_first)
+        r->near_first = malloc(sizeof *r->near_first * (n_experts * n_nodes + 2));
+    int32_t *near = realloc(r->near, sizeof *near * ((size_t)(end - begin) + 1));
+    if (near)
+        r->near = near;
+    if (!r->near_first || !near)
+        return err_set(r->err, ERR_MEMORY, "out of memory for %d replicas", end - begin);
+    int32_t *first = r->near_first + 1; /* filling moves every start to its end */
+    memset(r->near_first, 0, sizeof *first * (n_experts * n_nodes + 2));
+    for (int32_t i = begin; i < end; i++)
+        first[(size_t)p->replica[i].expert * n_nodes + (size_t)node[p->replica[i].device] + 1]++;
+    for (size_t i = 1; i <= n_experts * n_nodes; i++)
+        first[i] += first[i - 1];
+    const int32_t *of_expert = p->expert_first + object_of(r, layer, 0);
+    for (size_t x = 0; x < n_experts; x++)
+        for (int32_t i = of_expert[x]; i < of_expert[x + 1]; i++)
+            near[first[x * n_nodes + (size_t)node[p->replica[p->by_expert[i]].device]]++] = p->by_expert[i];
+    return 0;
+}
+
+/* The replica on the token's device, else one on its node, else any: in turn where there are several. */
+static int32_t nearest_replica(struct run *r, size_t object, int32_t expert, int32_t device)
+{
+    const struct placement *p = &r->placed;
+    const int32_t *all = p->by_expert + p->expert_first[object];
+    const int32_t n = p->expert_first[object + 1] - p->expert_first[object];
     if (n == 1)
-        return id[0];
-    for (int32_t i = 0; i < n; i++) {
-        if (p->replica[id[i]].device == device)
-            return id[i];
-        n_near += node[p->replica[id[i]].device] == node[device];
-    }
-    int32_t turn = (int32_t)(r->turn[object]++ % (uint32_t)(n_near > 0 ? n_near : n));
-    for (int32_t i = 0;; i++)
-        if ((n_near == 0 || node[p->replica[id[i]].device] == node[device]) && turn-- == 0)
-            return id[i];
+        return all[0];
+    const size_t at = (size_t)expert * (size_t)r->topology->n_nodes + (size_t)r->context.view.node[device];
+    const int32_t *near = r->near + r->near_first[at], n_near = r->near_first[at + 1] - r->near_first[at];
+    for (int32_t i = 0; i < n_near; i++)
+        if (p->replica[near[i]].device == device)
+            return near[i];
+    const uint32_t turn = r->turn[object]++;
+    return n_near > 0 ? near[turn % (uint32_t)n_near] : all[turn % (uint32_t)n];
 }
 
 /* Whether the plan can be carried out: rows that exist, on devices that hold the expert or are sent it. */
@@ -196,10 +221,10 @@ int placement_assign(struct run *r, const struct moe_batch *b, struct moe_cost *
     if (n > r->room_to) {
         int32_t *to = realloc(r->to, sizeof *to * (size_t)n);
         if (to)
-            r->to = to;
+            r->to = memory_large(to, sizeof *to * (size_t)n);
         int32_t *replica = realloc(r->replica, sizeof *replica * (size_t)n);
         if (replica)
-            r->replica = replica;
+            r->replica = memory_large(replica, sizeof *replica * (size_t)n);
         if (!to || !replica)
             return err_set(r->err, ERR_MEMORY, "out of memory for %lld routes", (long long)n);
         r->room_to = n;
@@ -207,15 +232,18 @@ int placement_assign(struct run *r, const struct moe_batch *b, struct moe_cost *
     bool chosen = r->placement.plugin->ops.placement.select != NULL;
     if (chosen && HOOK(&r->placement, placement, select, b, &r->routes, &r->placed.view, r->replica) < 0)
         return r->err->code;
+    if (!chosen && list_near(r, b->layer) < 0)
+        return r->err->code;
+    const int32_t n_experts = moe_experts_of(&r->model, b->layer);
     for (int32_t t = 0; t < b->n_tokens; t++)
         for (int64_t i = r->routes.offset[t]; i < r->routes.offset[t + 1]; i++) {
             int32_t expert = r->routes.expert[i];
-            if (expert >= moe_experts_of(&r->model, b->layer)) { /* null, zero, copy, constant */
+            if (expert >= n_experts) { /* null, zero, copy, constant */
                 r->to[i] = -1;
                 continue;
             }
             if (!chosen)
-                r->replica[i] = nearest_replica(r, object_of(r, b->layer, expert), b->device[t]);
+                r->replica[i] = nearest_replica(r, object_of(r, b->layer, expert), expert, b->device[t]);
             int32_t id = r->replica[i];
             if (id < 0 || id >= r->placed.view.n || r->placed.replica[id].layer != b->layer ||
                 r->placed.replica[id].expert != expert)

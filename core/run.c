@@ -195,7 +195,8 @@ int run_open(struct run *r, json_t *spec, struct err *e)
         run_read_layout(r, json_object_get(spec, "layout")) < 0 ||
         workload_open(&r->workload, json_object_get(spec, "workload"), &r->model, r->topology->n_devices, r->seed,
                       r->where, e) < 0 ||
-        open_policies(r, spec) < 0 || allocate(r) < 0 || offload_open(r) < 0 || train_open(r) < 0)
+        evening_open(&r->evening, r->topology, e) < 0 || open_policies(r, spec) < 0 || allocate(r) < 0 ||
+        offload_open(r) < 0 || train_open(r) < 0)
         return e->code;
     int32_t warmup;
     if (run_whole(r, spec, "run", "warmup", 0, 0, r->workload.n_steps - 1, &warmup) < 0)
@@ -307,6 +308,7 @@ void run_close(struct run *r)
     if (r->topology)
         topology_free(r->topology);
     graph_free(&r->graph);
+    evening_close(&r->evening);
     metrics_free(&r->metrics);
     routes_free(&r->routes);
     routes_free(&r->before);
@@ -325,6 +327,8 @@ void run_close(struct run *r)
     free(r->needs_of);
     free(r->placed_bytes);
     free(r->turn);
+    free(r->near_first);
+    free(r->near);
     statistics_free(&r->window);
     free(r->migration);
     free(r->moves);

@@ -5,6 +5,7 @@
 #define RUN_H
 
 #include "cache.h"
+#include "exchange.h"
 #include "layer.h"
 #include "machine.h"
 #include "metrics.h"
@@ -53,6 +54,7 @@ struct run {
 
     struct workload workload;
     struct moe_graph graph;
+    struct evening evening;    /* of the topology's links */
     struct metrics metrics;
 
     /* of the current layer */
@@ -71,6 +73,7 @@ struct run {
     struct layer_needs *needs_of; /* [N_PASSES][L][D] of this step */
     double *placed_bytes;      /* [D] experts that a device holds, or caches at most */
     uint32_t *turn;            /* [L*E] which replica is next */
+    int32_t *near_first, *near;/* [E*N + 2], [replicas of a layer]: by (expert, node), placement_stage.c */
 
     struct trained_layer *trained; /* [L] decisions of the forward pass, kept for the backward; NULL: no training */
     int32_t reduced;           /* task after which the last gradients were reduced; -1 */

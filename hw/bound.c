@@ -19,7 +19,8 @@
 struct job { /* what one exchange has for one link */
     double end, bytes; /* done when `served` is at end */
     double latency;    /* the least among its flows */
-    int32_t slot, row; /* exchange; its row of bits */
+    int32_t slot;
+    int32_t only, row; /* whom it concerns, of the exchange's load: one receiver, or, if it is -1, a row of bits */
     int32_t next;      /* by (end, job), or free; -1 ends */
 };
 
@@ -31,9 +32,9 @@ struct station { /* a link */
     int32_t heap;      /* place, or -1 */
 };
 
-struct crowd { /* receivers of an exchange, by link: a bit each */
-    uint64_t *bits; /* [rows * words] */
-    int32_t words, n_links;
+struct crowd { /* an exchange under way */
+    struct net_load *load;
+    int32_t n_links;
 };
 
 struct bound {
@@ -44,8 +45,8 @@ struct bound {
     int32_t n_jobs, room_jobs, free_job;
     struct crowd *crowd; /* by exchange */
     int32_t room_slots;
-    struct job *fresh; /* [links] those of the exchange that starts */
-    int32_t n_fresh, *fresh_of, *fresh_link; /* fresh_of: by link, -1 between calls */
+    struct load_link *fresh; /* [links] those of the exchange that is reduced */
+    int32_t n_fresh, *fresh_of; /* fresh_of: by link, -1 between calls */
 };
 
 /* ---- memory ---- */
@@ -56,8 +57,8 @@ static void bound_close(struct net *net)
     if (!s)
         return;
     for (int32_t i = 0; i < s->room_slots; i++)
-        free(s->crowd[i].bits);
-    void *const all[] = { s->link, s->heap, s->job, s->crowd, s->fresh, s->fresh_of, s->fresh_link };
+        net_load_free(s->crowd[i].load);
+    void *const all[] = { s->link, s->heap, s->job, s->crowd, s->fresh, s->fresh_of };
     for (size_t i = 0; i < sizeof all / sizeof all[0]; i++)
         free(all[i]);
     free(s);
@@ -69,8 +70,7 @@ static int bound_open(struct net *net, struct err *err)
     struct bound *s = net->priv = calloc(1, sizeof *s);
     size_t n = (size_t)net->topology->n_links + 1;
     if (!s || !(s->link = calloc(n, sizeof *s->link)) || !(s->heap = calloc(n, sizeof *s->heap)) ||
-        !(s->fresh = calloc(n, sizeof *s->fresh)) || !(s->fresh_of = calloc(n, sizeof *s->fresh_of)) ||
-        !(s->fresh_link = calloc(n, sizeof *s->fresh_link)))
+        !(s->fresh = calloc(n, sizeof *s->fresh)) || !(s->fresh_of = calloc(n, sizeof *s->fresh_of)))
         return err_set(err, ERR_MEMORY, "net: out of memory for %zu links", n);
     for (size_t l = 0; l < n; l++) {
         s->link[l] = (struct station){ .first = -1, .heap = -1 };
@@ -80,22 +80,16 @@ static int bound_open(struct net *net, struct err *err)
     return 0;
 }
 
-/* An empty crowd for the exchange. */
-static int crowd_take(struct net *net, struct bound *s, int32_t slot, int32_t n_receivers, struct err *err)
+static int crowd_reserve(struct net *net, struct bound *s, struct err *err)
 {
-    if (slot >= s->room_slots) {
-        struct crowd *c = realloc(s->crowd, (size_t)net->n_slots * sizeof *c);
-        if (!c)
-            return err_set(err, ERR_MEMORY, "net: out of memory for %d exchanges", net->n_slots);
-        memset(c + s->room_slots, 0, (size_t)(net->n_slots - s->room_slots) * sizeof *c);
-        s->crowd = c;
-        s->room_slots = net->n_slots;
-    }
-    struct crowd *c = &s->crowd[slot];
-    c->words = (n_receivers + 63) / 64;
-    c->n_links = 0;
-    free(c->bits);
-    c->bits = NULL;
+    if (net->n_slots <= s->room_slots)
+        return 0;
+    struct crowd *c = realloc(s->crowd, (size_t)net->n_slots * sizeof *c);
+    if (!c)
+        return err_set(err, ERR_MEMORY, "net: out of memory for %d exchanges", net->n_slots);
+    memset(c + s->room_slots, 0, (size_t)(net->n_slots - s->room_slots) * sizeof *c);
+    s->crowd = c;
+    s->room_slots = net->n_slots;
     return 0;
 }
 
@@ -206,13 +200,17 @@ static void job_end(struct net *net, struct bound *s, int32_t l)
     s->job[j].next = s->free_job;
     s->free_job = j;
     net->carrying[l] += job.bytes;
-    const uint64_t *row = c->bits + (size_t)job.row * (size_t)c->words;
-    for (int32_t w = 0; w < c->words; w++)
-        for (uint64_t bits = row[w]; bits; bits &= bits - 1)
-            net_part_end(net, job.slot, 64 * w + __builtin_ctzll(bits), s->now + k->latency);
+    if (job.only >= 0) {
+        net_part_end(net, job.slot, job.only, s->now + k->latency);
+    } else {
+        const uint64_t *row = c->load->bits + (size_t)job.row * (size_t)c->load->words;
+        for (int32_t w = 0; w < c->load->words; w++)
+            for (uint64_t bits = row[w]; bits; bits &= bits - 1)
+                net_part_end(net, job.slot, 64 * w + __builtin_ctzll(bits), s->now + k->latency);
+    }
     if (--c->n_links == 0) {
-        free(c->bits);
-        c->bits = NULL;
+        net_load_free(c->load);
+        c->load = NULL;
     }
 }
 
@@ -231,8 +229,10 @@ static void change_links(struct net *net, struct bound *s)
 static int stuck(const struct net *net, const struct bound *s, int32_t l, struct err *err)
 {
     const struct job *job = &s->job[s->link[l].first];
-    const struct crowd *c = &s->crowd[job->slot];
-    const uint64_t *row = c->bits + (size_t)job->row * (size_t)c->words;
+    const struct net_load *load = s->crowd[job->slot].load;
+    if (job->only >= 0)
+        return net_stuck(net, l, -1, job->slot, job->only, err);
+    const uint64_t *row = load->bits + (size_t)job->row * (size_t)load->words;
     int32_t w = 0;
     while (!row[w])
         w++;
@@ -270,27 +270,43 @@ static int bound_advance(struct net *net, double until, bool *any, struct err *e
 /* ---- start ---- */
 
 /* Room for one more row of bits; doubles. */
-static int row_add(struct crowd *c, struct err *err)
+static int row_add(struct net_load *x, struct err *err)
 {
-    int32_t n = c->n_links;
+    int32_t n = x->n_rows;
     if ((n & (n - 1)) == 0) {
-        size_t words = (size_t)c->words, room = n ? 2 * (size_t)n : 1;
-        uint64_t *bits = realloc(c->bits, room * words * sizeof *bits);
+        size_t words = (size_t)x->words, room = n ? 2 * (size_t)n : 1;
+        uint64_t *bits = realloc(x->bits, room * words * sizeof *bits);
         if (!bits)
-            return err_set(err, ERR_MEMORY, "net: out of memory for %d receivers on %zu links", 64 * c->words, room);
+            return err_set(err, ERR_MEMORY, "net: out of memory for %d receivers on %zu links", x->n_receivers, room);
         memset(bits + (size_t)n * words, 0, (room - (size_t)n) * words * sizeof *bits);
-        c->bits = bits;
+        x->bits = bits;
     }
-    c->n_links++;
+    x->n_rows++;
     return 0;
 }
 
-/* The exchange's flows by link, in fresh[]; whom each link concerns. */
-static int gather(struct net *net, struct bound *s, int32_t slot, const struct net_flow *flow, size_t n,
-                  struct err *err)
+/* Receiver r waits for the link, too. Many links have one receiver, and no row. */
+static int concern(struct net_load *x, struct load_link *l, int32_t r, struct err *err)
 {
-    struct net_receiver *receiver = net->exchange[slot].receiver;
-    struct crowd *c = &s->crowd[slot];
+    if (l->only == r)
+        return 0;
+    if (l->only >= 0) {
+        if (row_add(x, err))
+            return ERR_MEMORY;
+        l->row = x->n_rows - 1;
+        x->bits[(size_t)l->row * (size_t)x->words + (size_t)(l->only / 64)] |= (uint64_t)1 << (l->only % 64);
+        l->only = -1;
+    }
+    uint64_t *word = &x->bits[(size_t)l->row * (size_t)x->words + (size_t)(r / 64)], bit = (uint64_t)1 << (r % 64);
+    x->receiver[r].n_left += !(*word & bit);
+    *word |= bit;
+    return 0;
+}
+
+/* More of the exchange's flows by link, in fresh[]; whom each link concerns. */
+static int bound_reduce(struct net *net, const struct net_flow *flow, size_t n, struct net_load *x, struct err *err)
+{
+    struct bound *s = net->priv;
     int32_t link[TOPOLOGY_MAX_HOPS];
     double latency;
     for (size_t i = 0; i < n; i++) {
@@ -298,38 +314,55 @@ static int gather(struct net *net, struct bound *s, int32_t slot, const struct n
             continue;
         int hops = net_route(net->topology, &flow[i], link, &latency);
         int32_t r = net->receiver_of[flow[i].dst];
-        if (hops == 0) {
-            receiver[r].n_left++;
-            net_arrive(net, slot, r, s->now + latency);
-        }
+        if (hops == 0 && latency > x->receiver[r].arrival)
+            x->receiver[r].arrival = latency;
         for (int h = 0; h < hops; h++) {
-            int32_t row = s->fresh_of[link[h]];
-            if (row < 0) {
-                row = s->fresh_of[link[h]] = s->n_fresh++;
-                s->fresh_link[row] = link[h];
-                s->fresh[row] = (struct job){ .latency = latency, .slot = slot, .row = row };
-                if (row_add(c, err))
-                    return ERR_MEMORY;
+            int32_t *of = &s->fresh_of[link[h]];
+            if (*of < 0) {
+                *of = s->n_fresh++;
+                s->fresh[*of] = (struct load_link){ .link = link[h], .only = r, .latency = latency };
+                x->receiver[r].n_left++;
             }
-            struct job *job = &s->fresh[row];
-            job->bytes += flow[i].bytes;
-            job->latency = latency < job->latency ? latency : job->latency;
-            uint64_t *word = &c->bits[(size_t)row * (size_t)c->words + (size_t)(r / 64)], bit = (uint64_t)1 << (r % 64);
-            receiver[r].n_left += !(*word & bit);
-            *word |= bit;
+            struct load_link *l = &s->fresh[*of];
+            l->bytes += flow[i].bytes;
+            l->latency = latency < l->latency ? latency : l->latency;
+            if (concern(x, l, r, err))
+                return ERR_MEMORY;
         }
     }
     return 0;
 }
 
-static int bound_start(struct net *net, double now, int32_t slot, const struct net_flow *flow, size_t n,
-                       struct err *err)
+static int bound_reduced(struct net *net, struct net_load *x, struct err *err)
 {
     struct bound *s = net->priv;
-    struct net_exchange *x = &net->exchange[slot];
-    int rc = crowd_take(net, s, slot, x->n_receivers, err);
-    if (rc)
-        return rc;
+    const int32_t words = (x->n_receivers + 63) / 64; /* no more than they were while receivers came in */
+    for (int32_t i = 0; i < s->n_fresh; i++)
+        s->fresh_of[s->fresh[i].link] = -1;
+    x->n_links = s->n_fresh;
+    s->n_fresh = 0;
+    if (x->n_links > 0 && !(x->link = malloc((size_t)x->n_links * sizeof *x->link)))
+        return err_set(err, ERR_MEMORY, "net: out of memory for %d links", x->n_links);
+    if (x->n_links > 0)
+        memcpy(x->link, s->fresh, (size_t)x->n_links * sizeof *x->link);
+    for (int32_t row = 1; row < x->n_rows; row++)
+        memmove(x->bits + (size_t)row * (size_t)words, x->bits + (size_t)row * (size_t)x->words,
+                (size_t)words * sizeof *x->bits);
+    x->words = words;
+    if (x->n_rows > 0) { /* without the room that doubling left over */
+        uint64_t *bits = realloc(x->bits, (size_t)x->n_rows * (size_t)words * sizeof *bits);
+        x->bits = bits ? bits : x->bits;
+    }
+    return 0;
+}
+
+static int bound_start_load(struct net *net, double now, int32_t slot, struct net_load *x, struct err *err)
+{
+    struct bound *s = net->priv;
+    if (crowd_reserve(net, s, err) < 0) {
+        net_load_free(x);
+        return err->code;
+    }
     if (s->n_heap == 0) {
         net_epoch(net, now);
         s->now = 0;
@@ -337,23 +370,25 @@ static int bound_start(struct net *net, double now, int32_t slot, const struct n
         s->now = now - net->epoch;
     }
     change_links(net, s);
-    for (int32_t r = 0; r < x->n_receivers; r++)
-        x->receiver[r].n_left = 0; /* parts are links */
-    rc = gather(net, s, slot, flow, n, err);
-    for (int32_t i = 0; i < s->n_fresh; i++) {
-        int32_t l = s->fresh_link[i], j = rc ? -1 : job_take(s);
-        s->fresh_of[l] = -1;
-        if (j < 0) {
-            rc = rc ? rc : err_set(err, ERR_MEMORY, "net: out of memory for jobs");
-            continue;
-        }
-        bring_up(net, s, l);
-        s->job[j] = s->fresh[i];
-        job_add(s, l, j);
-        schedule(net, s, l);
+    if (x->n_links == 0) {
+        net_load_free(x);
+        return 0;
     }
-    s->n_fresh = 0;
-    return rc;
+    s->crowd[slot] = (struct crowd){ x, x->n_links };
+    for (int32_t i = 0; i < x->n_links; i++) {
+        const struct load_link *l = &x->link[i];
+        int32_t j = job_take(s);
+        if (j < 0)
+            return err_set(err, ERR_MEMORY, "net: out of memory for jobs");
+        bring_up(net, s, l->link);
+        s->job[j] = (struct job){ .bytes = l->bytes, .latency = l->latency, .slot = slot, .only = l->only,
+                                  .row = l->row };
+        job_add(s, l->link, j);
+        schedule(net, s, l->link);
+    }
+    return 0;
 }
 
-const struct net_ops net_bound_ops = { bound_open, bound_start, bound_advance, bound_close };
+const struct net_ops net_bound_ops = { .open = bound_open, .advance = bound_advance, .close = bound_close,
+                                       .reduce = bound_reduce, .reduced = bound_reduced,
+                                       .start_load = bound_start_load };

@@ -384,7 +384,7 @@ static void host_close(struct machine *m)
     MPI_Finalize();
 }
 
-static const struct machine_ops host_ops = { "host", host_run, host_close };
+static const struct machine_ops host_ops = { .name = "host", .run = host_run, .close = host_close };
 
 static int host_open(struct machine *m, struct err *e)
 {

@@ -184,12 +184,20 @@ struct net_done { int64_t exchange; int32_t dst; double time; }; /* all of an ex
 struct message_count { double peers, messages; };
 void message_costs(const struct topology *, struct net_flow *, size_t n, double message_bytes, bool fused,
                    struct message_count *sends);
+/* The same in two steps, for flows that are not all there at once: what the parts of the exchange have devices send,
+ * and what that costs some of its flows. */
+void message_count(const struct topology *, const struct moe_part *, size_t n, double message_bytes,
+                   struct message_count *sends);
+void message_apply(const struct topology *, struct net_flow *, size_t n, double message_bytes, bool fused,
+                   const struct message_count *sends);
 
 /* What flows that start together at `now` become where a network has several paths: with paths = "split" every source's
  * bytes for a leaf are cut so that each path carries the same; otherwise those whose path has failed take another.
  * *out NULL: they stay as they are; else n_out flows to be freed. Flows that name a path keep it. topology_paths.c */
 int topology_split(const struct topology *, double now, const struct net_flow *, size_t n, struct net_flow **out,
                    size_t *n_out, struct err *);
+/* Whether they ever become something else. */
+bool topology_splits(const struct topology *);
 
 enum net_tier { NET_BOUND, NET_FLOW, NET_EXACT, NET_SIMGRID, N_NET_TIERS };
 extern const char *const net_tier_name[N_NET_TIERS];
@@ -211,6 +219,17 @@ double net_simgrid_seconds(double n_flows);
 /* `id` must not be under way. Starts at `now`: not before any time returned, or `until` passed, so far. Every dst
  * named in a flow is reported once, those that get nothing (src == dst, 0 bytes) at `now`. */
 int net_start(struct net *, double now, int64_t id, const struct net_flow *, size_t n, struct err *);
+/* Tier bound asks of an exchange only what it puts on each link, and whom that concerns. net_reduce makes that of flows
+ * that are nowhere all at once: next(from, room, n) fills in at most n of those that follow and returns how many, 0 at
+ * the end. `id` is for messages. net_start_load starts it as net_start would have, and owns it, also when it fails.
+ * Other tiers have neither. */
+struct net_load;
+int net_reduce(struct net *, int64_t id, size_t (*next)(void *from, struct net_flow *room, size_t n), void *from,
+               struct net_load **, struct err *);
+int net_start_load(struct net *, double now, int64_t id, struct net_load *, struct err *);
+/* Marks every dst of the flows in gets[endpoint]; how many they are. */
+int32_t net_load_receivers(const struct net_load *, uint8_t *gets);
+void net_load_free(struct net_load *);
 /* Runs until the first arrival, but not beyond `until`; *n events, all at one time, in order of (exchange, dst);
  * *n = 0: nothing arrives up to `until` (which may be INFINITY when nothing is under way). ERR_RUN with `until`
  * INFINITY: all that is under way waits for a link that failed for good. */
@@ -228,6 +247,9 @@ struct machine;
 struct machine_ops {
     const char *name; /* what results say: "flow", "simgrid", "host", "cuda" */
     int (*run)(struct machine *, struct moe_graph *, struct err *); /* sets start and end of every task */
+    /* Keeps of an exchange what run() will need, so that its parts may be given back; sets task.load >= 0. What was
+     * reduced lasts until the next run() ends. NULL: run() needs all parts. */
+    int (*reduce)(struct machine *, struct moe_graph *, int32_t task, struct err *);
     void (*close)(struct machine *);
 };
 

@@ -11,6 +11,39 @@
 
 #include <string.h>
 
+static double messages_of(double bytes, double message_bytes)
+{
+    return message_bytes > 0 ? bytes / message_bytes : 1;
+}
+
+void message_count(const struct topology *t, const struct moe_part *part, size_t n, double message_bytes,
+                   struct message_count *sends)
+{
+    int32_t link[TOPOLOGY_MAX_HOPS];
+    memset(sends, 0, sizeof *sends * (size_t)t->n_devices);
+    for (size_t i = 0; i < n; i++) {
+        const struct moe_part *p = &part[i];
+        if (p->bytes <= 0 || (p->src == p->dst && topology_loop(t, p->src, link) <= 0))
+            continue;
+        sends[p->src].peers += p->src != p->dst;
+        sends[p->src].messages += messages_of(p->bytes, message_bytes);
+    }
+}
+
+void message_apply(const struct topology *t, struct net_flow *flow, size_t n, double message_bytes, bool fused,
+                   const struct message_count *sends)
+{
+    const struct exchange_costs *c = &t->exchange;
+    for (size_t i = 0; i < n; i++) {
+        struct net_flow *f = &flow[i];
+        const struct message_count *out = &sends[f->src];
+        if (f->bytes > 0 && (f->src != f->dst || f->loop))
+            f->bytes += messages_of(f->bytes, message_bytes) * c->message_overhead;
+        f->delay = fused ? 0 : c->startup + out->peers * c->per_peer;
+        f->at_least = f->delay + out->messages * c->per_message;
+    }
+}
+
 void message_costs(const struct topology *t, struct net_flow *flow, size_t n, double message_bytes, bool fused,
                    struct message_count *sends)
 {
@@ -19,17 +52,11 @@ void message_costs(const struct topology *t, struct net_flow *flow, size_t n, do
         return; /* flows are listed without costs */
     memset(sends, 0, sizeof *sends * (size_t)t->n_devices);
     for (size_t i = 0; i < n; i++) {
-        struct net_flow *f = &flow[i];
+        const struct net_flow *f = &flow[i];
         if (f->bytes <= 0 || (f->src == f->dst && !f->loop))
             continue;
-        double messages = message_bytes > 0 ? f->bytes / message_bytes : 1;
         sends[f->src].peers += f->src != f->dst;
-        sends[f->src].messages += messages;
-        f->bytes += messages * c->message_overhead;
+        sends[f->src].messages += messages_of(f->bytes, message_bytes);
     }
-    for (size_t i = 0; i < n; i++) {
-        const struct message_count *out = &sends[flow[i].src];
-        flow[i].delay = fused ? 0 : c->startup + out->peers * c->per_peer;
-        flow[i].at_least = flow[i].delay + out->messages * c->per_message;
-    }
+    message_apply(t, flow, n, message_bytes, fused, sends);
 }

@@ -5,18 +5,11 @@
 #include "net.h"
 
 #include <assert.h>
-#include <float.h>
 #include <math.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 const char *const net_tier_name[N_NET_TIERS] = { "bound", "flow", "exact", "simgrid" };
-
-static int32_t net_endpoints(const struct topology *t)
-{
-    return t->n_devices + 2 * t->n_nodes;
-}
 
 int net_open(struct net **out, const struct topology *t, enum net_tier tier, struct err *err)
 {
@@ -82,43 +75,6 @@ void net_epoch(struct net *net, double now)
         net->carrying[l] = 0;
     }
     net->epoch = now;
-}
-
-/* ---- links change ---- */
-
-double net_next_change(const struct net *net)
-{
-    const struct topology *t = net->topology;
-    return net->n_changed < t->n_changes ? t->change[net->n_changed].at : INFINITY;
-}
-
-const struct link_change *net_due_change(const struct net *net, double now)
-{
-    /* `now` is a sum, and may have been rounded to just before it. */
-    if (net_next_change(net) > now * (1 + 8 * DBL_EPSILON))
-        return NULL;
-    return &net->topology->change[net->n_changed];
-}
-
-void net_change(struct net *net)
-{
-    const struct link_change *c = &net->topology->change[net->n_changed++];
-    net->capacity[c->link] = c->bandwidth;
-}
-
-int net_stuck(const struct net *net, int32_t link, int32_t src, int32_t slot, int32_t receiver, struct err *err)
-{
-    const struct topology *t = net->topology;
-    const struct net_exchange *x = &net->exchange[slot];
-    double at = 0;
-    for (int32_t i = 0; i < net->n_changed; i++)
-        if (t->change[i].link == link)
-            at = t->change[i].at;
-    char from[32] = "";
-    if (src >= 0)
-        snprintf(from, sizeof from, " from %d", src);
-    return err_set(err, ERR_RUN, "link %s failed at %.9g s, for good: the exchange%s to %d can not end",
-                   t->link[link].name, at, from, x->receiver[receiver].dst);
 }
 
 /* ---- arrivals: a heap keyed (time, exchange, dst) ---- */
@@ -211,15 +167,17 @@ static void expect(struct net_receiver *r, const struct net_flow *f, double sinc
     r->arrival = fmax(r->arrival, since + f->at_least);
 }
 
-/* Checks the flows and lists their receivers, with the number of flows that each waits for. One pass: there may be
- * millions of flows. */
-static int list_receivers(struct net *net, double now, int64_t id, const struct net_flow *flow, size_t n,
-                          struct err *err)
+/* Seconds from the epoch to a start `now`; with nothing under way the solver begins a new one. */
+static double since_epoch(const struct net *net, double now)
+{
+    return net->tier != NET_SIMGRID && net->n_waiting == 0 ? 0 : now - net->epoch;
+}
+
+int net_list_receivers(struct net *net, double since, int64_t id, const struct net_flow *flow, size_t n,
+                       struct err *err)
 {
     const struct topology *t = net->topology;
     int32_t n_endpoints = net_endpoints(t), link[TOPOLOGY_MAX_HOPS];
-    /* With nothing under way the solver begins a new epoch. */
-    double since = net->tier != NET_SIMGRID && net->n_waiting == 0 ? 0 : now - net->epoch;
     for (size_t i = 0; i < n; i++) {
         const struct net_flow *f = &flow[i];
         if (f->src < 0 || f->src >= n_endpoints || f->dst < 0 || f->dst >= n_endpoints)
@@ -244,9 +202,10 @@ static int list_receivers(struct net *net, double now, int64_t id, const struct 
 }
 
 /* Gives exchange x its receivers, and the heap room for their arrivals. */
-static int keep_receivers(struct net *net, struct net_exchange *x, struct err *err)
+static int keep_receivers(struct net *net, struct net_exchange *x, const struct net_receiver *receiver,
+                          int32_t n_receivers, struct err *err)
 {
-    size_t n = (size_t)net->n_listed, room = net->n_events + (size_t)net->n_waiting + n;
+    size_t n = (size_t)n_receivers, room = net->n_events + (size_t)net->n_waiting + n;
     if (room > net->room_events) {
         struct net_event *e = realloc(net->event, 2 * room * sizeof *e);
         if (!e)
@@ -256,8 +215,8 @@ static int keep_receivers(struct net *net, struct net_exchange *x, struct err *e
     }
     if (!(x->receiver = malloc(n * sizeof *x->receiver)))
         return err_set(err, ERR_MEMORY, "net: out of memory");
-    memcpy(x->receiver, net->listed, n * sizeof *x->receiver);
-    x->n_receivers = x->n_left = net->n_listed;
+    memcpy(x->receiver, receiver, n * sizeof *x->receiver);
+    x->n_receivers = x->n_left = n_receivers;
     return 0;
 }
 
@@ -272,6 +231,18 @@ static int catch_up(struct net *net, double now, struct err *err)
     return rc;
 }
 
+/* Those that nothing is on its way to are complete. */
+static void await_receivers(struct net *net, double now, int32_t slot)
+{
+    const struct net_exchange *x = &net->exchange[slot];
+    for (int32_t r = 0; r < x->n_receivers; r++) {
+        if (x->receiver[r].n_left > 0)
+            net->n_waiting++;
+        else
+            receiver_complete(net, slot, r, x->receiver[r].arrival > 0 ? net->epoch + x->receiver[r].arrival : now);
+    }
+}
+
 /* Hands the flows to the solver; receivers that nothing is on its way to have everything `now`. */
 static int solve(struct net *net, double now, int32_t slot, const struct net_flow *flow, size_t n, struct err *err)
 {
@@ -280,12 +251,8 @@ static int solve(struct net *net, double now, int32_t slot, const struct net_flo
     for (int32_t r = 0; r < x->n_receivers && !any; r++)
         any = x->receiver[r].n_left > 0;
     int rc = any ? net->ops->start(net, now, slot, flow, n, err) : 0;
-    for (int32_t r = 0; r < x->n_receivers && rc == 0; r++) {
-        if (x->receiver[r].n_left > 0)
-            net->n_waiting++;
-        else
-            receiver_complete(net, slot, r, x->receiver[r].arrival > 0 ? net->epoch + x->receiver[r].arrival : now);
-    }
+    if (rc == 0)
+        await_receivers(net, now, slot);
     return rc;
 }
 
@@ -300,7 +267,7 @@ static int repeat(struct net *net, double now, int32_t slot, const struct net_so
     net->n_listed = 0;
     for (int32_t r = 0; r < solved->n_receivers; r++)
         net->listed[net->n_listed++] = solved->receiver[r];
-    int rc = keep_receivers(net, x, err);
+    int rc = keep_receivers(net, x, net->listed, net->n_listed, err);
     if (rc)
         return rc;
     net_epoch(net, now);
@@ -381,7 +348,8 @@ static int start_listed(struct net *net, double now, int64_t id, const struct ne
         solved = net_memo_find(net->memo, flow, n, net->n_changed);
     if (solved && now + solved->end < net_next_change(net)) {
         rc = repeat(net, now, slot, solved, err);
-    } else if ((rc = list_receivers(net, now, id, flow, n, err)) == 0 && (rc = keep_receivers(net, x, err)) == 0) {
+    } else if ((rc = net_list_receivers(net, since_epoch(net, now), id, flow, n, err)) == 0 &&
+               (rc = keep_receivers(net, x, net->listed, net->n_listed, err)) == 0) {
         if (alone && !solved && n >= MEMO_LEAST_FLOWS && net_memo_note(net->memo, flow, n, net->n_changed))
             net->recorded = slot;
         rc = solve(net, now, slot, flow, n, err);
@@ -393,17 +361,62 @@ static int start_listed(struct net *net, double now, int64_t id, const struct ne
     return rc;
 }
 
+static int check_clock(const struct net *net, double now, int64_t id, struct err *err)
+{
+    if (now >= net->now && now < INFINITY)
+        return 0;
+    return err_set(err, ERR_RUN, "exchange %lld: starts at %.9g s, but the clock shows %.9g s", (long long)id, now,
+                   net->now);
+}
+
+void net_unlist(struct net *net)
+{
+    for (int32_t r = 0; r < net->n_listed; r++)
+        net->receiver_of[net->listed[r].dst] = -1;
+    net->n_listed = 0;
+}
+
+int net_start_load(struct net *net, double now, int64_t id, struct net_load *load, struct err *err)
+{
+    int32_t slot = -1;
+    if (check_clock(net, now, id, err) < 0 || (now > net->now && catch_up(net, now, err) < 0) ||
+        load->n_receivers == 0 || slot_take(net, &slot, err) < 0) {
+        net_load_free(load);
+        return err->code;
+    }
+    net->now = now;
+    struct net_exchange *x = &net->exchange[slot];
+    const double since = since_epoch(net, now);
+    bool any = false;
+    x->id = id;
+    int rc = keep_receivers(net, x, load->receiver, load->n_receivers, err);
+    for (int32_t r = 0; rc == 0 && r < x->n_receivers; r++) {
+        any |= x->receiver[r].arrival >= 0;
+        x->receiver[r].arrival = x->receiver[r].arrival >= 0 ? since + x->receiver[r].arrival : 0;
+    }
+    if (rc || !any)
+        net_load_free(load);
+    else
+        rc = net->ops->start_load(net, now, slot, load, err);
+    if (rc)
+        slot_release(net, slot);
+    else
+        await_receivers(net, now, slot);
+    return rc;
+}
+
 static int start_flows(struct net *net, double now, int64_t id, const struct net_flow *flow, size_t n,
                        struct err *err)
 {
-    if (!(now >= net->now && now < INFINITY))
-        return err_set(err, ERR_RUN, "exchange %lld: starts at %.9g s, but the clock shows %.9g s", (long long)id, now,
-                       net->now);
-    int rc = 0;
-    if (n > 0 && net->repeated >= 0)
-        rc = solve_after_all(net, now, err);
-    else if (now > net->now)
-        rc = catch_up(net, now, err);
+    if (check_clock(net, now, id, err) < 0)
+        return err->code;
+    if (net->ops->reduce) {
+        struct net_load *load;
+        return net_reduce_listed(net, id, flow, n, &load, err) < 0 ? err->code
+                                                                   : net_start_load(net, now, id, load, err);
+    }
+    int rc = n > 0 && net->repeated >= 0 ? solve_after_all(net, now, err)
+             : now > net->now            ? catch_up(net, now, err) : 0;
     if (rc || n == 0)
         return rc;
     net->now = now;
@@ -413,9 +426,7 @@ static int start_flows(struct net *net, double now, int64_t id, const struct net
         while (net_due_change(net, now))
             net_change(net);
     rc = start_listed(net, now, id, flow, n, alone, err);
-    for (int32_t r = 0; r < net->n_listed; r++)
-        net->receiver_of[net->listed[r].dst] = -1;
-    net->n_listed = 0;
+    net_unlist(net);
     return rc;
 }
 

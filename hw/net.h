@@ -25,6 +25,20 @@ struct net_exchange {
     int32_t next_free;
 };
 
+/* An exchange without its flows (bound.c). */
+struct load_link {
+    int32_t link, only; /* only: the receiver (index), if it is one; else -1 */
+    int32_t row;        /* of bits: receivers */
+    double bytes, latency; /* latency: the least among its flows */
+};
+
+struct net_load {
+    struct net_receiver *receiver; /* n_left: links; arrival: s after the start that it takes anyway, -1: none */
+    struct load_link *link;
+    uint64_t *bits; /* [n_rows * words] a bit for each receiver */
+    int32_t n_receivers, n_links, n_rows, words;
+};
+
 struct net_event {
     double time;
     int64_t id;
@@ -41,6 +55,12 @@ struct net_ops {
      * Called only while parts are under way. Links change on the way. */
     int (*advance)(struct net *, double until, bool *any, struct err *);
     void (*close)(struct net *);
+    /* In place of start, where an exchange starts without its flows: adds some of them, whose receivers are listed in
+     * the load, to what these wait for, and to fresh links; reduced() gives it the links, also after a failure. start_load
+     * owns the load. */
+    int (*reduce)(struct net *, const struct net_flow *, size_t n, struct net_load *, struct err *);
+    int (*reduced)(struct net *, struct net_load *, struct err *);
+    int (*start_load)(struct net *, double now, int32_t slot, struct net_load *, struct err *);
 };
 
 struct net_memo; /* exchanges solved before (net_memo.c) */
@@ -119,6 +139,21 @@ const struct link_change *net_due_change(const struct net *, double now);
 void net_change(struct net *);
 /* ERR_RUN: `link` has failed for good, and this receiver waits for what it carries; src: from whom, -1 from several. */
 int net_stuck(const struct net *, int32_t link, int32_t src, int32_t slot, int32_t receiver, struct err *);
+
+/* ---- net_load.c ---- */
+
+static inline int32_t net_endpoints(const struct topology *t)
+{
+    return t->n_devices + 2 * t->n_nodes;
+}
+
+/* Checks the flows of an exchange that starts `since` s after the epoch and adds their receivers to those listed, with
+ * the number of flows that each waits for. One pass: there may be millions of flows. */
+int net_list_receivers(struct net *, double since, int64_t id, const struct net_flow *, size_t n, struct err *);
+/* None is listed any more. */
+void net_unlist(struct net *);
+/* net_reduce() of flows that are all there. */
+int net_reduce_listed(struct net *, int64_t id, const struct net_flow *, size_t n, struct net_load **, struct err *);
 
 /* ---- net_memo.c ---- */
 

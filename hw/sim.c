@@ -27,6 +27,8 @@ struct sim {
     size_t room_flows;
     struct net_done *done;
     size_t room_done;
+    struct net_load **load;     /* of exchanges whose parts need not be there, by task.load; NULL once started */
+    int32_t n_loads, room_loads;
 };
 
 struct timed { struct kernel_cost cost; int32_t device; }; /* -1: not yet */
@@ -85,36 +87,32 @@ static struct kernel_cost cost_of(const struct walk *w, const struct task *t)
 
 static void finish(struct walk *w, int32_t id);
 
-/* The flows of an exchange in s->flow, with what messages cost; their number. */
-static size_t list_flows(struct walk *w, const struct task *t)
+/* The flows of so many parts; their number. */
+static size_t list_parts(const struct topology *topology, const struct moe_part *part, size_t n_parts,
+                         struct net_flow *flow)
 {
-    const struct topology *topology = w->m->topology;
-    struct sim *s = w->s;
     int32_t link[TOPOLOGY_MAX_HOPS];
     size_t n = 0;
-    for (int32_t i = 0; i < t->n; i++) {
-        const struct moe_part *p = &w->g->part[t->first + i];
+    for (size_t i = 0; i < n_parts; i++) {
+        const struct moe_part *p = &part[i];
         const bool loop = p->src == p->dst;
         if (p->bytes > 0 && (!loop || topology_loop(topology, p->src, link) > 0))
-            s->flow[n++] = (struct net_flow){ .src = p->src, .dst = p->dst, .bytes = p->bytes, .path = p->path,
-                                              .loop = loop };
+            flow[n++] = (struct net_flow){ .src = p->src, .dst = p->dst, .bytes = p->bytes, .path = p->path,
+                                           .loop = loop };
     }
-    message_costs(topology, s->flow, n, t->message_bytes, t->fused, s->sends);
     return n;
 }
 
-static void start_transfer(struct walk *w, int32_t id)
+/* The flows of an exchange in s->flow, with what messages cost, or that of a load; their number. */
+static size_t list_flows(const struct topology *topology, struct sim *s, const struct moe_graph *g,
+                         const struct task *t, struct err *e)
 {
-    struct task *t = &w->g->task[id];
-    struct sim *s = w->s;
-    size_t n = 0;
-    t->start = w->now;
-    size_t n_parts = t->kind == TASK_LOAD ? 1 : (size_t)t->n;
+    size_t n = 0, n_parts = t->kind == TASK_LOAD ? 1 : (size_t)t->n;
     if (n_parts > s->room_flows) {
         struct net_flow *flow = realloc(s->flow, sizeof *flow * n_parts);
         if (!flow) {
-            err_set(w->e, ERR_MEMORY, "out of memory for an exchange");
-            return;
+            err_set(e, ERR_MEMORY, "out of memory for an exchange");
+            return 0;
         }
         s->flow = flow;
         s->room_flows = n_parts;
@@ -122,25 +120,49 @@ static void start_transfer(struct walk *w, int32_t id)
     if (t->kind == TASK_LOAD) {
         if (t->bytes > 0)
             s->flow[n++] = (struct net_flow){ t->source, t->device, t->bytes };
-    } else {
-        n = list_flows(w, t);
+        return n;
     }
-    int32_t n_devices = w->m->topology->n_devices;
-    uint8_t *waits = calloc((size_t)n_devices, 1);
-    if (!waits) {
-        err_set(w->e, ERR_MEMORY, "out of memory for an exchange");
-        return;
+    n = list_parts(topology, g->part + t->first, n_parts, s->flow);
+    message_costs(topology, s->flow, n, t->message_bytes, t->fused, s->sends);
+    return n;
+}
+
+/* Starts what task `id` transfers; marks whom something is sent to, and counts them. */
+static int start_net(struct walk *w, int32_t id, uint8_t *waits)
+{
+    const struct task *t = &w->g->task[id];
+    struct sim *s = w->s;
+    if (t->kind == TASK_EXCHANGE && t->load >= 0) {
+        if (t->load >= s->n_loads || !s->load[t->load]) /* the graph of another machine, or for the second time */
+            return err_set(w->e, ERR_RUN, "the parts of task %d (layer %d) have been given back", id, t->layer);
+        struct net_load *load = s->load[t->load];
+        s->load[t->load] = NULL;
+        w->receivers[id] = net_load_receivers(load, waits);
+        return net_start_load(s->net, w->now, id, load, w->e);
     }
+    const size_t n = list_flows(w->m->topology, s, w->g, t, w->e);
     w->receivers[id] = 0;
     for (size_t i = 0; i < n; i++)
         if (!waits[s->flow[i].dst]) {
             waits[s->flow[i].dst] = 1;
             w->receivers[id]++;
         }
-    if (n > 0 && net_start(s->net, w->now, id, s->flow, n, w->e) < 0) {
+    return w->e->code || n == 0 ? w->e->code : net_start(s->net, w->now, id, s->flow, n, w->e);
+}
+
+static void start_transfer(struct walk *w, int32_t id)
+{
+    uint8_t *waits = calloc((size_t)w->m->topology->n_devices, 1);
+    if (!waits) {
+        err_set(w->e, ERR_MEMORY, "out of memory for an exchange");
+        return;
+    }
+    w->g->task[id].start = w->now;
+    if (start_net(w, id, waits) < 0) {
         free(waits);
         return;
     }
+    const bool nothing = w->receivers[id] == 0;
     /* Devices that nothing is sent to have nothing to wait for. */
     for (int64_t i = w->order.first[id]; i < w->order.first[id + 1]; i++) {
         int32_t next = w->order.next[i];
@@ -151,7 +173,7 @@ static void start_transfer(struct walk *w, int32_t id)
         }
     }
     free(waits);
-    if (n == 0)
+    if (nothing)
         finish(w, id);
 }
 
@@ -172,8 +194,12 @@ static void take_sms(struct walk *w, const struct task *t, int sign)
     uint8_t *takes = t->sms > 0 ? calloc((size_t)n_devices, 1) : NULL;
     if (t->sms > 0 && !takes)
         err_set(w->e, ERR_MEMORY, "out of memory for an exchange");
-    for (int32_t i = t->first; takes && i < t->first + t->n; i++)
-        takes[w->g->part[i].src] = takes[w->g->part[i].dst] = 1;
+    if (takes && t->sum >= 0) /* the parts have been given back */
+        for (int32_t d = 0; d < n_devices; d++)
+            takes[d] = w->g->side[(size_t)t->sum * (size_t)n_devices + (size_t)d] & SIDE_NAMED;
+    else
+        for (int32_t i = t->first; takes && i < t->first + t->n; i++)
+            takes[w->g->part[i].src] = takes[w->g->part[i].dst] = 1;
     for (int32_t d = 0, n; takes && d < n_devices; d++)
         if (takes[d]) {
             const struct kernel_end *end = sharing_take(w->s->sharing, w->now, d, sign * t->sms, &n);
@@ -344,6 +370,56 @@ static int walk_loop(struct walk *w)
     return w->e->code;
 }
 
+static void forget_loads(struct sim *s)
+{
+    for (int32_t i = 0; i < s->n_loads; i++)
+        net_load_free(s->load[i]);
+    s->n_loads = 0;
+}
+
+/* Flows of an exchange, a few at a time. */
+struct part_flows {
+    const struct topology *topology;
+    const struct task *task;
+    const struct moe_part *part; /* what is left */
+    size_t n_parts;
+    struct message_count *sends;
+};
+
+static size_t next_flows(void *from, struct net_flow *flow, size_t room)
+{
+    struct part_flows *f = from;
+    size_t n = 0;
+    while (n == 0 && f->n_parts > 0) { /* some parts are no flows */
+        size_t some = f->n_parts < room ? f->n_parts : room;
+        n = list_parts(f->topology, f->part, some, flow);
+        f->part += some;
+        f->n_parts -= some;
+    }
+    message_apply(f->topology, flow, n, f->task->message_bytes, f->task->fused, f->sends);
+    return n;
+}
+
+static int sim_reduce(struct machine *m, struct moe_graph *g, int32_t task, struct err *e)
+{
+    struct sim *s = m->priv;
+    struct task *t = &g->task[task];
+    if (s->n_loads == s->room_loads) {
+        int32_t room = s->room_loads ? 2 * s->room_loads : 64;
+        struct net_load **load = realloc(s->load, sizeof(struct net_load *) * (size_t)room);
+        if (!load)
+            return err_set(e, ERR_MEMORY, "out of memory for an exchange");
+        s->load = load;
+        s->room_loads = room;
+    }
+    struct part_flows f = { m->topology, t, g->part + t->first, (size_t)t->n, s->sends };
+    message_count(f.topology, f.part, f.n_parts, t->message_bytes, s->sends);
+    if (net_reduce(s->net, task, next_flows, &f, &s->load[s->n_loads], e) < 0)
+        return e->code;
+    t->load = s->n_loads++;
+    return 0;
+}
+
 static int sim_run(struct machine *m, struct moe_graph *g, struct err *e)
 {
     struct sim *s = m->priv;
@@ -367,6 +443,7 @@ static int sim_run(struct machine *m, struct moe_graph *g, struct err *e)
     if (walk_loop(&w) == 0)
         m->now = w.now;
 out:
+    forget_loads(s);
     graph_order_free(&w.order);
     free(w.receivers);
     free(w.arrival);
@@ -388,20 +465,24 @@ static void sim_close(struct machine *m)
     free(s->done);
     free(s->sends);
     sharing_close(s->sharing);
+    forget_loads(s);
+    free(s->load);
     if (s->net)
         net_close(s->net);
     free(s);
     m->priv = NULL;
 }
 
-static const struct machine_ops flow_ops = { "flow", sim_run, sim_close };
-static const struct machine_ops simgrid_ops = { "simgrid", sim_run, sim_close };
+static const struct machine_ops bound_ops = { "flow", sim_run, sim_reduce, sim_close };
+static const struct machine_ops flow_ops = { "flow", sim_run, NULL, sim_close };
+static const struct machine_ops simgrid_ops = { "simgrid", sim_run, NULL, sim_close };
 
 int machine_open_sim(struct machine *m, const struct topology *t, const struct moe_model *model, enum precision p,
                      enum net_tier tier, struct err *e)
 {
     memset(m, 0, sizeof *m);
-    m->ops = tier == NET_SIMGRID ? &simgrid_ops : &flow_ops;
+    /* Which paths flows take may depend on when they start, and on each other. */
+    m->ops = tier == NET_SIMGRID ? &simgrid_ops : tier == NET_BOUND && !topology_splits(t) ? &bound_ops : &flow_ops;
     m->topology = t;
     m->model = model;
     m->precision = p;

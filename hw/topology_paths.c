@@ -170,6 +170,18 @@ static int cut_flows(struct cut *c, bool split, const struct net_flow *flow, siz
     return 0;
 }
 
+/* Several paths, of which a flow takes one. */
+static bool has_paths(const struct fabric *f)
+{
+    return f->n_spines >= 1 && f->up >= 0 && f->paths != PATHS_SPRAY;
+}
+
+bool topology_splits(const struct topology *t)
+{
+    const struct fabric *f = &((const struct layout *)t->priv)->fabric;
+    return has_paths(f) && (f->paths == PATHS_SPLIT || t->n_changes > 0);
+}
+
 int topology_split(const struct topology *t, double now, const struct net_flow *flow, size_t n, struct net_flow **out,
                    size_t *n_out, struct err *err)
 {
@@ -177,7 +189,7 @@ int topology_split(const struct topology *t, double now, const struct net_flow *
     const bool split = f->paths == PATHS_SPLIT;
     struct cut c = { .t = t };
     *out = NULL;
-    if (f->n_spines < 1 || f->up < 0 || f->paths == PATHS_SPRAY || n == 0)
+    if (!has_paths(f) || n == 0)
         return 0;
     int rc = find_dead(&c, now);
     if (rc == 0 && (split || c.dead)) {
