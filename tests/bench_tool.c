@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0
  * bench_tool inputs DIR - writes what tests/bench.sh measures on: zipf.npy (the standard request stream of
  *   tests/unit/zipf.h) and eplb.json (58 layers x 256 experts with log-normal loads, 288 replicas, 32 devices).
- * bench_tool rss COMMAND... - runs the command, prints the most memory it held at a time, in MB. */
+ * bench_tool cost COMMAND... - runs the command; prints how many seconds it took and the most memory that one of its
+ *   processes held at a time, in MB. */
 #include "config.h"
 
 #include "moelab.h"
@@ -12,6 +13,7 @@
 #include <string.h>
 #include <sys/resource.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
 static int write_zipf(const char *dir, struct err *e)
@@ -56,8 +58,10 @@ static int write_eplb(const char *dir, struct err *e)
     return fclose(f) == 0 ? 0 : err_set(e, ERR_IO, "cannot write %s", path);
 }
 
-static int print_rss(char **command)
+static int print_cost(char **command)
 {
+    struct timespec began, ended;
+    clock_gettime(CLOCK_MONOTONIC, &began);
     pid_t pid = fork();
     if (pid == 0) {
         if (freopen("/dev/null", "w", stdout))
@@ -70,17 +74,19 @@ static int print_rss(char **command)
         fprintf(stderr, "bench_tool: %s failed\n", command[0]);
         return 2;
     }
-    printf("%.1f\n", (double)used.ru_maxrss * 1024 / 1e6); /* Linux counts KiB */
+    clock_gettime(CLOCK_MONOTONIC, &ended);
+    double seconds = (double)(ended.tv_sec - began.tv_sec) + 1e-9 * (double)(ended.tv_nsec - began.tv_nsec);
+    printf("%.3f %.1f\n", seconds, (double)used.ru_maxrss * 1024 / 1e6); /* Linux counts KiB */
     return 0;
 }
 
 int main(int argc, char **argv)
 {
     struct err e = { 0 };
-    if (argc > 2 && !strcmp(argv[1], "rss"))
-        return print_rss(argv + 2);
+    if (argc > 2 && !strcmp(argv[1], "cost"))
+        return print_cost(argv + 2);
     if (argc != 3 || strcmp(argv[1], "inputs")) {
-        fprintf(stderr, "usage: bench_tool inputs DIR | rss COMMAND...\n");
+        fprintf(stderr, "usage: bench_tool inputs DIR | cost COMMAND...\n");
         return 2;
     }
     if (write_zipf(argv[2], &e) < 0 || write_eplb(argv[2], &e) < 0) {
