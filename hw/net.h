@@ -56,8 +56,8 @@ struct net_ops {
     int (*advance)(struct net *, double until, bool *any, struct err *);
     void (*close)(struct net *);
     /* In place of start, where an exchange starts without its flows: adds some of them, whose receivers are listed in
-     * the load, to what these wait for, and to fresh links; reduced() gives it the links, also after a failure. start_load
-     * owns the load. */
+     * the load, to what these wait for, and to fresh links; reduced() gives it the links, also after a failure.
+     * start_load owns the load. */
     int (*reduce)(struct net *, const struct net_flow *, size_t n, struct net_load *, struct err *);
     int (*reduced)(struct net *, struct net_load *, struct err *);
     int (*start_load)(struct net *, double now, int32_t slot, struct net_load *, struct err *);

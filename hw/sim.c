@@ -8,6 +8,7 @@
 #include "event.h"
 #include "graph.h"
 #include "sharing.h"
+#include "task_cost.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -31,8 +32,6 @@ struct sim {
     int32_t n_loads, room_loads;
 };
 
-struct timed { struct kernel_cost cost; int32_t device; }; /* -1: not yet */
-
 struct walk { /* one run of one graph */
     struct machine *m;
     struct sim *s;
@@ -41,49 +40,12 @@ struct walk { /* one run of one graph */
     struct arrival *arrival;    /* sorted by (exchange, device) */
     int32_t n_arrivals, n_left;
     int32_t *receivers;         /* [tasks] devices that an exchange still has to deliver to */
-    struct timed *timed;        /* [n_kernels] of the list that begins there */
+    struct timed_list *timed;   /* [n_kernels] of the list that begins there */
     int32_t *root, n_roots;     /* tasks that wait for nothing */
     int32_t lost;               /* a device that failed under a task, or -1 */
     double now;
     struct err *e;
 };
-
-static const struct device_spec *spec_of(const struct walk *w, const struct task *t)
-{
-    return &w->m->topology->device[t->device];
-}
-
-static struct kernel_cost cost_of(const struct walk *w, const struct task *t)
-{
-    const struct moe_graph *g = w->g;
-    const struct moe_model *model = w->m->model;
-    if (t->kind == TASK_COMPUTE && t->listed) {
-        /* Most devices of most layers compute the same: lists are shared, and so is their cost on equal devices. */
-        struct timed *known = t->n > 0 ? &w->timed[t->first] : NULL;
-        if (known && known->device >= 0 &&
-            !memcmp(spec_of(w, t), &w->m->topology->device[known->device], sizeof(struct device_spec)))
-            return known->cost;
-        struct kernel_cost sum = { 0, 0, 0 };
-        for (int32_t i = t->first; i < t->first + t->n; i++)
-            cost_add(&sum, cost_kernel(spec_of(w, t), &g->kernel[i]));
-        if (known)
-            *known = (struct timed){ sum, t->device };
-        return sum;
-    }
-    if (t->kind == TASK_COMPUTE)
-        return cost_plain(spec_of(w, t), w->m->precision, t->flops, t->bytes);
-    double width[t->n + 1];
-    for (int32_t i = 0; i < t->n; i++) {
-        int32_t expert = g->expert[t->first + i];
-        double share = model->expert_width ? model->expert_width[(size_t)t->layer * (size_t)model->n_experts +
-                                                                 (size_t)expert]
-                                           : 1.0;
-        width[i] = share * (double)t->fraction;
-    }
-    if (t->pass == PASS_BACKWARD)
-        return cost_experts_backward(spec_of(w, t), w->m->precision, model, t->n, g->rows + t->first, width);
-    return cost_experts(spec_of(w, t), w->m->precision, model, t->n, g->rows + t->first, width);
-}
 
 static void finish(struct walk *w, int32_t id);
 
@@ -216,7 +178,7 @@ static void start_stream_task(struct walk *w, int32_t id)
         start_transfer(w, id);
         return;
     }
-    const struct kernel_cost cost = cost_of(w, t);
+    const struct kernel_cost cost = task_cost(w->m, w->g, t, w->timed);
     int n;
     w->s->stream[t->device * N_STREAMS + t->stream].running = id;
     const struct kernel_end *end = sharing_start(w->s->sharing, w->now, t->device, t->stream, &cost, &n);
