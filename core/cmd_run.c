@@ -21,6 +21,7 @@ static void help(void)
          "  --jobs N           runs at a time (default: one per processor)\n"
          "  --run-timeout S    seconds after which a run, or the script's own loop, is ended (default: 600; 0: never)\n"
          "  --unsafe           give the script files, processes and native libraries\n"
+         "  --allow-extrapolation  run models outside of their ranges, and mark the results\n"
          "  --quiet            no tables\n\n"
          "Exit code: 0 done, 1 some runs failed, 2 bad usage or input.\n\n"
          "Example:\n  moelab run scenarios/quickstart.lua --out results/quickstart --set seed=2");
@@ -48,7 +49,8 @@ int cmd_run(int argc, char **argv)
         { "out", required_argument, NULL, 'o' },     { "set", required_argument, NULL, 's' },
         { "machine", required_argument, NULL, 'm' }, { "jobs", required_argument, NULL, 'j' },
         { "run-timeout", required_argument, NULL, 't' }, { "unsafe", no_argument, NULL, 'u' },
-        { "quiet", no_argument, NULL, 'q' },         { "help", no_argument, NULL, 'h' },
+        { "quiet", no_argument, NULL, 'q' },         { "allow-extrapolation", no_argument, NULL, 'e' },
+        { "help", no_argument, NULL, 'h' },
         { NULL, 0, NULL, 0 },
     };
     long processors = sysconf(_SC_NPROCESSORS_ONLN);
@@ -74,6 +76,7 @@ int cmd_run(int argc, char **argv)
             break;
         case 'u': o.unsafe = true; break;
         case 'q': o.quiet = true; break;
+        case 'e': o.extrapolate = true; break;
         case 'h': help(); return 0;
         case ':': return cmd_usage("run", "%s needs a value", argv[optind - 1]);
         default: /* within "-xyz" getopt has not gone on yet */

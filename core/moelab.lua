@@ -172,10 +172,11 @@ local label_of, unfold, cross = axes_part.label_of, axes_part.unfold, axes_part.
 local experiment_keys = {
   name = 1, model = 1, machine = 1, executor = 1, tier = 1, workload = 1, router = 1, balancer = 1, placement = 1,
   dispatch = 1, offload = 1, cache = 1, warmup = 1, seed = 1, verify = 1, layout = 1,
+  allow_extrapolation = 1,
 }
 -- The order in which axes unfold: the last varies fastest.
 local axis_order = { "model", "machine", "layout", "executor", "tier", "workload", "router", "balancer", "placement",
-                     "dispatch", "offload", "cache", "warmup", "seed", "verify" }
+                     "dispatch", "offload", "cache", "warmup", "seed", "verify", "allow_extrapolation" }
 local kinds = { "router", "balancer", "placement", "dispatch", "offload" }
 local defaults = { router = "replay", placement = "contiguous", dispatch = "flat", offload = "none", seed = 1,
                    executor = "flow", name = "experiment" }
@@ -238,6 +239,7 @@ local function override(t, where)
   end
   local executor = native.option("executor")
   if executor then put(t, "executor", executor) end
+  if native.option("allow_extrapolation") then put(t, "allow_extrapolation", true) end
 end
 
 -- What is given replaces what is there; tables are merged.
@@ -342,11 +344,15 @@ local function run_spec(run, where)
   if math.type(run.seed) ~= "integer" then
     fail(at_key(where, "seed"), "seed: expected a whole number, found %s", check.shown(run.seed))
   end
+  if run.allow_extrapolation ~= nil then
+    check_type(where, "experiment", "allow_extrapolation", run.allow_extrapolation, "boolean")
+  end
   if run.cache ~= nil then check_type(where, "experiment", "cache", run.cache, "number") end
   return {
     where = text_of(where), seed = run.seed, model = model_spec(run.model, where),
     machine = machine_spec(run.machine, run, where), workload = workload_spec(run.workload, where),
     layout = run.layout, policies = policies, cache = run.cache, warmup = run.warmup, verify = run.verify,
+    allow_extrapolation = run.allow_extrapolation,
   }
 end
 

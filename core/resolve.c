@@ -161,6 +161,8 @@ json_t *run_resolve(const struct run *r)
     json_object_set_new(spec, "policies", resolve_policies(r, json_object_get(r->spec, "policies")));
     json_object_set_new(spec, "seed", json_integer((json_int_t)r->seed));
     json_object_set_new(spec, "warmup", json_integer(r->n_warmup));
+    if (!json_object_get(spec, "allow_extrapolation"))
+        json_object_set_new(spec, "allow_extrapolation", json_false());
     if (!json_object_get(spec, "verify"))
         json_object_set_new(spec, "verify", json_false());
     if (r->offloading && !json_object_get(spec, "cache") && r->context.cache_objects > 0)

@@ -11,6 +11,7 @@
  *   policies   kind -> list of {name, params}; one each but for balancers
  *   cache      share of all experts that one device holds; absent: what its memory holds
  *   warmup     steps left out of the figures
+ *   allow_extrapolation  models may be asked outside of their ranges
  *   verify     machine host: compare every layer's output with a plain computation of it
  * Defaults are filled in here and in workload.c; resolve.c says what they came to. */
 #include "config.h"
@@ -198,6 +199,8 @@ int run_open(struct run *r, json_t *spec, struct err *e)
         evening_open(&r->evening, r->topology, e) < 0 || open_policies(r, spec) < 0 || allocate(r) < 0 ||
         offload_open(r) < 0 || train_open(r) < 0)
         return e->code;
+    if (!r->graph.keep_items && validity_check(r, json_is_true(json_object_get(spec, "allow_extrapolation"))) < 0)
+        return e->code;
     int32_t warmup;
     if (run_whole(r, spec, "run", "warmup", 0, 0, r->workload.n_steps - 1, &warmup) < 0)
         return e->code;
@@ -265,12 +268,17 @@ int run_go(struct run *r)
     return 0;
 }
 
-/* Where times came from, if not from the models alone. */
-static json_t *models_json(const struct latency_table *t)
+/* Where times came from. */
+static json_t *models_json(const struct run *r)
 {
+    const struct latency_table *t = r->topology->tables;
     int64_t measured, modelled;
+    if (!t)
+        return json_pack("{s:s, s:s, s:s}", "network", net_tier_name[r->tier], "gemm", "tiles and waves", "others",
+                         "roofline");
     latency_table_counts(t, &measured, &modelled);
-    return json_pack("{s:o, s:I, s:I}", "gemm", json_sprintf("table %s + model", latency_table_files(t)),
+    return json_pack("{s:s, s:s, s:o, s:I, s:I}", "network", net_tier_name[r->tier], "others", "roofline", "gemm",
+                     json_sprintf("table %s + tiles and waves", latency_table_files(t)),
                      "gemm_measured", (json_int_t)measured, "gemm_modelled", (json_int_t)modelled);
 }
 
@@ -285,8 +293,10 @@ json_t *run_result(const struct run *r)
         json_object_set_new(o, "memory", device_memory_json(r));
     if (r->tier < N_NET_TIERS)
         json_object_set_new(o, "tier", json_string(net_tier_name[r->tier]));
-    if (r->topology->tables && r->tier < N_NET_TIERS)
-        json_object_set_new(o, "models", models_json(r->topology->tables));
+    if (r->tier < N_NET_TIERS)
+        json_object_set_new(o, "models", models_json(r));
+    if (r->extrapolated)
+        json_object_set(o, "extrapolated", r->extrapolated);
     if (r->machine.verify)
         json_object_set_new(o, "verified", json_real(r->machine.max_error));
     if (r->machine.peak_memory > 0)
@@ -298,6 +308,7 @@ json_t *run_result(const struct run *r)
 
 void run_close(struct run *r)
 {
+    json_decref(r->extrapolated);
     offload_close(r);
     train_close(r);
     close_policies(r);

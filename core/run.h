@@ -94,6 +94,7 @@ struct run {
     bool recording;            /* first pass: decisions only */
     int32_t n_warmup;          /* steps left out of the figures */
 
+    json_t *extrapolated;      /* what models were asked outside of their ranges; NULL: nothing */
     struct run_progress *progress; /* written as steps end, for whoever watches; NULL: nobody */
     uint64_t decisions;        /* hash over every route and device chosen */
     struct err *err;
@@ -151,6 +152,8 @@ int train_keep(struct run *, int32_t layer);
 int train_lay_out(struct run *, int32_t step);
 void train_close(struct run *);
 int step_dense_before(const struct run *, int32_t layer); /* dense layers right before an MoE layer */
+/* That every model is asked within its range; `allow`: else that is noted in `extrapolated`. validity.c */
+int validity_check(struct run *, bool allow);
 /* That the tasks which dispatch appended do the layer's work: layout_check.c */
 int layout_check(struct run *, const struct moe_batch *, int32_t first_task, int64_t first_edge);
 /* That nothing was used before it was there: after a step on a simulated machine (layout_times.c). */

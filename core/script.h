@@ -15,6 +15,7 @@ struct script_options {
     int n_set, jobs;
     double timeout_s;           /* of one run, and of the script's own loops */
     bool unsafe, progress, quiet;
+    bool extrapolate;           /* --allow-extrapolation */
 };
 
 /* Runs a scenario. What it wrote is in `out` if this returns 0 or ERR_RUN (some runs failed), else nothing is.

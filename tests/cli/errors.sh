@@ -72,7 +72,7 @@ ok "... and there are results" test -s caught/manifest.json -a ! -e caught.part
 model='{ layers = 2, experts = 8, top_k = 2, d_model = 64, d_expert = 64, n_heads = 1, d_head = 64 }'
 refused_text 'x\.lua:5: moe.experiment: unknown key "placment"; did you mean "placement"\?' \
     $'moe.experiment {\n  seed = 3,\n\n  placment = "eplb",\n}'
-refused_text 'x\.lua:4: moe.experiment: unknown key "zzzzzzzz"; known: balancer, cache' \
+refused_text 'x\.lua:4: moe.experiment: unknown key "zzzzzzzz"; known: allow_extrapolation, balancer, cache' \
     $'moe.experiment {\n  seed = 3,\n  ["zzzzzzzz"] = 1,\n}'
 refused_text 'x\.lua:2: moe.experiment: expected only named keys, found \[1\]' 'moe.experiment { "eplb" }'
 refused_text 'x\.lua:2: moe.experiment: expected a table, found nil' 'moe.experiment()'

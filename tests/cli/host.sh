@@ -16,7 +16,12 @@ ok "layers that ranks compute equal the reference" "$moelab" run "$scenario" --o
 ok "every run was verified" test "$(figures host '"verified":[1-9][0-9.]*e-[0-9]+' | wc -l)" = 4
 ok "by machine host" test "$(figures host '"machine":"host"' | wc -l)" = 4
 
-ok "the same scenario, simulated" "$moelab" run "$scenario" --machine flow --out flow
+run_expect 2 'host.lua:[0-9]+: model gemm: rows of a weight matrix: 48 is outside .*64 to .*--allow-extrapolation' \
+    "$moelab" run "$scenario" --machine flow --out flow
+ok "nothing is written" test ! -e flow
+ok "the same scenario, simulated" "$moelab" run "$scenario" --machine flow --out flow --allow-extrapolation
+ok "every result is marked" \
+    test "$(figures flow '"extrapolated":\["model gemm: rows of a weight matrix: 48 ' | wc -l)" = 4
 figures host '"decisions":"[0-9a-f]+"' >host.decisions
 figures flow '"decisions":"[0-9a-f]+"' >flow.decisions
 ok "four hashes of decisions" test "$(wc -l <host.decisions)" = 4

@@ -56,7 +56,7 @@ both=$us
 ok "the times of the tables, and the activation" near "$both" \
     "$(awk 'BEGIN { printf "%.17g", 30 + 25 + 2.5 + 16 * 1500 * 6 / (0.86 * 3.35e12) * 1e6 }')"
 ok "... without a warning" bash -c '! grep grouped_gemm both.err'
-run_expect 0 '"gemm":"table up\.csv, down\.csv \+ model","gemm_measured":4,' cat both/runs.jsonl
+run_expect 0 '"gemm":"table up\.csv, down\.csv \+ tiles and waves","gemm_measured":4,' cat both/runs.jsonl
 takes up '{ "up.csv" }'
 up_us=$us
 run_expect 0 'warning: up\.csv: grouped_gemm of 8 groups, 2 rows times 1500 x 1000 in bf16, is outside \(it has no' \
@@ -84,7 +84,7 @@ mkdir there
 sed 's/,50$/,70/' up.csv >there/mine.csv
 sed 's/"star-50GBps"/"there\/mine.lua"/' plain.lua >there.lua
 ok "a machine file names a table beside it" "$moelab" run there.lua --out there.out
-run_expect 0 '"gemm":"table mine\.csv \+ model","gemm_measured":2,' cat there.out/runs.jsonl
+run_expect 0 '"gemm":"table mine\.csv \+ tiles and waves","gemm_measured":2,' cat there.out/runs.jsonl
 bad()
 {
     scenario "$2" "${3-}" >bad.lua
