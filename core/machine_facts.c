@@ -228,7 +228,8 @@ static void add_source(json_t *list, const char *table, const json_t *v)
 static json_t *list_sources(const struct topology *t)
 {
     /* In this order, whatever order the file's tables came in. */
-    static const char *const key[] = { "device", "nvlink", "pcie", "host", "ssd", "nic", "network", "platform" };
+    static const char *const key[] = { "device", "nvlink", "pcie", "host", "ssd", "nic", "exchange", "network",
+                                       "platform" };
     enum { N_KEYS = sizeof key / sizeof *key };
     json_t *list = json_array();
     const json_t *groups = json_object_get(t->description, "groups");

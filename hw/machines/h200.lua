@@ -63,4 +63,12 @@ return {
     source  = "DGX H100/H200 user guide: one ConnectX-7 port of 400 Gb/s per GPU",
     assumed = "line rate; switches do not block; latency: order of magnitude of GPUDirect RDMA over two switch levels",
   },
+
+  exchange = {
+    startup          = "32 us",
+    per_peer         = "50 ns",
+    message_overhead = "42 B",
+    source  = "overhead: InfiniBand Architecture 1.4, headers of a first packet (LRH, BTH, RETH, ICRC, VCRC)",
+    assumed = "startup and per_peer: as on h800-ib, where they are fitted to DeepEP's low-latency kernels",
+  },
 }

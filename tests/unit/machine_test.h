@@ -82,6 +82,14 @@ static inline double test_bandwidth(const struct topology *t, const char *name)
     return 0;
 }
 
+/* Without what an exchange costs beside bytes and latency, for times worked out by hand. */
+static inline struct topology *test_links_alone(const char *name, int nodes)
+{
+    json_t *d = test_description(name, nodes);
+    json_object_del(d, "exchange");
+    return test_build(d);
+}
+
 static inline struct net *test_net(const struct topology *t, enum net_tier tier)
 {
     struct net *net = NULL;

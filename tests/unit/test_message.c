@@ -57,7 +57,7 @@ static void messages(void **state)
 static void own_port(void **state)
 {
     (void)state;
-    struct topology *t = test_machine("dgx-h100", 1), *star = costly();
+    struct topology *t = test_links_alone("dgx-h100", 1), *star = costly();
     const double rate = t->link[0].bandwidth; /* gpu0.nvlink.out */
     struct moe_part part[] = { { 0, 0, rate * 10e-6, 0, NULL, 0 }, { 0, 1, rate * 10e-6, 0, NULL, 0 } };
     for (enum net_tier tier = NET_BOUND; tier <= NET_EXACT; tier++) {
