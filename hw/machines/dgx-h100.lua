@@ -23,7 +23,7 @@ return {
       sms = 132, mma_efficiency = 0.86, port_bandwidth = "106 GB/s", store_bandwidth = "16.5 GB/s",
       mem_efficiency = 0.88, launch_s = 1.2e-6, overlap = 2.4,
     },
-    assumed = "fitted to FP8 DeepGEMM on H800, the same chip: doc/machines.md",
+    assumed = "fitted to FP8 DeepGEMM on H800, the same chip: doc/models.md",
   },
 
   nvlink = {

@@ -23,7 +23,7 @@ return {
       sms = 132, mma_efficiency = 0.86, port_bandwidth = "106 GB/s", store_bandwidth = "16.5 GB/s",
       mem_efficiency = 0.88, launch_s = 1.2e-6, overlap = 2.4,
     },
-    assumed = "fitted to the FP8 rates of DeepGEMM's first public README (a6d97a1) on H800: doc/machines.md",
+    assumed = "fitted to the FP8 rates of DeepGEMM's first public README (a6d97a1) on H800: doc/models.md",
   },
 
   nvlink = {
@@ -68,7 +68,7 @@ return {
     startup          = "32 us",
     per_peer         = "50 ns",
     message_overhead = "42 B",
-    source  = "startup: fitted to DeepEP's low-latency kernels on this node (doc/machines.md); overhead: InfiniBand "
+    source  = "startup: fitted to DeepEP's low-latency kernels on this node (doc/models.md); overhead: InfiniBand "
            .. "Architecture 1.4, headers of a first packet (LRH, BTH, RETH, ICRC, VCRC)",
     assumed = "per_peer: the published rows do not tell it from 0",
   },

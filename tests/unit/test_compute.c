@@ -106,7 +106,7 @@ static int by_size(const void *a, const void *b)
     return (*(const double *)a > *(const double *)b) - (*(const double *)a < *(const double *)b);
 }
 
-/* DeepGEMM on H800: what h800-ib's figures were fitted to. Guards the figures that doc/machines.md reports. */
+/* DeepGEMM on H800: what h800-ib's figures were fitted to. Guards the figures that doc/models.md reports. */
 static void published_rates(void **state)
 {
     (void)state;
