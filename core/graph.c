@@ -15,6 +15,7 @@ void graph_reset(struct moe_graph *g)
     g->n_edges = g->n_items = 0;
     g->layer = g->micro = 0;
     g->pass = PASS_FORWARD;
+    g->names_paths = false;
     g->n_route_layers = g->n_tokens = 0;
     memset(g->last_list, 0, sizeof g->last_list);
 }
@@ -182,7 +183,8 @@ int32_t graph_exchange(struct moe_graph *g, const struct moe_exchange *x, struct
         if (!(p->bytes >= 0) || !isfinite(p->bytes) || p->n_items < 0)
             return err_set(e, ERR_RUN, "exchange from %d to %d with %g bytes, %lld items", p->src, p->dst, p->bytes,
                            (long long)p->n_items);
-        if (p->path < 0) /* how many there are, the machine knows */
+        g->names_paths |= p->path > 1;
+        if (p->path < 0)
             return err_set(e, ERR_RUN, "exchange from %d to %d on path %d, expected 0 or more", p->src, p->dst,
                            p->path);
         if (g->keep_items) {

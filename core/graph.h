@@ -83,6 +83,7 @@ struct moe_graph {
     int32_t n_devices;
     int32_t layer, micro; /* stamped on new tasks */
     enum graph_pass pass; /* so is this */
+    bool names_paths;     /* a part so far had a path above 1: how many there are, the machine knows */
     bool keep_items;      /* a real machine will run this */
     struct graph_route *route;
     int64_t room_routes;

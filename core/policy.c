@@ -259,17 +259,23 @@ static int32_t host_task_experts(const struct moe_env *env, struct moe_graph *g,
     BUILD(env, graph_experts(g, w, err_));
 }
 
+static int32_t build_exchange(const struct topology *t, struct moe_graph *g, const struct moe_exchange *x,
+                              struct err *e)
+{
+    const int32_t task = graph_exchange(g, x, e);
+    for (int32_t i = 0; task >= 0 && g->names_paths && i < x->n_parts; i++) {
+        const struct moe_part *p = &x->part[i];
+        const int32_t n_paths = topology_paths(t, p->src, p->dst);
+        if (p->path > 1 && p->path > n_paths)
+            return err_set(e, ERR_RUN, "exchange from %d to %d on path %d, expected 0 to %d", p->src, p->dst, p->path,
+                           n_paths);
+    }
+    return task;
+}
+
 static int32_t host_task_exchange(const struct moe_env *env, struct moe_graph *g, const struct moe_exchange *x)
 {
-    const struct topology *t = of_env(env)->context->topology;
-    for (int32_t i = 0; i < x->n_parts; i++) {
-        const struct moe_part *p = &x->part[i];
-        const bool known = p->src >= 0 && p->src < t->n_devices && p->dst >= 0 && p->dst < t->n_devices;
-        if (p->path > 1 && known && p->path > topology_paths(t, p->src, p->dst))
-            return host_fail(env, MOE_EINVAL, "exchange from %d to %d on path %d, expected 0 to %d", p->src, p->dst,
-                             p->path, topology_paths(t, p->src, p->dst));
-    }
-    BUILD(env, graph_exchange(g, x, err_));
+    BUILD(env, build_exchange(of_env(env)->context->topology, g, x, err_));
 }
 
 static int32_t host_task_arrival(const struct moe_env *env, struct moe_graph *g, int32_t exchange, int32_t device)
