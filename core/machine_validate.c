@@ -56,6 +56,12 @@ static int gemm_row(struct table *t, int i)
         csv_number(&t->csv, i, "k", 1, 1 << 24, &k, t->err) < 0 ||
         csv_number(&t->csv, i, "tflops", 1e-3, 1e6, &tflops, t->err) < 0)
         return t->err->code;
+    if ((layout == 0) != (groups < 1))
+        return err_set(t->err, ERR_INPUT, "%s:%d: groups: found %g, expected %s", t->csv.file, t->csv.row[i].line,
+                       groups, layout == 0 ? "0, as the product is dense" : "1 or more");
+    if (t->topology->device[0].peak[PREC_FP8] <= 0)
+        return err_set(t->err, ERR_INPUT, "%s: machine %s has no figure for precision fp8, in which these products are",
+                       t->csv.file, t->machine);
     int32_t n_groups = groups < 1 ? 1 : (int32_t)groups;
     struct gemm_group group[n_groups];
     for (int32_t g = 0; g < n_groups; g++)
@@ -184,6 +190,9 @@ static int deepep_row(struct table *t, int i, struct traffic *w)
     if (fmod(ep, PER_NODE) != 0 || EXPERTS % (int)ep != 0)
         return err_set(t->err, ERR_INPUT, "%s:%d: ep: found %g, expected 8, 16, 32, 64, 128 or 256", t->csv.file,
                        t->csv.row[i].line, ep);
+    if (t->topology->first_device[1] != PER_NODE)
+        return err_set(t->err, ERR_INPUT, "%s: machine %s has %d devices per node, and these kernels ran with %d",
+                       t->csv.file, t->machine, t->topology->first_device[1], PER_NODE);
     if ((kernel == NORMAL) != (column > 0))
         return err_set(t->err, ERR_INPUT, "%s:%d: column: found \"%s\", expected %s", t->csv.file, t->csv.row[i].line,
                        counted[column], kernel == NORMAL ? "NVLink or RDMA" : "as above");

@@ -183,9 +183,9 @@ int net_list_receivers(struct net *net, double since, int64_t id, const struct n
         if (f->src < 0 || f->src >= n_endpoints || f->dst < 0 || f->dst >= n_endpoints)
             return err_set(err, ERR_RUN, "exchange %lld, flow %zu: found %d -> %d, expected endpoints below %d",
                            (long long)id, i, f->src, f->dst, n_endpoints);
-        if (!(f->bytes >= 0 && f->bytes < INFINITY))
-            return err_set(err, ERR_RUN, "exchange %lld, flow %zu (%d -> %d): found %g bytes, expected a size >= 0",
-                           (long long)id, i, f->src, f->dst, f->bytes);
+        if (!(f->bytes >= 0 && f->bytes <= NET_MOST_BYTES))
+            return err_set(err, ERR_RUN, "exchange %lld, flow %zu (%d -> %d): found %g bytes, expected 0 to %g",
+                           (long long)id, i, f->src, f->dst, f->bytes, NET_MOST_BYTES);
         /* Devices always reach each other: topology_build sees to that. */
         if ((f->src >= t->n_devices || f->dst >= t->n_devices) && net_moves(f) &&
             topology_route(t, f->src, f->dst, 0, link, NULL) < 0)

@@ -97,6 +97,8 @@ bool net_simgrid_server(char *path, size_t size, char *tried, size_t room);
 
 /* Sizes are shares of messages: less than this is rounding, and counts as 0 bytes. */
 #define NET_LEAST_BYTES 1e-6
+/* Beyond that SimGrid's clock loses what a flow takes; it would be 100 s on the fastest link there is. */
+#define NET_MOST_BYTES 1e15
 
 static inline bool net_moves(const struct net_flow *f)
 {

@@ -23,10 +23,16 @@ bad() { printf '%s\n' "$head" "$1" >bad.csv; run_expect 2 "bad.csv:2: $2" "$moel
 bad 'dense,0,64,2112,7168,206' 'found 6 cells, expected 7'
 bad 'dense,0,64,2112,7168,-206,1' 'tflops: found "-206", expected a number from'
 bad 'dense,0,64,2112,7168,nan,1' 'tflops: found "nan"'
+bad 'dense,4,64,2112,7168,206,1' 'groups: found 4, expected 0, as the product is dense'
+bad 'masked,0,64,2112,7168,206,1' 'groups: found 0, expected 1 or more'
 bad 'sparse,0,64,2112,7168,206,1' 'layout: found "sparse", expected one of: dense, contiguous, masked'
 grep '^kernel' "$top_srcdir/hw/published/deepep-h800.csv" >ep.csv
 echo 'low_latency,dispatch,12,77,98,as above' >>ep.csv
 run_expect 2 'ep.csv:2: ep: found 12, expected 8, 16' "$moelab" machine validate ep.csv
+run_expect 2 'deepep-h800.csv: machine rtx3090-pcie3 has 1 devices per node, and these kernels ran with 8' \
+    "$moelab" machine validate "$top_srcdir/hw/published/deepep-h800.csv" --machine rtx3090-pcie3
+run_expect 2 'deepgemm-h800.csv: machine dgx-a100 has no figure for precision fp8' \
+    "$moelab" machine validate "$top_srcdir/hw/published/deepgemm-h800.csv" --machine dgx-a100
 echo 'a,b' >other.csv
 run_expect 2 'other.csv: found a header alone' "$moelab" machine validate other.csv
 echo '1,2' >>other.csv

@@ -349,7 +349,7 @@ static void refused(void **state)
     } cases[] = {
         { { 0, 99, 1 }, 5, "found 0 -> 99, expected endpoints below 20" },
         { { -1, 0, 1 }, 5, "found -1 -> 0, expected endpoints below 20" },
-        { { 0, 1, -1 }, 5, "found -1 bytes, expected a size >= 0" },
+        { { 0, 1, -1 }, 5, "found -1 bytes, expected 0 to 1e+15" },
         { { 0, 1, (double)NAN }, 5, "found nan bytes" },
         { { 0, 1, INFINITY }, 5, "found inf bytes" },
         { { topology_host(t, 0), 9, 1 }, 5, "dgx-h100 has no way from endpoint 16 to 9" },
