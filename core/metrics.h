@@ -58,7 +58,7 @@ json_t *metrics_json(const struct metrics *);
 
 /* Longest path through the graph if no device had more of a (layer, op) than the mean of all, and
  * the bytes of every exchange lay evenly on links of one role (links whose names differ only by numbers), with nothing
- * loaded and no latency. Never above the time of the run it is computed from, whatever the layout. */
+ * loaded, no latency and no start-up. Never above the time of the run it is computed from, whatever the layout. */
 int metrics_bound(const struct moe_graph *, const struct topology *, double *seconds, struct err *);
 
 #endif
