@@ -2,9 +2,8 @@
  * exchange.h - what results and checks want to know of an exchange, so that its parts need not be kept.
  *
  * Between D devices an exchange has up to D^2 parts, and a step of 58 layers has 116 of them: on 4,096 devices half a
- * billion, which no memory holds. Where the machine needs no single part either (machine_ops.reduce), a layer's parts
- * are summed up and given back as soon as it has been laid out and checked: O(D) is kept of an exchange. Elsewhere
- * they stay in the graph until the next step. */
+ * billion, which no memory holds. Where the machine needs no single part either (machine_ops.reduce), they are summed up
+ * as they come, and O(D) is kept of an exchange. Elsewhere they stay in the graph until the next step. */
 #ifndef EXCHANGE_H
 #define EXCHANGE_H
 
@@ -18,6 +17,7 @@ struct evening {
     int32_t *role, n_roles; /* [links] */
     double *bytes;          /* [roles] scratch: summed over an exchange's links */
     double *bandwidth;      /* [roles] of all its links */
+    double *link_bytes;     /* [links] scratch */
 };
 
 int evening_open(struct evening *, const struct topology *, struct err *);
@@ -28,11 +28,31 @@ double evening_seconds(struct evening *, const struct moe_graph *, const struct 
 void exchange_bytes(const struct moe_graph *, const struct topology *, const struct task *exchange, double *intra,
                     double *inter);
 /* side: [D], out: SIDE_ bits. */
-void exchange_sides(const struct moe_graph *, const struct topology *, const struct task *exchange, uint8_t *side);
+void exchange_sides(const struct moe_graph *, const struct task *exchange, uint8_t *side);
 
-/* Of all exchanges from first_task on, whose parts begin at first_part: sums up, has the machine keep its share, gives
- * the parts back. Does nothing on a machine that needs them. */
-int exchange_reduce(struct evening *, struct machine *, struct moe_graph *, int32_t first_task, int32_t first_part,
-                    struct err *);
+/* What devices and nodes have to do with one exchange. All that the core wants to know of parts is counted in one go:
+ * reading millions of them takes longer than adding them up. */
+struct exchange_count {
+    double *out, *in;              /* [D] bytes to and from other devices */
+    double *node_out, *node_in;    /* [N] bytes to and from other nodes */
+    uint8_t *side;                 /* [D] SIDE_ bits */
+    struct message_count *message; /* [D] */
+    double intra, inter;           /* bytes between devices of one node, and of different ones */
+};
+
+/* Exchanges as dispatch lays them out. */
+struct tally {
+    struct evening evening;
+    struct machine *machine;   /* keeps its share of each, and no part goes into the graph; NULL: parts do */
+    struct exchange_count *of; /* [n] in the order of their tasks, of one layer */
+    int32_t n, room;
+};
+
+int tally_open(struct tally *, const struct topology *, struct err *);
+void tally_close(struct tally *);
+/* Anew for a layer. machine: NULL, or one that can reduce exchanges, which then must not be needed whole. */
+void tally_layer(struct tally *, struct machine *);
+/* Counts the exchange and appends it to the graph; its task, or a negative error. */
+int32_t tally_exchange(struct tally *, struct moe_graph *, const struct moe_exchange *, struct err *);
 
 #endif

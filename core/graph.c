@@ -163,30 +163,50 @@ int32_t graph_experts(struct moe_graph *g, const struct moe_expert_work *w, stru
     return add(g, &t, e);
 }
 
-int32_t graph_exchange(struct moe_graph *g, const struct moe_exchange *x, struct err *e)
+int graph_check_exchange(const struct moe_exchange *x, struct err *e)
 {
-    struct task t = { .kind = TASK_EXCHANGE, .payload = x->payload, .first = g->n_parts, .n = x->n_parts,
-                      .message_bytes = x->message_bytes, .sms = x->sms, .fused = x->fused };
     if ((int)x->payload < 0 || x->payload > MOE_PAY_BYTES)
         return err_set(e, ERR_RUN, "exchange with payload %d, expected 0 to %d", (int)x->payload, MOE_PAY_BYTES);
     if (x->n_parts < 0)
         return err_set(e, ERR_RUN, "exchange with %d parts", x->n_parts);
     if (!(x->message_bytes >= 0) || !isfinite(x->message_bytes) || x->sms < 0)
         return err_set(e, ERR_RUN, "exchange with messages of %g bytes, %d SMs", x->message_bytes, x->sms);
+    return 0;
+}
+
+int graph_check_part(const struct moe_graph *g, const struct moe_part *p, struct err *e)
+{
+    if (check_place(g, p->src, 0, e) < 0 || check_place(g, p->dst, 0, e) < 0)
+        return ERR_RUN;
+    if (!(p->bytes >= 0) || !isfinite(p->bytes) || p->n_items < 0)
+        return err_set(e, ERR_RUN, "exchange from %d to %d with %g bytes, %lld items", p->src, p->dst, p->bytes,
+                       (long long)p->n_items);
+    if (p->path < 0)
+        return err_set(e, ERR_RUN, "exchange from %d to %d on path %d, expected 0 or more", p->src, p->dst, p->path);
+    return 0;
+}
+
+int32_t graph_exchange_alone(struct moe_graph *g, const struct moe_exchange *x, double bytes, struct err *e)
+{
+    return add(g, &(struct task){ .kind = TASK_EXCHANGE, .payload = x->payload, .first = g->n_parts,
+                                  .message_bytes = x->message_bytes, .sms = x->sms, .fused = x->fused,
+                                  .bytes = bytes }, e);
+}
+
+int32_t graph_exchange(struct moe_graph *g, const struct moe_exchange *x, struct err *e)
+{
+    double bytes = 0;
+    const int32_t first = g->n_parts;
+    if (graph_check_exchange(x, e) < 0)
+        return e->code;
     if (g->keep_items)
         RESERVE(g->part_item, g->room_part_item, (int64_t)g->n_parts + x->n_parts, e);
     RESERVE(g->part, g->room_parts, (int64_t)g->n_parts + x->n_parts, e);
     for (int32_t i = 0; i < x->n_parts; i++) {
         const struct moe_part *p = &x->part[i];
-        if (check_place(g, p->src, 0, e) < 0 || check_place(g, p->dst, 0, e) < 0)
-            return ERR_RUN;
-        if (!(p->bytes >= 0) || !isfinite(p->bytes) || p->n_items < 0)
-            return err_set(e, ERR_RUN, "exchange from %d to %d with %g bytes, %lld items", p->src, p->dst, p->bytes,
-                           (long long)p->n_items);
+        if (!graph_part_fits(g, p))
+            return graph_check_part(g, p, e);
         g->names_paths |= p->path > 1;
-        if (p->path < 0)
-            return err_set(e, ERR_RUN, "exchange from %d to %d on path %d, expected 0 or more", p->src, p->dst,
-                           p->path);
         if (g->keep_items) {
             g->part_item[g->n_parts] = g->n_items;
             if (p->items && p->n_items > 0) {
@@ -197,9 +217,14 @@ int32_t graph_exchange(struct moe_graph *g, const struct moe_exchange *x, struct
         }
         g->part[g->n_parts] = *p;
         g->part[g->n_parts++].items = NULL;
-        t.bytes += p->src == p->dst ? 0 : p->bytes;
+        bytes += p->src == p->dst ? 0 : p->bytes;
     }
-    return add(g, &t, e);
+    const int32_t task = graph_exchange_alone(g, x, bytes, e);
+    if (task >= 0) {
+        g->task[task].first = first;
+        g->task[task].n = x->n_parts;
+    }
+    return task;
 }
 
 int32_t graph_arrival(struct moe_graph *g, int32_t exchange, int32_t device, struct err *e)

@@ -11,6 +11,8 @@
 #include "machine.h"
 #include "moelab.h"
 
+#include <float.h>
+
 enum task_kind {
     TASK_COMPUTE,  /* (device, stream): flops, bytes; or a list of kernels, one after another */
     TASK_EXPERTS,  /* (device, stream): expert/rows/items */
@@ -101,6 +103,16 @@ int32_t graph_kernels(struct moe_graph *, int32_t device, int32_t stream, enum m
                       struct err *);
 int32_t graph_experts(struct moe_graph *, const struct moe_expert_work *, struct err *);
 int32_t graph_exchange(struct moe_graph *, const struct moe_exchange *, struct err *);
+/* An exchange whose parts are not kept here; bytes: between devices. */
+int32_t graph_exchange_alone(struct moe_graph *, const struct moe_exchange *, double bytes, struct err *);
+/* What is wrong with an exchange but for its parts, and with a part; 0: nothing. */
+int graph_check_exchange(const struct moe_exchange *, struct err *);
+int graph_check_part(const struct moe_graph *, const struct moe_part *, struct err *);
+static inline bool graph_part_fits(const struct moe_graph *g, const struct moe_part *p)
+{
+    return (uint32_t)p->src < (uint32_t)g->n_devices && (uint32_t)p->dst < (uint32_t)g->n_devices && p->bytes >= 0 &&
+           p->bytes <= DBL_MAX && p->n_items >= 0 && p->path >= 0;
+}
 int32_t graph_arrival(struct moe_graph *, int32_t exchange, int32_t device, struct err *);
 int32_t graph_load(struct moe_graph *, int32_t device, int32_t source, uint32_t object, double bytes, struct err *);
 int32_t graph_join(struct moe_graph *, struct err *);

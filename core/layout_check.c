@@ -54,13 +54,25 @@ static void count_needs(const struct run *r, const struct moe_batch *b, struct n
     }
 }
 
+static void take_exchange(const struct run *r, const struct exchange_count *c, enum moe_payload payload,
+                          struct need *need)
+{
+    const double row = r->model.d_model * (payload == MOE_PAY_HIDDEN ? r->model.act_bytes : r->model.combine_bytes);
+    const double *node = payload == MOE_PAY_HIDDEN ? c->node_in : c->node_out;
+    for (int32_t d = 0; d < r->topology->n_devices; d++) {
+        need->moved[payload][IN][d] -= c->in[d] / row;
+        need->moved[payload][OUT][d] -= c->out[d] / row;
+    }
+    for (int32_t n = 0; n < r->topology->n_nodes; n++)
+        need->moved[payload][NODE][n] -= node[n] / row;
+}
+
 /* Takes what the layout does off what is needed. */
 static int subtract(struct run *r, const struct moe_batch *b, int32_t first_task, struct need *need)
 {
     const struct moe_graph *g = &r->graph;
-    const int32_t n_experts = moe_experts_of(&r->model, b->layer), *node = r->context.view.node;
-    const double per_byte[2] = { 1 / (r->model.d_model * r->model.act_bytes),
-                                 1 / (r->model.d_model * r->model.combine_bytes) };
+    const int32_t n_experts = moe_experts_of(&r->model, b->layer);
+    const struct exchange_count *count = r->tally.of;
     for (int32_t t = first_task; t < g->n_tasks; t++) {
         const struct task *x = &g->task[t];
         for (int32_t i = x->first; x->kind == TASK_EXPERTS && i < x->first + x->n; i++) {
@@ -70,18 +82,11 @@ static int subtract(struct run *r, const struct moe_batch *b, int32_t first_task
             need->rows[(size_t)x->device * (size_t)r->model.n_experts + (size_t)g->expert[i]] -=
                 (double)g->rows[i] * (double)x->fraction;
         }
-        if (x->kind != TASK_EXCHANGE || x->payload == MOE_PAY_BYTES)
+        if (x->kind != TASK_EXCHANGE)
             continue;
-        for (int32_t i = x->first; i < x->first + x->n; i++) {
-            const struct moe_part *p = &g->part[i];
-            const double rows = p->bytes * per_byte[x->payload];
-            if (p->src == p->dst)
-                continue;
-            need->moved[x->payload][IN][p->dst] -= rows;
-            need->moved[x->payload][OUT][p->src] -= rows;
-            if (node[p->src] != node[p->dst])
-                need->moved[x->payload][NODE][node[x->payload == MOE_PAY_HIDDEN ? p->dst : p->src]] -= rows;
-        }
+        if (x->payload != MOE_PAY_BYTES)
+            take_exchange(r, count, x->payload, need);
+        count++;
     }
     return 0;
 }

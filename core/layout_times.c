@@ -50,13 +50,12 @@ static void close_arrivals(const struct moe_graph *g, struct arrivals *a, int32_
         a->at[g->task[t].device] = -1;
 }
 
-static void see_exchange(const struct moe_graph *g, const struct topology *t, struct arrivals *a, int32_t id,
-                         struct layer_times *l)
+static void see_exchange(const struct moe_graph *g, struct arrivals *a, int32_t id, struct layer_times *l)
 {
     const struct task *x = &g->task[id];
     const bool out = x->payload == MOE_PAY_OUTPUT;
     open_arrivals(g, a, id);
-    exchange_sides(g, t, x, a->side);
+    exchange_sides(g, x, a->side);
     for (int32_t d = 0; d < g->n_devices; d++) {
         if (!(a->side[d] & SIDE_GETS))
             continue;
@@ -79,7 +78,7 @@ static int fault(struct run *r, int32_t layer, int32_t device, const char *what,
 static int check_exchange(struct run *r, const struct task *x, uint8_t *side, const struct layer_times *l)
 {
     const bool out = x->payload == MOE_PAY_OUTPUT;
-    exchange_sides(&r->graph, r->topology, x, side);
+    exchange_sides(&r->graph, x, side);
     for (int32_t d = 0; d < r->graph.n_devices; d++) {
         double ready = out ? fmin(l->experts_first[d], l->output_first[d]) : fmin(l->entry[d], l->hidden_first[d]);
         if ((side[d] & SIDE_SENDS) && before(x->start, ready))
@@ -115,7 +114,7 @@ static int check_layer(struct run *r, int32_t key, const int32_t *task, int32_t 
     for (int32_t i = 0; i < n; i++) {
         const struct task *x = &g->task[task[i]];
         if (x->kind == TASK_EXCHANGE && x->payload != MOE_PAY_BYTES)
-            see_exchange(g, r->topology, a, task[i], l);
+            see_exchange(g, a, task[i], l);
         else if (x->kind == TASK_EXPERTS && rows_of(g, x) > 0)
             l->experts_first[x->device] = fmin(l->experts_first[x->device], x->end);
     }

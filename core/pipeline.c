@@ -188,12 +188,16 @@ int pipeline_lay_out_experts(struct run *r, const struct moe_batch *b, const int
         .combine_bytes = r->model.d_model * r->model.combine_bytes,
         .entry = r->entry, .exit = r->exit, .leaves = r->leaves,
     };
-    const int32_t first_task = r->graph.n_tasks, first_part = r->graph.n_parts;
+    const int32_t first_task = r->graph.n_tasks;
     int64_t first_edge = r->graph.n_edges;
     for (int32_t d = 0; d < n_devices; d++)
         r->exit[d] = -1;
     memcpy(r->leaves, b->device, sizeof *r->leaves * (size_t)b->n_tokens);
-    if (HOOK(&r->dispatch, dispatch, lay_out, &traffic, &r->graph) < 0)
+    tally_layer(&r->tally, !r->recording && r->machine.ops->reduce ? &r->machine : NULL);
+    r->context.tally = &r->tally;
+    HOOK(&r->dispatch, dispatch, lay_out, &traffic, &r->graph);
+    r->context.tally = NULL;
+    if (r->err->code)
         return r->err->code;
     for (int32_t t = 0; t < b->n_tokens; t++)
         if (r->leaves[t] != b->device[t])
@@ -208,9 +212,6 @@ int pipeline_lay_out_experts(struct run *r, const struct moe_batch *b, const int
         return r->err->code;
     keep_needs(r, b);
     if (r->offloading && offload_expand(r, b, first_task, first_edge) < 0)
-        return r->err->code;
-    if (!r->recording &&
-        exchange_reduce(&r->evening, &r->machine, &r->graph, first_task, first_part, r->err) < 0)
         return r->err->code;
     for (int32_t d = 0; d < n_devices; d++) {
         r->entry[d] = r->exit[d];

@@ -2,6 +2,7 @@
  * policy.c - life of a policy, and the services behind struct moe_host. */
 #include "config.h"
 
+#include "exchange.h"
 #include "memory.h"
 #include "policy.h"
 #include "registry.h"
@@ -259,13 +260,15 @@ static int32_t host_task_experts(const struct moe_env *env, struct moe_graph *g,
     BUILD(env, graph_experts(g, w, err_));
 }
 
-static int32_t build_exchange(const struct topology *t, struct moe_graph *g, const struct moe_exchange *x,
+static int32_t build_exchange(const struct moe_env *env, struct moe_graph *g, const struct moe_exchange *x,
                               struct err *e)
 {
-    const int32_t task = graph_exchange(g, x, e);
+    const struct policy_context *c = of_env(env)->context;
+    const int32_t task = c->tally && g != &of_env(env)->trial ? tally_exchange(c->tally, g, x, e)
+                                                              : graph_exchange(g, x, e);
     for (int32_t i = 0; task >= 0 && g->names_paths && i < x->n_parts; i++) {
         const struct moe_part *p = &x->part[i];
-        const int32_t n_paths = topology_paths(t, p->src, p->dst);
+        const int32_t n_paths = p->path > 1 ? topology_paths(c->topology, p->src, p->dst) : 0;
         if (p->path > 1 && p->path > n_paths)
             return err_set(e, ERR_RUN, "exchange from %d to %d on path %d, expected 0 to %d", p->src, p->dst, p->path,
                            n_paths);
@@ -275,7 +278,7 @@ static int32_t build_exchange(const struct topology *t, struct moe_graph *g, con
 
 static int32_t host_task_exchange(const struct moe_env *env, struct moe_graph *g, const struct moe_exchange *x)
 {
-    BUILD(env, build_exchange(of_env(env)->context->topology, g, x, err_));
+    BUILD(env, build_exchange(env, g, x, err_));
 }
 
 static int32_t host_task_arrival(const struct moe_env *env, struct moe_graph *g, int32_t exchange, int32_t device)

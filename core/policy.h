@@ -24,6 +24,7 @@ struct policy_context {
     const struct topology *topology;
     struct moe_topology view;     /* what policies see of it; arrays owned here */
     struct machine *machine;      /* for host->estimate; NULL where nothing runs */
+    struct tally *tally;          /* counts exchanges that are laid out; NULL: nobody asks */
     uint64_t seed;
     uint32_t n_objects;
     int64_t cache_objects;

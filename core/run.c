@@ -196,7 +196,7 @@ int run_open(struct run *r, json_t *spec, struct err *e)
         run_read_layout(r, json_object_get(spec, "layout")) < 0 ||
         workload_open(&r->workload, json_object_get(spec, "workload"), &r->model, r->topology->n_devices, r->seed,
                       r->where, e) < 0 ||
-        evening_open(&r->evening, r->topology, e) < 0 || open_policies(r, spec) < 0 || allocate(r) < 0 ||
+        tally_open(&r->tally, r->topology, e) < 0 || open_policies(r, spec) < 0 || allocate(r) < 0 ||
         offload_open(r) < 0 || train_open(r) < 0)
         return e->code;
     if (!r->graph.keep_items && validity_check(r, json_is_true(json_object_get(spec, "allow_extrapolation"))) < 0)
@@ -319,7 +319,7 @@ void run_close(struct run *r)
     if (r->topology)
         topology_free(r->topology);
     graph_free(&r->graph);
-    evening_close(&r->evening);
+    tally_close(&r->tally);
     metrics_free(&r->metrics);
     routes_free(&r->routes);
     routes_free(&r->before);

@@ -54,7 +54,7 @@ struct run {
 
     struct workload workload;
     struct moe_graph graph;
-    struct evening evening;    /* of the topology's links */
+    struct tally tally;        /* of the layer's exchanges */
     struct metrics metrics;
 
     /* of the current layer */

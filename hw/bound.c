@@ -325,6 +325,7 @@ static int bound_reduce(struct net *net, const struct net_flow *flow, size_t n, 
             }
             struct load_link *l = &s->fresh[*of];
             l->bytes += flow[i].bytes;
+            l->payload += flow[i].payload;
             l->latency = latency < l->latency ? latency : l->latency;
             if (concern(x, l, r, err))
                 return ERR_MEMORY;

@@ -172,6 +172,7 @@ double compute_element_bytes(enum precision); /* of an operand as a kernel of th
 struct net_flow {
     int32_t src, dst; /* endpoints */
     double bytes;
+    double payload;   /* of these bytes, those that are no headers of messages; 0 in loops */
     int32_t path;     /* as topology_route has it */
     bool loop;        /* src == dst, and the bytes pass through the device's own port all the same */
     double delay;     /* s, on top of the route's latency */
@@ -184,10 +185,21 @@ struct net_done { int64_t exchange; int32_t dst; double time; }; /* all of an ex
 struct message_count { double peers, messages; };
 void message_costs(const struct topology *, struct net_flow *, size_t n, double message_bytes, bool fused,
                    struct message_count *sends);
-/* The same in two steps, for flows that are not all there at once: what the parts of the exchange have devices send,
+/* The same in two steps, for flows that are not all there at once: what each part of the exchange has its source send,
  * and what that costs some of its flows. */
-void message_count(const struct topology *, const struct moe_part *, size_t n, double message_bytes,
-                   struct message_count *sends);
+static inline double messages_of(double bytes, double message_bytes)
+{
+    return message_bytes > 0 ? bytes / message_bytes : 1;
+}
+static inline void message_add(const struct topology *t, struct message_count *sends, int32_t src, int32_t dst,
+                               double bytes, double message_bytes)
+{
+    int32_t link[TOPOLOGY_MAX_HOPS];
+    if (bytes <= 0 || (src == dst && topology_loop(t, src, link) <= 0))
+        return;
+    sends[src].peers += src != dst;
+    sends[src].messages += messages_of(bytes, message_bytes);
+}
 void message_apply(const struct topology *, struct net_flow *, size_t n, double message_bytes, bool fused,
                    const struct message_count *sends);
 
@@ -229,6 +241,8 @@ int net_reduce(struct net *, int64_t id, size_t (*next)(void *from, struct net_f
 int net_start_load(struct net *, double now, int64_t id, struct net_load *, struct err *);
 /* Marks every dst of the flows in gets[endpoint]; how many they are. */
 int32_t net_load_receivers(const struct net_load *, uint8_t *gets);
+/* Adds the payload that it puts on each link: bytes[link]. */
+void net_load_payload(const struct net_load *, double *bytes);
 void net_load_free(struct net_load *);
 /* Runs until the first arrival, but not beyond `until`; *n events, all at one time, in order of (exchange, dst);
  * *n = 0: nothing arrives up to `until` (which may be INFINITY when nothing is under way). ERR_RUN with `until`
@@ -247,9 +261,11 @@ struct machine;
 struct machine_ops {
     const char *name; /* what results say: "flow", "simgrid", "host", "cuda" */
     int (*run)(struct machine *, struct moe_graph *, struct err *); /* sets start and end of every task */
-    /* Keeps of an exchange what run() will need, so that its parts may be given back; sets task.load >= 0. What was
-     * reduced lasts until the next run() ends. NULL: run() needs all parts. */
-    int (*reduce)(struct machine *, struct moe_graph *, int32_t task, struct err *);
+    /* Keeps of an exchange what run() will need, so that its parts need not be in the graph; sets task.load >= 0. What
+     * was reduced lasts until the next run() ends. sends: [D] as message_add counts; link_bytes: [n_links] out, what
+     * parts between different devices put on each link. NULL: run() needs all parts. */
+    int (*reduce)(struct machine *, struct moe_graph *, int32_t task, const struct moe_exchange *,
+                  const struct message_count *sends, double *link_bytes, struct err *);
     void (*close)(struct machine *);
 };
 

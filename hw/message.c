@@ -11,25 +11,6 @@
 
 #include <string.h>
 
-static double messages_of(double bytes, double message_bytes)
-{
-    return message_bytes > 0 ? bytes / message_bytes : 1;
-}
-
-void message_count(const struct topology *t, const struct moe_part *part, size_t n, double message_bytes,
-                   struct message_count *sends)
-{
-    int32_t link[TOPOLOGY_MAX_HOPS];
-    memset(sends, 0, sizeof *sends * (size_t)t->n_devices);
-    for (size_t i = 0; i < n; i++) {
-        const struct moe_part *p = &part[i];
-        if (p->bytes <= 0 || (p->src == p->dst && topology_loop(t, p->src, link) <= 0))
-            continue;
-        sends[p->src].peers += p->src != p->dst;
-        sends[p->src].messages += messages_of(p->bytes, message_bytes);
-    }
-}
-
 void message_apply(const struct topology *t, struct net_flow *flow, size_t n, double message_bytes, bool fused,
                    const struct message_count *sends)
 {
@@ -51,12 +32,8 @@ void message_costs(const struct topology *t, struct net_flow *flow, size_t n, do
     if (c->startup == 0 && c->per_peer == 0 && c->per_message == 0 && c->message_overhead == 0)
         return; /* flows are listed without costs */
     memset(sends, 0, sizeof *sends * (size_t)t->n_devices);
-    for (size_t i = 0; i < n; i++) {
-        const struct net_flow *f = &flow[i];
-        if (f->bytes <= 0 || (f->src == f->dst && !f->loop))
-            continue;
-        sends[f->src].peers += f->src != f->dst;
-        sends[f->src].messages += messages_of(f->bytes, message_bytes);
-    }
+    for (size_t i = 0; i < n; i++) /* those of loops are flows only where there is one */
+        message_add(t, sends, flow[i].src, flow[i].dst, flow[i].src != flow[i].dst || flow[i].loop ? flow[i].bytes : 0,
+                    message_bytes);
     message_apply(t, flow, n, message_bytes, fused, sends);
 }

@@ -29,7 +29,8 @@ struct net_exchange {
 struct load_link {
     int32_t link, only; /* only: the receiver (index), if it is one; else -1 */
     int32_t row;        /* of bits: receivers */
-    double bytes, latency; /* latency: the least among its flows */
+    double bytes, payload;
+    double latency; /* the least among its flows */
 };
 
 struct net_load {

@@ -84,6 +84,12 @@ int32_t net_load_receivers(const struct net_load *load, uint8_t *gets)
     return load->n_receivers;
 }
 
+void net_load_payload(const struct net_load *load, double *bytes)
+{
+    for (int32_t i = 0; i < load->n_links; i++)
+        bytes[load->link[i].link] += load->link[i].payload;
+}
+
 int net_reduce_listed(struct net *net, int64_t id, const struct net_flow *flow, size_t n, struct net_load **out,
                       struct err *err)
 {

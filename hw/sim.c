@@ -59,8 +59,8 @@ static size_t list_parts(const struct topology *topology, const struct moe_part 
         const struct moe_part *p = &part[i];
         const bool loop = p->src == p->dst;
         if (p->bytes > 0 && (!loop || topology_loop(topology, p->src, link) > 0))
-            flow[n++] = (struct net_flow){ .src = p->src, .dst = p->dst, .bytes = p->bytes, .path = p->path,
-                                           .loop = loop };
+            flow[n++] = (struct net_flow){ .src = p->src, .dst = p->dst, .bytes = p->bytes,
+                                           .payload = loop ? 0 : p->bytes, .path = p->path, .loop = loop };
     }
     return n;
 }
@@ -345,7 +345,7 @@ struct part_flows {
     const struct task *task;
     const struct moe_part *part; /* what is left */
     size_t n_parts;
-    struct message_count *sends;
+    const struct message_count *sends;
 };
 
 static size_t next_flows(void *from, struct net_flow *flow, size_t room)
@@ -362,7 +362,8 @@ static size_t next_flows(void *from, struct net_flow *flow, size_t room)
     return n;
 }
 
-static int sim_reduce(struct machine *m, struct moe_graph *g, int32_t task, struct err *e)
+static int sim_reduce(struct machine *m, struct moe_graph *g, int32_t task, const struct moe_exchange *x,
+                      const struct message_count *sends, double *link_bytes, struct err *e)
 {
     struct sim *s = m->priv;
     struct task *t = &g->task[task];
@@ -374,10 +375,11 @@ static int sim_reduce(struct machine *m, struct moe_graph *g, int32_t task, stru
         s->load = load;
         s->room_loads = room;
     }
-    struct part_flows f = { m->topology, t, g->part + t->first, (size_t)t->n, s->sends };
-    message_count(f.topology, f.part, f.n_parts, t->message_bytes, s->sends);
+    struct part_flows f = { m->topology, t, x->part, (size_t)x->n_parts, sends };
     if (net_reduce(s->net, task, next_flows, &f, &s->load[s->n_loads], e) < 0)
         return e->code;
+    memset(link_bytes, 0, sizeof *link_bytes * (size_t)m->topology->n_links);
+    net_load_payload(s->load[s->n_loads], link_bytes);
     t->load = s->n_loads++;
     return 0;
 }

@@ -264,6 +264,8 @@ static void wire_devices(const struct topology *t, struct layout *lay)
         w->uplink =
             l->uplink < 0 ? -1 : l->uplink + 2 * (before * (l->n_devices / l->per_switch) + local / l->per_switch);
         lay->direct &= !l->nic_over_pcie;
+        for (int way = 0; way < 2 && w->nic >= 0; way++)
+            w->latency[way] = t->link[w->nic + way].latency;
     }
 }
 

@@ -217,10 +217,11 @@ int topology_route(const struct topology *t, int32_t src, int32_t dst, int32_t p
     const struct layout *lay = t->priv;
     const struct fabric *f = &lay->fabric;
     if (lay->direct && src < t->n_devices && dst < t->n_devices && t->node[src] != t->node[dst]) {
-        link[0] = lay->wiring[src].nic; /* by far the most frequent: called for every flow of every exchange */
-        link[1] = lay->wiring[dst].nic + 1;
+        const struct wiring *out = &lay->wiring[src], *in = &lay->wiring[dst];
+        link[0] = out->nic; /* by far the most frequent: called for every flow of every exchange */
+        link[1] = in->nic + 1;
         if (latency)
-            *latency = t->link[link[0]].latency + t->link[link[1]].latency;
+            *latency = out->latency[0] + in->latency[1];
         return 2;
     }
     const enum endpoint from = endpoint_kind(t, &src), to = endpoint_kind(t, &dst);
