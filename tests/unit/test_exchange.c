@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0
- * test_exchange.c - exchanges that have given their parts back against the same that have not. */
+ * test_exchange.c - exchanges whose parts are not kept against the same whose are. */
 #include "core_test.h"
 
 #include "exchange.h"
@@ -10,16 +10,23 @@ static struct topology *two_nodes(void)
 }
 
 /* Two exchanges that share links, one of them with SMs, a part at home, one without bytes, and work after them. */
-static void fill(struct moe_graph *g)
+static int32_t put(struct moe_graph *g, struct tally *tally, const struct moe_exchange *x)
+{
+    struct err e = { 0 };
+    int32_t id = tally ? tally_exchange(tally, g, x, &e) : graph_exchange(g, x, &e);
+    assert_true(id >= 0);
+    return id;
+}
+
+static void fill(struct moe_graph *g, struct tally *tally)
 {
     static const struct moe_part first[] = { { 0, 1, 3e6, 0, NULL, 0 }, { 0, 9, 5e6, 0, NULL, 0 },
                                              { 2, 2, 7e6, 0, NULL, 0 }, { 3, 1, 2e6, 0, NULL, 0 },
                                              { 8, 15, 1e6, 0, NULL, 0 }, { 4, 5, 0, 0, NULL, 0 } };
     static const struct moe_part second[] = { { 0, 9, 4e6, 0, NULL, 0 }, { 8, 0, 6e6, 0, NULL, 0 } };
-    struct err e = { 0 };
     int32_t wait = test_compute(g, 3, 0, 20 * US);
-    int32_t x = graph_exchange(g, &(struct moe_exchange){ MOE_PAY_HIDDEN, 6, first, .sms = 20 }, &e);
-    int32_t y = test_parts(g, 2, second);
+    int32_t x = put(g, tally, &(struct moe_exchange){ MOE_PAY_HIDDEN, 6, first, .sms = 20 });
+    int32_t y = put(g, tally, &(struct moe_exchange){ MOE_PAY_BYTES, 2, second });
     test_after(g, y, wait);
     for (int32_t d = 0; d < 16; d++) {
         int32_t busy = test_compute(g, d, 1, 30 * US), after = test_compute(g, d, 0, 10 * US);
@@ -35,16 +42,16 @@ static void without_parts(void **state)
     struct topology *t = two_nodes();
     struct moe_graph kept = { .n_devices = 16 }, given = { .n_devices = 16 };
     struct machine m;
-    struct evening v;
+    struct tally tally;
+    struct evening *v = &tally.evening;
     struct err e = { 0 };
-    test_ok(evening_open(&v, t, &e), &e);
-    fill(&kept);
-    fill(&given);
-    double took = test_run_graph(t, NET_BOUND, &kept);
+    test_ok(tally_open(&tally, t, &e), &e);
     test_ok(machine_open_sim(&m, t, &test_model, PREC_BF16, NET_BOUND, &e), &e);
-    test_ok(exchange_reduce(&v, &m, &given, 0, 0, &e), &e);
+    tally_layer(&tally, &m);
+    fill(&kept, NULL);
+    fill(&given, &tally);
+    double took = test_run_graph(t, NET_BOUND, &kept);
     assert_int_equal(given.n_parts, 0);
-    memset(given.part, 0xff, sizeof *given.part * 8); /* nobody looks there any more */
     test_ok(machine_run(&m, &given, &e), &e);
     assert_true(m.now == took && took > 0);
     for (int32_t i = 0; i < kept.n_tasks; i++) {
@@ -57,9 +64,9 @@ static void without_parts(void **state)
         exchange_bytes(&kept, t, x, &intra[0], &inter[0]);
         exchange_bytes(&given, t, y, &intra[1], &inter[1]);
         assert_true(intra[0] == intra[1] && inter[0] == inter[1]);
-        assert_true(evening_seconds(&v, &kept, x) == evening_seconds(&v, &given, y));
-        exchange_sides(&kept, t, x, a);
-        exchange_sides(&given, t, y, b);
+        assert_true(evening_seconds(v, &kept, x) == evening_seconds(v, &given, y));
+        exchange_sides(&kept, x, a);
+        exchange_sides(&given, y, b);
         assert_memory_equal(a, b, sizeof a);
     }
     double bound[2];
@@ -67,7 +74,7 @@ static void without_parts(void **state)
     test_ok(metrics_bound(&given, t, &bound[1], &e), &e);
     assert_true(bound[0] == bound[1] && bound[0] > 0);
     machine_close(&m);
-    evening_close(&v);
+    tally_close(&tally);
     graph_free(&kept);
     graph_free(&given);
     topology_free(t);
@@ -81,10 +88,10 @@ static void sums(void **state)
     struct moe_graph g = { .n_devices = 16 };
     double intra, inter;
     uint8_t side[16];
-    fill(&g);
+    fill(&g, NULL);
     exchange_bytes(&g, t, &g.task[1], &intra, &inter);
     assert_true(intra == 6e6 && inter == 5e6);
-    exchange_sides(&g, t, &g.task[1], side);
+    exchange_sides(&g, &g.task[1], side);
     static const uint8_t expected[16] = {
         [0] = SIDE_NAMED | SIDE_SENDS, [1] = SIDE_NAMED | SIDE_GETS, [2] = SIDE_NAMED,
         [3] = SIDE_NAMED | SIDE_SENDS, [4] = SIDE_NAMED, [5] = SIDE_NAMED,
@@ -95,27 +102,86 @@ static void sums(void **state)
     topology_free(t);
 }
 
-/* A machine that did not keep its share of an exchange can not run it; one that needs the parts leaves them. */
+/* What each device and node sends and gets, where parts stay in the graph; loops are nobody's. */
+static void counts(void **state)
+{
+    (void)state;
+    struct topology *t = two_nodes();
+    struct moe_graph g = { .n_devices = 16 };
+    struct tally tally;
+    struct err e = { 0 };
+    test_ok(tally_open(&tally, t, &e), &e);
+    for (int again = 0; again < 2; again++) { /* anew */
+        tally_layer(&tally, NULL);
+        fill(&g, &tally);
+        assert_int_equal(tally.n, 2);
+    }
+    assert_int_equal(g.n_parts, 16);
+    const struct exchange_count *c = tally.of;
+    static const double out[16] = { [0] = 8e6, [3] = 2e6, [8] = 1e6 }, in[16] = { [1] = 5e6, [9] = 5e6, [15] = 1e6 };
+    assert_memory_equal(c->out, out, sizeof out);
+    assert_memory_equal(c->in, in, sizeof in);
+    assert_true(c->node_out[0] == 5e6 && c->node_out[1] == 0 && c->node_in[0] == 0 && c->node_in[1] == 5e6);
+    assert_true(c->intra == 6e6 && c->inter == 5e6);
+    assert_true(c->message[0].peers == 2 && c->message[0].messages == 2 && c->message[4].messages == 0);
+    assert_true(c->message[2].peers == 0 && c->message[2].messages == 1); /* through its own port */
+    assert_true(c[1].node_out[1] == 6e6 && c[1].node_in[1] == 4e6);
+    tally_close(&tally);
+    graph_free(&g);
+    topology_free(t);
+}
+
+static void refused(void **state)
+{
+    (void)state;
+    struct topology *t = two_nodes();
+    struct tally tally;
+    struct machine m;
+    struct err e = { 0 };
+    test_ok(tally_open(&tally, t, &e), &e);
+    test_ok(machine_open_sim(&m, t, &test_model, PREC_BF16, NET_BOUND, &e), &e);
+    static const struct { struct moe_part part; const char *says; } bad[] = {
+        { { 0, 16, 1, 0, NULL, 0 }, "task on device 16, expected 0 to 15" },
+        { { -1, 1, 1, 0, NULL, 0 }, "task on device -1, expected 0 to 15" },
+        { { 0, 1, -1, 0, NULL, 0 }, "exchange from 0 to 1 with -1 bytes, 0 items" },
+        { { 0, 1, NAN, 0, NULL, 0 }, "exchange from 0 to 1 with nan bytes" },
+        { { 0, 1, INFINITY, 0, NULL, 0 }, "exchange from 0 to 1 with inf bytes" },
+        { { 0, 1, 1, 0, NULL, -1 }, "exchange from 0 to 1 on path -1" },
+    };
+    for (size_t i = 0; i < 2 * sizeof bad / sizeof *bad; i++) {
+        struct moe_graph g = { .n_devices = 16 };
+        const struct moe_exchange x = { MOE_PAY_HIDDEN, 1, &bad[i / 2].part };
+        tally_layer(&tally, &m);
+        e.code = 0;
+        assert_true((i % 2 ? tally_exchange(&tally, &g, &x, &e) : graph_exchange(&g, &x, &e)) < 0);
+        assert_non_null(strstr(e.text, bad[i / 2].says));
+        assert_int_equal(g.n_tasks, 0);
+        graph_free(&g);
+    }
+    machine_close(&m);
+    tally_close(&tally);
+    topology_free(t);
+}
+
+/* A machine that did not keep its share of an exchange can not run it. */
 static void on_another_machine(void **state)
 {
     (void)state;
     struct topology *t = two_nodes();
     struct moe_graph g = { .n_devices = 16 };
     struct machine keeps, other;
-    struct evening v;
+    struct tally tally;
     struct err e = { 0 };
-    test_ok(evening_open(&v, t, &e), &e);
-    fill(&g);
+    test_ok(tally_open(&tally, t, &e), &e);
     test_ok(machine_open_sim(&other, t, &test_model, PREC_BF16, NET_FLOW, &e), &e);
-    test_ok(exchange_reduce(&v, &other, &g, 0, 0, &e), &e);
-    assert_int_equal(g.n_parts, 8);
     test_ok(machine_open_sim(&keeps, t, &test_model, PREC_BF16, NET_BOUND, &e), &e);
-    test_ok(exchange_reduce(&v, &keeps, &g, 0, 0, &e), &e);
+    tally_layer(&tally, &keeps);
+    fill(&g, &tally);
     assert_int_equal(machine_run(&other, &g, &e), ERR_RUN);
     assert_non_null(strstr(e.text, "have been given back"));
     machine_close(&keeps);
     machine_close(&other);
-    evening_close(&v);
+    tally_close(&tally);
     graph_free(&g);
     topology_free(t);
 }
@@ -123,6 +189,7 @@ static void on_another_machine(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = { cmocka_unit_test(sums), cmocka_unit_test(without_parts),
+                                        cmocka_unit_test(counts), cmocka_unit_test(refused),
                                         cmocka_unit_test(on_another_machine) };
     cmocka_set_message_output(CM_OUTPUT_TAP);
     return cmocka_run_group_tests(tests, NULL, NULL);
