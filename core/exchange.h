@@ -2,8 +2,8 @@
  * exchange.h - what results and checks want to know of an exchange, so that its parts need not be kept.
  *
  * Between D devices an exchange has up to D^2 parts, and a step of 58 layers has 116 of them: on 4,096 devices half a
- * billion, which no memory holds. Where the machine needs no single part either (machine_ops.reduce), they are summed up
- * as they come, and O(D) is kept of an exchange. Elsewhere they stay in the graph until the next step. */
+ * billion, which no memory holds. Where the machine needs no single part either (machine_ops.reduce), they are summed
+ * up as they come, and O(D) is kept of an exchange. Elsewhere they stay in the graph until the next step. */
 #ifndef EXCHANGE_H
 #define EXCHANGE_H
 
