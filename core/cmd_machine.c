@@ -192,6 +192,18 @@ static void print_changes(const json_t *facts)
     }
 }
 
+static void print_energy(const json_t *facts)
+{
+    static const char *const key[] = { "idle", "busy", "node", "memory", "nvlink", "pcie", "host", "ssd", "nic",
+                                       "network" };
+    const json_t *o = json_object_get(facts, "energy");
+    for (size_t i = 0; o && i < sizeof key / sizeof *key; i++)
+        if (*text_of(o, key[i]))
+            printf("%s%s %s", i ? ", " : "\nenergy: ", key[i], text_of(o, key[i]));
+    if (o)
+        puts("");
+}
+
 static void print_facts(const json_t *facts)
 {
     json_t *o;
@@ -201,6 +213,7 @@ static void print_facts(const json_t *facts)
     print_parts(facts);
     print_links(facts);
     print_changes(facts);
+    print_energy(facts);
     puts("\nsources");
     json_array_foreach(json_object_get(facts, "sources"), i, o)
     {

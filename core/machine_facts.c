@@ -229,7 +229,7 @@ static json_t *list_sources(const struct topology *t)
 {
     /* In this order, whatever order the file's tables came in. */
     static const char *const key[] = { "device", "nvlink", "pcie", "host", "ssd", "nic", "exchange", "network",
-                                       "platform" };
+                                       "energy", "platform" };
     enum { N_KEYS = sizeof key / sizeof *key };
     json_t *list = json_array();
     const json_t *groups = json_object_get(t->description, "groups");
@@ -253,8 +253,8 @@ json_t *machine_facts(const struct topology *t)
                           list_pairs(t), "sources", list_sources(t));
     if (cut)
         json_object_set_new(o, "bisection", cut);
-    static const char *const lists[] = { "network", "slow", "faults" };
-    for (int i = 0; i < 3; i++)
+    static const char *const lists[] = { "network", "energy", "slow", "faults" };
+    for (int i = 0; i < 4; i++)
         if (json_object_get(t->description, lists[i]))
             json_object_set(o, lists[i], json_object_get(t->description, lists[i]));
     return o;

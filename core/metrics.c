@@ -240,7 +240,7 @@ static int time_under_way(const struct moe_graph *g, enum traffic kind, double *
 }
 
 int metrics_step(struct metrics *m, const struct moe_graph *g, const struct topology *t, int32_t n_tokens,
-                 double seconds, struct err *e)
+                 double seconds, double joules, struct err *e)
 {
     if (reserve(m, e) < 0)
         return e->code;
@@ -302,6 +302,8 @@ int metrics_step(struct metrics *m, const struct moe_graph *g, const struct topo
     v[METRIC_accesses][at] = m->accesses > 0 ? (double)m->accesses : NAN;
     v[METRIC_hit_rate][at] = m->accesses > 0 ? (double)m->hits / (double)m->accesses : NAN;
     v[METRIC_loaded_bytes][at] = m->accesses > 0 ? m->loaded_bytes : NAN;
+    v[METRIC_energy_j][at] = joules > 0 ? joules : NAN;
+    v[METRIC_j_per_token][at] = joules > 0 && n_tokens > 0 ? joules / n_tokens : NAN;
     m->imbalance_sum = m->max_vio_sum = m->loaded_bytes = 0;
     m->n_layers = 0;
     m->routed = m->kept = m->accesses = m->hits = 0;
@@ -336,15 +338,22 @@ static int denominator(int metric)
     }
 }
 
+static double weight_of(const struct metrics *m, int metric, int32_t step)
+{
+    if (metric == METRIC_j_per_token) /* tokens, which are no figure of their own */
+        return m->value[METRIC_energy_j][step] / m->value[metric][step];
+    const int by = denominator(metric);
+    return by < N_METRICS ? m->value[by][step] : 1;
+}
+
 /* Over the steps to which the figure applies. The mean of a ratio is the ratio of the sums: steps weigh what they
  * divide by. */
 static double mean_of(const struct metrics *m, int metric)
 {
-    const int by = denominator(metric);
     double top = 0, bottom = 0;
     for (int32_t s = 0; s < m->n_steps; s++)
         if (isfinite(m->value[metric][s])) {
-            double weight = by < N_METRICS ? m->value[by][s] : 1;
+            const double weight = weight_of(m, metric, s);
             top += m->value[metric][s] * weight;
             bottom += weight;
         }

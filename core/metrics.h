@@ -27,7 +27,9 @@
     M(inter_node_bytes, "B", "bytes exchanged between nodes")                                                         \
     M(accesses, "", "expert accesses: one per device, layer and expert with rows")                                    \
     M(hit_rate, "", "share of expert accesses that found the weights resident; an expert's first is a miss and counts")\
-    M(loaded_bytes, "B", "expert weights loaded")
+    M(loaded_bytes, "B", "expert weights loaded")                                                                     \
+    M(energy_j, "J", "energy of devices, links and nodes, of machines whose file says what theirs are")               \
+    M(j_per_token, "J/token", "energy_j / tokens of a step")
 
 enum metric {
 #define METRIC_ID(name, unit, help) METRIC_##name,
@@ -50,9 +52,9 @@ struct metrics {
 };
 
 void metrics_free(struct metrics *);
-/* Reads a graph that has run. */
+/* Reads a graph that has run. joules 0: not known. */
 int metrics_step(struct metrics *, const struct moe_graph *, const struct topology *, int32_t n_tokens,
-                 double seconds, struct err *);
+                 double seconds, double joules, struct err *);
 /* {"step_s": {"mean":..., "p50":..., "p99":..., "min":..., "max":...}, ...}; figures that never applied left out. */
 json_t *metrics_json(const struct metrics *);
 

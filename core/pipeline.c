@@ -327,7 +327,8 @@ int pipeline_step(struct run *r, int32_t step)
         return err_prefix(r->err, "machine %s, step %d", r->machine.ops->name, step);
     if (!r->graph.keep_items && layout_times(r) < 0)
         return r->err->code;
-    if (metrics_step(&r->metrics, &r->graph, r->topology, r->workload.n_tokens, r->machine.now - began, r->err) < 0 ||
+    if (metrics_step(&r->metrics, &r->graph, r->topology, r->workload.n_tokens, r->machine.now - began,
+                     r->machine.joules, r->err) < 0 ||
         observe_step(r, step) < 0)
         return r->err->code;
     return placement_observe(r, step);

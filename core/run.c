@@ -273,13 +273,17 @@ static json_t *models_json(const struct run *r)
 {
     const struct latency_table *t = r->topology->tables;
     int64_t measured, modelled;
+    json_t *o = json_pack("{s:s, s:s, s:s}", "network", net_tier_name[r->tier], "gemm", "tiles and waves", "others",
+                          "roofline");
+    if (r->topology->energy)
+        json_object_set_new(o, "energy", json_string("watts, joules per byte"));
     if (!t)
-        return json_pack("{s:s, s:s, s:s}", "network", net_tier_name[r->tier], "gemm", "tiles and waves", "others",
-                         "roofline");
+        return o;
     latency_table_counts(t, &measured, &modelled);
-    return json_pack("{s:s, s:s, s:o, s:I, s:I}", "network", net_tier_name[r->tier], "others", "roofline", "gemm",
-                     json_sprintf("table %s + tiles and waves", latency_table_files(t)),
-                     "gemm_measured", (json_int_t)measured, "gemm_modelled", (json_int_t)modelled);
+    json_object_set_new(o, "gemm", json_sprintf("table %s + tiles and waves", latency_table_files(t)));
+    json_object_set_new(o, "gemm_measured", json_integer((json_int_t)measured));
+    json_object_set_new(o, "gemm_modelled", json_integer((json_int_t)modelled));
+    return o;
 }
 
 json_t *run_result(const struct run *r)

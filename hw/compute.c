@@ -26,7 +26,7 @@ struct kernel_cost cost_plain(const struct device_spec *d, enum precision p, dou
 {
     double arithmetic = flops > 0 ? flops / (d->peak[p] * d->flops_efficiency) : 0;
     double memory = bytes / (d->mem_bandwidth * d->mem_efficiency);
-    return (struct kernel_cost){ fmax(arithmetic, memory) + d->launch_s, arithmetic, memory };
+    return (struct kernel_cost){ fmax(arithmetic, memory) + d->launch_s, arithmetic, memory, bytes };
 }
 
 struct kernel_cost cost_kernel(const struct device_spec *d, const struct kernel *k)
@@ -70,7 +70,7 @@ struct kernel_cost cost_experts_backward(const struct device_spec *d, enum preci
     /* Gradients of weights add to 4-byte sums; both their operands are rows. */
     const struct gemm_bytes input = { element_bytes[p], m->weight_bytes, result_bytes(p) },
                             weight = { element_bytes[p], element_bytes[p], 4 };
-    struct kernel_cost sum = { 0, 0, 0 };
+    struct kernel_cost sum = { 0 };
     double activation = 0;
     for (int32_t i = 0; i < n; i++) {
         const double hidden = (double)m->d_expert * (width ? width[i] : 1);

@@ -84,8 +84,8 @@ struct kernel_cost cost_gemm(const struct device_spec *d, enum precision p, int3
     const double memory = bytes / (d->mem_bandwidth * d->gemm.mem_efficiency);
     const double modelled = d->gemm.launch_s + pow(pow(computing, q) + pow(memory, q), 1 / q);
     if (!d->tables)
-        return (struct kernel_cost){ modelled, computing, memory };
+        return (struct kernel_cost){ modelled, computing, memory, bytes };
     /* What was measured keeps arithmetic and memory as busy as the model says. */
     const double measured = latency_table_gemm(d->tables, p, n_groups, group, b, modelled), share = measured / modelled;
-    return (struct kernel_cost){ measured, computing * share, memory * share };
+    return (struct kernel_cost){ measured, computing * share, memory * share, bytes };
 }

@@ -78,6 +78,7 @@ struct topology {
     double *host_memory, *host_mem_bandwidth, *host_flops; /* [N] */
     bool *unified;               /* [N] host memory is the device's: what one holds, the other lacks */
     struct latency_table *tables; /* or NULL */
+    struct energy_figures *energy; /* or NULL: nobody knows */
     struct platform *platform;   /* links and routes that are written down one by one; or NULL */
     void *priv;                  /* what topology_route.c needs to answer routes */
     json_t *description;         /* as written, defaults filled in: for the manifest */
@@ -116,14 +117,15 @@ void topology_draw(const struct topology *, const char *stem, FILE *);
 
 /* ---- compute ---- */
 
-/* What a kernel (or several, one after another) takes of an idle device: seconds, and for how many of them arithmetic
- * and memory are busy. */
-struct kernel_cost { double seconds, arithmetic, memory; };
+/* What a kernel (or several, one after another) takes of an idle device: seconds, for how many of them arithmetic and
+ * memory are busy, and the bytes that memory moves. */
+struct kernel_cost { double seconds, arithmetic, memory, bytes; };
 static inline void cost_add(struct kernel_cost *sum, struct kernel_cost c)
 {
     sum->seconds += c.seconds;
     sum->arithmetic += c.arithmetic;
     sum->memory += c.memory;
+    sum->bytes += c.bytes;
 }
 
 /* Grouped FFNs on one device: for every expert i, rows[i] tokens through a gated FFN of three matrices d_model x
@@ -275,6 +277,7 @@ struct machine {
     const struct moe_model *model;
     enum precision precision;
     double now; /* end of what ran last */
+    double joules; /* of what ran last; 0: not known */
     /* Machines that really compute; a simulated one leaves these at 0. */
     int32_t rank;     /* the device that this process is */
     bool verify;      /* compare every output with a plain reference, outside the times */

@@ -5,6 +5,7 @@
  * in which they became ready, ties by id. At equal times arrivals are handled before ends of computation. */
 #include "config.h"
 
+#include "energy.h"
 #include "event.h"
 #include "graph.h"
 #include "sharing.h"
@@ -23,6 +24,7 @@ struct sim {
     struct message_count *sends; /* [D] */
     struct queue *stream;       /* [D * N_STREAMS] */
     struct sharing *sharing;   /* of devices by kernels */
+    struct energy_meter *meter; /* or NULL */
     struct event_queue events;  /* ends of kernels by slot; what shares a device later may make one stale */
     struct net_flow *flow;
     size_t room_flows;
@@ -180,6 +182,8 @@ static void start_stream_task(struct walk *w, int32_t id)
     }
     const struct kernel_cost cost = task_cost(w->m, w->g, t, w->timed);
     int n;
+    if (w->s->meter)
+        energy_start(w->s->meter, w->now, t->device, &cost);
     w->s->stream[t->device * N_STREAMS + t->stream].running = id;
     const struct kernel_end *end = sharing_start(w->s->sharing, w->now, t->device, t->stream, &cost, &n);
     push_ends(w, end, n);
@@ -327,6 +331,8 @@ static int walk_loop(struct walk *w)
             continue; /* it ends at another time */
         w->now = ev.time;
         push_ends(w, end, n_ends);
+        if (s->meter)
+            energy_end(s->meter, w->now, ev.what / N_STREAMS);
         finish(w, s->stream[ev.what].running);
     }
     return w->e->code;
@@ -404,8 +410,14 @@ static int sim_run(struct machine *m, struct moe_graph *g, struct err *e)
         if (g->task[t].kind == TASK_ARRIVAL)
             w.arrival[w.n_arrivals++] = (struct arrival){ g->task[t].exchange, g->task[t].device, t };
     qsort(w.arrival, (size_t)w.n_arrivals, sizeof *w.arrival, by_exchange);
-    if (walk_loop(&w) == 0)
-        m->now = w.now;
+    if (walk_loop(&w) < 0)
+        goto out;
+    const double *bytes = s->meter ? net_link_bytes(s->net) : NULL;
+    if (s->meter && !bytes)
+        err_set(e, ERR_MEMORY, "out of memory for energy");
+    else if (s->meter)
+        m->joules = energy_read(s->meter, w.now - m->now, bytes);
+    m->now = w.now;
 out:
     forget_loads(s);
     graph_order_free(&w.order);
@@ -429,6 +441,7 @@ static void sim_close(struct machine *m)
     free(s->done);
     free(s->sends);
     sharing_close(s->sharing);
+    energy_close(s->meter);
     forget_loads(s);
     free(s->load);
     if (s->net)
@@ -460,7 +473,7 @@ int machine_open_sim(struct machine *m, const struct topology *t, const struct m
     }
     if (!s || !s->done || !s->stream || !s->sends || !s->sharing)
         err_set(e, ERR_MEMORY, "out of memory for the machine");
-    else
+    else if (energy_open(&s->meter, t, e) == 0)
         net_open(&s->net, t, tier, e);
     if (e->code)
         sim_close(m);

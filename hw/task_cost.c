@@ -13,7 +13,7 @@ static struct kernel_cost list_cost(const struct machine *m, const struct moe_gr
     struct timed_list *known = t->n > 0 ? &timed[t->first] : NULL;
     if (known && known->device >= 0 && !memcmp(spec, &m->topology->device[known->device], sizeof *spec))
         return known->cost;
-    struct kernel_cost sum = { 0, 0, 0 };
+    struct kernel_cost sum = { 0 };
     for (int32_t i = t->first; i < t->first + t->n; i++)
         cost_add(&sum, cost_kernel(spec, &g->kernel[i]));
     if (known)

@@ -2,6 +2,7 @@
  * topology.c - a machine built from its description: devices, hosts, and what the other topology files add. */
 #include "config.h"
 
+#include "energy.h"
 #include "latency_table.h"
 #include "platform.h"
 #include "topology_internal.h"
@@ -117,6 +118,8 @@ static int build(struct topology *t, const char *file, struct err *err)
                                            topology_number(parts.exchange, "per_peer"),
                                            topology_number(parts.exchange, "per_message"),
                                            topology_number(parts.exchange, "message_overhead") };
+    if (rc == 0)
+        rc = energy_build(t, &parts, file, err);
     const json_t *tables = json_object_get(t->description, "tables");
     if (rc == 0 && tables)
         rc = add_tables(t, tables, file, err);
@@ -151,6 +154,7 @@ void topology_free(struct topology *t)
     topology_layout_free(t->priv);
     platform_free(t->platform);
     latency_table_free(t->tables);
+    energy_figures_free(t->energy);
     json_decref(t->description);
     free(t->device);
     free(t->node);

@@ -11,7 +11,8 @@
 #include <string.h>
 
 static const char *const key_of[N_SECTIONS] = {
-    [DEVICE] = "device", [NVLINK] = "nvlink", [PCIE] = "pcie", [HOST] = "host", [SSD] = "ssd", [NIC] = "nic"
+    [DEVICE] = "device", [NVLINK] = "nvlink", [PCIE] = "pcie", [HOST] = "host", [SSD] = "ssd", [NIC] = "nic",
+    [ENERGY] = "energy"
 };
 
 /* ---- groups ---- */

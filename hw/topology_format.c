@@ -35,13 +35,14 @@ static const struct {
     [NIC] = { "nic", IN(TOP) | IN(GROUP), false, true, false },
     [NETWORK] = { "network", IN(TOP), false, true, false },
     [EXCHANGE] = { "exchange", IN(TOP), false, true, false },
+    [ENERGY] = { "energy", IN(TOP) | IN(GROUP), false, true, false },
     [GROUP] = { "groups", IN(TOP), false, false, true },
     [SLOW] = { "slow", IN(TOP), false, false, true },
     [FAULT] = { "faults", IN(TOP), false, false, true },
 };
 
 /* Quantities are strings with a unit, shares and counts are numbers, and so are times whose key ends in _s. */
-enum type { NUMBER, INTEGER, BOOLEAN, STRING, SIZE, BANDWIDTH, TIME, RATE };
+enum type { NUMBER, INTEGER, BOOLEAN, STRING, SIZE, BANDWIDTH, TIME, RATE, POWER, JOULES /* per byte */ };
 
 /* Bounds are not physics: they catch slips of prefixes. */
 struct field {
@@ -134,6 +135,17 @@ static const struct field fields[] = {
     { EXCHANGE, "per_message", TIME, false, SECONDS, 0, "of the sender per message" },
     { EXCHANGE, "message_overhead", SIZE, false, 0, 1e6, 0, "per message" },
 
+    { ENERGY, "idle", POWER, true, 0, 1e5, 0, "of a device" },
+    { ENERGY, "busy", POWER, true, 1e-3, 1e5, 0, "of a device" },
+    { ENERGY, "node", POWER, false, 0, 1e6, 0, "of a node beside its devices" },
+    { ENERGY, "memory", JOULES, false, 0, 1e-6, 0, "of device memory" },
+    { ENERGY, "nvlink", JOULES, false, 0, 1e-6, 0, "per link" },
+    { ENERGY, "pcie", JOULES, false, 0, 1e-6, 0, "per link" },
+    { ENERGY, "host", JOULES, false, 0, 1e-6, 0, "of host memory" },
+    { ENERGY, "ssd", JOULES, false, 0, 1e-6, 0, "" },
+    { ENERGY, "nic", JOULES, false, 0, 1e-6, 0, "per link" },
+    { ENERGY, "network", JOULES, false, 0, 1e-6, 0, "per link between switches" },
+
     { SLOW, "device", INTEGER, true, 0, TOPOLOGY_MAX_DEVICES, 0, "a device" },
     { SLOW, "factor", NUMBER, true, 1, 1e6, 0, "times as long" },
     { SLOW, "at", TIME, true, TIMES, 0, "from the start of the run" },
@@ -155,7 +167,10 @@ static bool is_quantity(enum type type)
 
 static enum unit unit_of(enum type type)
 {
-    return type == SIZE ? UNIT_BYTES : type == BANDWIDTH ? UNIT_BANDWIDTH : type == TIME ? UNIT_SECONDS : UNIT_RATE;
+    static const enum unit unit[] = { [SIZE] = UNIT_BYTES,     [BANDWIDTH] = UNIT_BANDWIDTH,
+                                      [TIME] = UNIT_SECONDS,   [RATE] = UNIT_RATE,
+                                      [POWER] = UNIT_POWER,    [JOULES] = UNIT_JOULES_PER_BYTE };
+    return unit[type];
 }
 
 double topology_number(const json_t *table, const char *key)

@@ -11,7 +11,7 @@
 /* ---- the description ---- */
 
 enum section {
-    TOP, DEVICE, PEAK, GEMM, NVLINK, PCIE, HOST, SSD, NIC, NETWORK, EXCHANGE, GROUP, SLOW, FAULT, N_SECTIONS
+    TOP, DEVICE, PEAK, GEMM, NVLINK, PCIE, HOST, SSD, NIC, NETWORK, EXCHANGE, ENERGY, GROUP, SLOW, FAULT, N_SECTIONS
 };
 
 /* Nodes that are alike; a machine without `groups` is one of them. */

@@ -26,6 +26,9 @@ static const struct kind {
     [UNIT_RATE] = { "a rate in GFLOP/s, TFLOP/s or PFLOP/s",
                     { { "GFLOP/s", 1e9 }, { "TFLOP/s", 1e12 }, { "PFLOP/s", 1e15 } } },
     [UNIT_SECONDS] = { "a time in ns, us, ms or s", { { "ns", 1e-9 }, { "us", 1e-6 }, { "ms", 1e-3 }, { "s", 1 } } },
+    [UNIT_POWER] = { "a power in mW, W, kW or MW", { { "mW", 1e-3 }, { "W", 1 }, { "kW", 1e3 }, { "MW", 1e6 } } },
+    [UNIT_JOULES_PER_BYTE] = { "an energy per byte in pJ/B, pJ/bit, nJ/B or J/B",
+                               { { "pJ/B", 1e-12 }, { "pJ/bit", 8e-12 }, { "nJ/B", 1e-9 }, { "J/B", 1 } } },
 };
 
 /* Units that are refused, and what they are in those of a kind. */
@@ -71,8 +74,9 @@ char *units_write(enum unit kind, double value, int figures, char *out, size_t r
     for (int i = 1; i < MAX_PREFIXES && unit[i].name; i++)
         if (fabs(value) >= unit[i].factor * (1 - 1e-9))
             best = &unit[i];
-    if (value == 0)
-        best = kind == UNIT_SECONDS ? &unit[3] : unit;
+    for (int i = 0; value == 0 && i < MAX_PREFIXES && unit[i].name; i++)
+        if (unit[i].factor == 1)
+            best = &unit[i];
     const double scaled = value / best->factor;
     if (figures < 4 && fabs(scaled) >= 1000 && fabs(scaled) < 1e4) /* under the last prefix: no exponent yet */
         figures = 4;
@@ -129,8 +133,9 @@ static void refuse_unit(enum unit kind, double number, const char *name, char *w
     }
     for (int other = 0; other < N_UNITS; other++)
         if (find((enum unit)other, name))
-            snprintf(why, room, "%.*s; expected %s", (int)strcspn(kinds[other].expected + 2, " ") + 2,
-                     kinds[other].expected, kinds[kind].expected);
+            snprintf(why, room, "%.*s; expected %s",
+                     (int)(strstr(kinds[other].expected, " in ") - kinds[other].expected), kinds[other].expected,
+                     kinds[kind].expected);
 }
 
 bool units_parse(enum unit kind, const char *text, double *value, char *why, size_t room)
@@ -155,10 +160,11 @@ bool units_parse(enum unit kind, const char *text, double *value, char *why, siz
     }
     /* As 3.35e12 is read: the product 3.35 * 1e12 may be the number beside it. */
     char whole[60], *exponent = strpbrk(digits, "eE");
-    const long power = lround(log10(unit->factor)) + (exponent ? strtol(exponent + 1, NULL, 10) : 0);
+    const double bits = unit->factor == 8e-12 ? 8 : 1; /* per byte, exactly; the rest of a factor is a power of 10 */
+    const long power = lround(log10(unit->factor / bits)) + (exponent ? strtol(exponent + 1, NULL, 10) : 0);
     if (exponent)
         *exponent = '\0';
     snprintf(whole, sizeof whole, "%se%ld", digits, power);
-    *value = strtod(whole, NULL);
+    *value = bits * strtod(whole, NULL);
     return isfinite(*value);
 }

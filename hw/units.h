@@ -6,7 +6,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 
-enum unit { UNIT_BYTES, UNIT_BANDWIDTH, UNIT_RATE, UNIT_SECONDS, N_UNITS };
+enum unit { UNIT_BYTES, UNIT_BANDWIDTH, UNIT_RATE, UNIT_SECONDS, UNIT_POWER, UNIT_JOULES_PER_BYTE, N_UNITS };
 
 /* Reads "50 GB/s" (UNIT_BANDWIDTH), "80 GB", "989.4 TFLOP/s", "500 ns". False if it is anything else; `why` then says
  * what it is, and how the quantity is written if that can be told: `bits; write "50 GB/s"`. */

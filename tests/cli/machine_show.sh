@@ -25,6 +25,12 @@ ok "what is unified" shows "8 GB at 59.7 GB/s, which is the device's" jetson-tx2
 ok "stragglers and faults" shows '^slow: device 3 takes 2 times as long from 1 ms on' star-50GBps \
     --set 'machine.slow=[{"device":3,"factor":2,"at":"1 ms"}]' --set 'machine.faults=[{"link":"gpu1.nic","at":"2 ms"}]'
 ok "... both" grep -q '^fault: gpu1.nic has 0 of its bandwidth from 2 ms on' shown
+energy='{"idle":"75 W","busy":"700 W","nic":"0.3 nJ/B","source":"a test"}'
+ok "energy" shows '^energy: idle 75 W, busy 700 W, nic 0.3 nJ/B$' star-50GBps --set "machine.energy=$energy"
+ok "... with its source" grep -q '^  energy  *a test$' shown
+ok "... only where there is some" bash -c '! "$0" machine show star-50GBps | grep energy' "$moelab"
+run_expect 2 'energy.nic: missing: energy is that of all links' \
+    "$moelab" machine show star-50GBps --set "machine.energy=${energy/\"nic\"*J\/B\",/}"
 ok "the same every time" cmp <("$moelab" machine show h20 --json) <("$moelab" machine show h20 --json)
 for m in $machines; do run_expect 0 '"sources"' "$moelab" machine show "$m" --json; done
 

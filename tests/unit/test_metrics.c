@@ -156,7 +156,7 @@ static void step_figures(void **state)
     graph_load(&g, 5, topology_host(t, 0), 0, 63e9 * 0.85 * 10 * US, &e);
     graph_load(&g, 6, topology_host(t, 0), 0, 63e9 * 0.85 * 5 * US, &e); /* beside it: the longest counts */
     double seconds = test_run_graph(t, NET_EXACT, &g);
-    test_ok(metrics_step(&m, &g, t, 300, seconds, &e), &e);
+    test_ok(metrics_step(&m, &g, t, 300, seconds, 0, &e), &e);
     assert_int_equal(m.n_steps, 1);
 #define FIGURE(name, expected) assert_near(m.value[METRIC_##name][0], expected, 1e-9)
     FIGURE(step_s, 30 * US);
@@ -176,7 +176,10 @@ static void step_figures(void **state)
     FIGURE(bound_s, 40.0 / 16 * US); /* attention spread over 16 devices takes longest; loads count nothing */
 #undef FIGURE
     assert_int_equal(m.accesses, 0); /* counted anew in the next step */
-    test_ok(metrics_step(&m, &g, t, 300, seconds, &e), &e);
+    test_ok(metrics_step(&m, &g, t, 300, seconds, 6, &e), &e);
+    assert_true(isnan(m.value[METRIC_energy_j][0]) && isnan(m.value[METRIC_j_per_token][0]));
+    assert_near(m.value[METRIC_energy_j][1], 6, 0);
+    assert_near(m.value[METRIC_j_per_token][1], 0.02, 1e-12);
     assert_true(isnan(m.value[METRIC_hit_rate][1]) && isnan(m.value[METRIC_dropped][1]));
     metrics_free(&m);
     graph_free(&g);
@@ -201,7 +204,7 @@ static void summary_of_steps(void **state)
             m.value[i][s] = NAN;
     }
     const double step[N] = { 4, 1, 3, 2 }, tokens = 60, hit[N] = { 0.5, NAN, 1, 0 }, accesses[N] = { 10, NAN, 4, 1 };
-    const double bound[N] = { 1, 1, 3, 2 };
+    const double bound[N] = { 1, 1, 3, 2 }, joules[N] = { 3, 5, NAN, 4 }, each[N] = { 1, 0.5, NAN, 2 };
     for (int s = 0; s < N; s++) {
         m.value[METRIC_step_s][s] = step[s];
         m.value[METRIC_tokens_per_s][s] = tokens / step[s];
@@ -209,6 +212,8 @@ static void summary_of_steps(void **state)
         m.value[METRIC_accesses][s] = accesses[s];
         m.value[METRIC_bound_s][s] = bound[s];
         m.value[METRIC_over_bound][s] = step[s] / bound[s];
+        m.value[METRIC_energy_j][s] = joules[s];
+        m.value[METRIC_j_per_token][s] = each[s];
     }
     json_t *all = metrics_json(&m);
     assert_near(summary(all, "step_s", "mean"), 2.5, 1e-12);
@@ -220,6 +225,8 @@ static void summary_of_steps(void **state)
     assert_near(summary(all, "tokens_per_s", "max"), 60, 1e-12);
     assert_near(summary(all, "hit_rate", "mean"), 9.0 / 15, 1e-12); /* all hits / all accesses */
     assert_near(summary(all, "over_bound", "mean"), 10.0 / 7, 1e-12); /* all time / all bounds */
+    assert_near(summary(all, "energy_j", "mean"), 4, 1e-12);
+    assert_near(summary(all, "j_per_token", "mean"), 12.0 / 15, 1e-12); /* all joules / 3 + 10 + 2 tokens */
     assert_near(summary(all, "hit_rate", "p50"), 0.5, 1e-12);       /* of the steps that had any */
     assert_null(json_object_get(all, "migration_s"));               /* never applied */
     json_decref(all);

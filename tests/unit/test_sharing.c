@@ -15,7 +15,7 @@ static struct sharing *open_on(const struct topology *t)
 static double start(struct sharing *k, double now, int32_t stream, double seconds, double arithmetic, double memory)
 {
     int n;
-    const struct kernel_cost cost = { seconds, arithmetic, memory };
+    const struct kernel_cost cost = { seconds, arithmetic, memory, 0 };
     const struct kernel_end *end = sharing_start(k, now, 0, stream, &cost, &n);
     for (int i = 0; i < n; i++)
         if (end[i].slot == stream)
@@ -55,7 +55,7 @@ static void halves(void **state)
     const struct kernel_end *end;
     int n;
     start(k, 0, 0, 10, 0, 10);
-    end = sharing_start(k, 4, 0, 1, &(struct kernel_cost){ 10, 0, 10 }, &n);
+    end = sharing_start(k, 4, 0, 1, &(struct kernel_cost){ 10, 0, 10, 0 }, &n);
     assert_int_equal(n, 2);
     assert_near(end_of(end, n, 0), 16, 1e-12);
     assert_near(end_of(end, n, 1), 24, 1e-12);

@@ -14,7 +14,9 @@ static void read(void **state)
         { UNIT_BYTES, "0 B", 0 },                  { UNIT_RATE, "989.4 TFLOP/s", 989.4e12 },
         { UNIT_RATE, "2.5 PFLOP/s", 2.5e15 },      { UNIT_SECONDS, "500 ns", 500e-9 },
         { UNIT_SECONDS, "2.5 us", 2.5e-6 },        { UNIT_SECONDS, "3 ms", 3e-3 },
-        { UNIT_SECONDS, "-1 s", -1 },
+        { UNIT_SECONDS, "-1 s", -1 },              { UNIT_POWER, "0.7 kW", 700 },
+        { UNIT_POWER, "350 mW", 0.35 },            { UNIT_JOULES_PER_BYTE, "31.2 pJ/B", 31.2e-12 },
+        { UNIT_JOULES_PER_BYTE, "1.3 pJ/bit", 8 * 1.3e-12 }, { UNIT_JOULES_PER_BYTE, "2 nJ/B", 2e-9 },
     };
     for (size_t i = 0; i < sizeof good / sizeof *good; i++) {
         double x = NAN;
@@ -49,6 +51,8 @@ static void refuse(void **state)
         { UNIT_BANDWIDTH, "50 GB/s each", "expected a bandwidth in B/s, kB/s, MB/s, GB/s or TB/s" },
         { UNIT_RATE, "989 TFLOPS", "no SI unit; write \"989 TFLOP/s\"" },
         { UNIT_SECONDS, "2 usec", "expected a time in ns, us, ms or s" },
+        { UNIT_POWER, "700 J/B", "an energy per byte; expected a power in mW, W, kW or MW" },
+        { UNIT_JOULES_PER_BYTE, "4 W", "a power; expected an energy per byte in pJ/B, pJ/bit, nJ/B or J/B" },
         { UNIT_SECONDS, "", "expected a time in ns, us, ms or s" },
     };
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
@@ -73,6 +77,9 @@ static void numbers(void **state)
     assert_string_equal(units_write(UNIT_BANDWIDTH, 53.55e9, 4, text, sizeof text), "53.55 GB/s");
     assert_string_equal(units_write(UNIT_BANDWIDTH, 1234.4e12, 3, text, sizeof text), "1234 TB/s");
     assert_string_equal(units_write(UNIT_SECONDS, 0, 3, text, sizeof text), "0 s");
+    assert_string_equal(units_write(UNIT_POWER, 0, 3, text, sizeof text), "0 W");
+    assert_string_equal(units_write(UNIT_POWER, 700, 3, text, sizeof text), "700 W");
+    assert_string_equal(units_write(UNIT_BYTES, 0, 3, text, sizeof text), "0 B");
 }
 
 int main(void)
