@@ -13,9 +13,9 @@
 
 enum { MAX_BYTES = 16 << 20 };
 
-static char *read_text(const char *file, struct err *e)
+static char *read_text(const char *path, const char *file, struct err *e)
 {
-    FILE *f = fopen(file, "rb");
+    FILE *f = fopen(path, "rb");
     char *text = f ? malloc(MAX_BYTES + 1) : NULL;
     if (!f) {
         err_set(e, ERR_INPUT, "%s: %s", file, strerror(errno));
@@ -85,6 +85,7 @@ static int take_line(struct csv *c, char *text, int line, struct err *e)
     if (c->n_columns == 0) {
         memcpy(c->column, row.cell, sizeof c->column);
         c->n_columns = n;
+        c->header = line;
         return 0;
     }
     if (grow(c, e) < 0)
@@ -95,9 +96,14 @@ static int take_line(struct csv *c, char *text, int line, struct err *e)
 
 int csv_read(struct csv *c, const char *file, struct err *e)
 {
+    return csv_read_as(c, file, file, e);
+}
+
+int csv_read_as(struct csv *c, const char *path, const char *file, struct err *e)
+{
     memset(c, 0, sizeof *c);
     snprintf(c->file, sizeof c->file, "%s", file);
-    if (!(c->text = read_text(file, e)))
+    if (!(c->text = read_text(path, file, e)))
         return e->code;
     int line = 0, n_lines = 1;
     for (const char *s = c->text; *s; s++)
@@ -145,6 +151,30 @@ static int column_of(const struct csv *c, const char *column, struct err *e)
             return i;
     err_set(e, ERR_INPUT, "%s: column %s is missing", c->file, column);
     return -1;
+}
+
+const char *csv_cell(const struct csv *c, int row, const char *column)
+{
+    for (int i = 0; i < c->n_columns; i++)
+        if (!strcmp(c->column[i], column))
+            return c->row[row].cell[i];
+    return NULL;
+}
+
+int csv_whole(const struct csv *c, int row, const char *column, int64_t min, int64_t max, int64_t *out, struct err *e)
+{
+    int i = column_of(c, column, e);
+    if (i < 0)
+        return e->code;
+    const char *cell = c->row[row].cell[i];
+    char *end;
+    errno = 0;
+    const long long x = strtoll(cell, &end, 10);
+    if (end == cell || *end || errno || x < min || x > max)
+        return err_set(e, ERR_INPUT, "%s:%d: %s: found \"%.40s\", expected a whole number from %lld to %lld", c->file,
+                       c->row[row].line, column, cell, (long long)min, (long long)max);
+    *out = x;
+    return 0;
 }
 
 int csv_number(const struct csv *c, int row, const char *column, double min, double max, double *out, struct err *e)

@@ -272,17 +272,21 @@ int run_go(struct run *r)
 static json_t *models_json(const struct run *r)
 {
     const struct latency_table *t = r->topology->tables;
-    int64_t measured, modelled;
     json_t *o = json_pack("{s:s, s:s, s:s}", "network", net_tier_name[r->tier], "gemm", "tiles and waves", "others",
                           "roofline");
     if (r->topology->energy)
         json_object_set_new(o, "energy", json_string("watts, joules per byte"));
-    if (!t)
-        return o;
-    latency_table_counts(t, &measured, &modelled);
-    json_object_set_new(o, "gemm", json_sprintf("table %s + tiles and waves", latency_table_files(t)));
-    json_object_set_new(o, "gemm_measured", json_integer((json_int_t)measured));
-    json_object_set_new(o, "gemm_modelled", json_integer((json_int_t)modelled));
+    for (int f = 0; t && f < N_LATENCY_FAMILIES; f++) {
+        static const char *const key[][3] = { { "gemm", "gemm_measured", "gemm_modelled" },
+                                              { "others", "others_measured", "others_modelled" } };
+        const struct latency_counts n = latency_table_counts(t, (enum latency_family)f);
+        if (!n.any)
+            continue;
+        json_object_set_new(o, key[f][0], json_sprintf("table %s + %s", latency_table_files(t),
+                                                       json_string_value(json_object_get(o, key[f][0]))));
+        json_object_set_new(o, key[f][1], json_integer((json_int_t)n.measured));
+        json_object_set_new(o, key[f][2], json_integer((json_int_t)n.modelled));
+    }
     return o;
 }
 

@@ -223,6 +223,8 @@ static int lay_out_gate(struct run *r, const struct moe_batch *b, const struct m
         if (k.n > 0) { /* top-k's kernel decides the rest as well */
             k.kernel[k.n - 1].flops += own->flops * share;
             k.kernel[k.n - 1].traffic += own->bytes * share;
+            if (own->flops > 0 || own->bytes > 0) /* more than tables speak of */
+                k.kernel[k.n - 1].key.op = LATENCY_NONE;
         }
         if (step_after_entry(r, d, MOE_OP_GATE, &k) < 0)
             return r->err->code;

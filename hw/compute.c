@@ -3,7 +3,7 @@
  * A precision that the device lacks takes for ever (INFINITY); who opens a machine checks peak[] first. */
 #include "config.h"
 
-#include "machine.h"
+#include "latency_table.h"
 
 #include <math.h>
 
@@ -29,10 +29,21 @@ struct kernel_cost cost_plain(const struct device_spec *d, enum precision p, dou
     return (struct kernel_cost){ fmax(arithmetic, memory) + d->launch_s, arithmetic, memory, bytes };
 }
 
+struct kernel_cost cost_known(const struct device_spec *d, enum precision p, double flops, double bytes,
+                              const struct latency_key *key)
+{
+    struct kernel_cost c = cost_plain(d, p, flops, bytes);
+    if (!d->tables || key->op == LATENCY_NONE || key->rows <= 0)
+        return c;
+    /* What was measured keeps arithmetic and memory as busy as the model says. */
+    const double measured = latency_table_kernel(d->tables, p, key, c.seconds), share = measured / c.seconds;
+    return (struct kernel_cost){ measured, c.arithmetic * share, c.memory * share, bytes };
+}
+
 struct kernel_cost cost_kernel(const struct device_spec *d, const struct kernel *k)
 {
     if (k->groups == 0)
-        return cost_plain(d, k->precision, k->flops, k->traffic);
+        return cost_known(d, k->precision, k->flops, k->traffic, &k->key);
     struct gemm_group group[k->groups];
     for (int32_t g = 0; g < k->groups; g++)
         group[g] = k->shape;
@@ -44,10 +55,15 @@ struct kernel_cost cost_experts(const struct device_spec *d, enum precision p, c
 {
     struct gemm_group up[n > 0 ? n : 1], down[n > 0 ? n : 1];
     const struct gemm_bytes b = { element_bytes[p], m->weight_bytes, result_bytes(p) };
+    struct latency_key between = { .op = LATENCY_ACTIVATION };
     double activation = 0, any = 0;
     for (int32_t i = 0; i < n; i++) {
         const double hidden = (double)m->d_expert * (width ? width[i] : 1);
         const int64_t h = (int64_t)ceil(hidden);
+        if (rows[i] > 0 && any > 0 && between.n != h) /* of several widths */
+            between.op = LATENCY_NONE;
+        between.n = rows[i] > 0 ? h : between.n;
+        between.rows += rows[i] > 0 ? (double)rows[i] : 0;
         up[i] = (struct gemm_group){ rows[i], 2 * h, m->d_model };
         down[i] = (struct gemm_group){ rows[i], m->d_model, h };
         /* gate and up read, their product written */
@@ -57,7 +73,7 @@ struct kernel_cost cost_experts(const struct device_spec *d, enum precision p, c
     if (any == 0)
         return (struct kernel_cost){ 0 };
     struct kernel_cost sum = cost_gemm(d, p, n, up, &b);
-    cost_add(&sum, cost_plain(d, p, 0, activation));
+    cost_add(&sum, cost_known(d, p, 0, activation, &between));
     cost_add(&sum, cost_gemm(d, p, n, down, &b));
     return sum;
 }

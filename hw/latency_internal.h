@@ -5,35 +5,34 @@
 
 #include "latency_table.h"
 
+/* "gemm", ...: by op. */
 extern const char *const latency_op_name[N_LATENCY_OPS];
 
 struct entry {
-    enum latency_op op;
+    struct latency_key key;
     enum precision precision;
-    int32_t groups;
-    int64_t n, k, rows;
     double seconds;
     int32_t file, line;
 };
 
-struct matrix { /* what a warning was given for */
-    enum precision precision;
-    bool grouped;
-    int64_t n, k;
-};
-
 struct latency_table {
-    struct entry *entry; /* in order of compare() */
+    struct entry *entry; /* in order of shape, context, rows, file and line */
     int32_t n_entries, room;
     char **file, **path; /* as named; where it was found */
     int32_t n_files;
     char *files;
-    struct matrix *warned;
+    struct entry *warned; /* what a warning was given for */
     int32_t n_warned;
-    int64_t measured, modelled;
+    bool has[N_LATENCY_OPS];
+    struct latency_counts count[N_LATENCY_FAMILIES];
 };
 
-/* Order of entries but for their rows. */
+static inline enum latency_family latency_family(enum latency_op op)
+{
+    return op == LATENCY_GEMM || op == LATENCY_GROUPED_GEMM ? LATENCY_PRODUCTS : LATENCY_OTHERS;
+}
+
+/* Order of entries but for their context and rows. */
 int latency_compare_shape(const struct entry *, const struct entry *);
 
 #endif

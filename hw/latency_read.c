@@ -6,9 +6,10 @@
  *   op,precision,groups,rows,n,k,latency_us
  *   grouped_gemm,fp8,4,256,4096,7168,64.5
  *
- * op: gemm (groups: 1, or no such column) or grouped_gemm; rows: of each group; seconds or latency_us. */
+ * Which columns a line fills in, its op says: ops[] below. seconds or latency_us. */
 #include "config.h"
 
+#include "csv.h"
 #include "latency_internal.h"
 
 #include <errno.h>
@@ -17,19 +18,48 @@
 #include <string.h>
 #include <unistd.h>
 
-const char *const latency_op_name[N_LATENCY_OPS] = { "gemm", "grouped_gemm" };
+enum column {
+    OP, PRECISION, SECONDS, LATENCY_US, /* the others are an op's */
+    GROUPS, ROWS, COL_N, COL_K, HEADS, KV_HEADS, QUERY, VALUE, CONTEXT, BYTES, N_COLUMNS
+};
+static const char *const column_name[N_COLUMNS] = { "op",   "precision", "seconds",  "latency_us", "groups",
+                                                    "rows", "n",         "k",        "heads",      "kv_heads",
+                                                    "query", "value",    "context",  "bytes" };
 
-enum column { OP, PRECISION, GROUPS, ROWS, COL_N, COL_K, SECONDS, LATENCY_US, N_COLUMNS };
-static const char *const column_name[N_COLUMNS] = { "op", "precision", "groups", "rows", "n", "k",
-                                                    "seconds", "latency_us" };
+const char *const latency_op_name[N_LATENCY_OPS] = {
+    [LATENCY_NONE] = "",
+    [LATENCY_GEMM] = "gemm",
+    [LATENCY_GROUPED_GEMM] = "grouped_gemm",
+    [LATENCY_PREFILL] = "attention_prefill",
+    [LATENCY_DECODE] = "attention_decode",
+    [LATENCY_NORM] = "norm",
+    [LATENCY_ROTATION] = "rotation",
+    [LATENCY_ACTIVATION] = "activation",
+    [LATENCY_TOP_K] = "top_k",
+    [LATENCY_PERMUTE] = "permute",
+    [LATENCY_COMBINE] = "combine",
+};
 
-#define MAX_ENTRIES 1000000
-#define MAX_FIELDS  64
+#define COLUMN(c) (1u << (c))
+#define ATTENTION \
+    (COLUMN(ROWS) | COLUMN(HEADS) | COLUMN(KV_HEADS) | COLUMN(QUERY) | COLUMN(VALUE) | COLUMN(CONTEXT))
+
+static const unsigned wants[N_LATENCY_OPS] = {
+    [LATENCY_GEMM] = COLUMN(ROWS) | COLUMN(COL_N) | COLUMN(COL_K),
+    [LATENCY_GROUPED_GEMM] = COLUMN(GROUPS) | COLUMN(ROWS) | COLUMN(COL_N) | COLUMN(COL_K),
+    [LATENCY_PREFILL] = ATTENTION,
+    [LATENCY_DECODE] = ATTENTION,
+    [LATENCY_NORM] = COLUMN(ROWS) | COLUMN(COL_N),
+    [LATENCY_ROTATION] = COLUMN(ROWS) | COLUMN(COL_N),
+    [LATENCY_ACTIVATION] = COLUMN(ROWS) | COLUMN(COL_N),
+    [LATENCY_TOP_K] = COLUMN(ROWS) | COLUMN(COL_N) | COLUMN(COL_K),
+    [LATENCY_PERMUTE] = COLUMN(BYTES),
+    [LATENCY_COMBINE] = COLUMN(BYTES),
+};
 
 struct reader {
     struct latency_table *t;
-    const char *file;
-    int32_t line, column[N_COLUMNS], n_fields; /* column: index of the field; -1: there is none */
+    struct csv csv;
     struct err *err;
 };
 
@@ -40,166 +70,128 @@ static int no_memory(struct err *err, const char *file)
     return err_set(err, ERR_MEMORY, "%s: out of memory", file);
 }
 
-/* Cuts a line at its commas, in place; returns how many fields there are. */
-static int32_t cut(char *line, char *field[MAX_FIELDS])
+static int check_header(struct reader *r)
 {
-    int32_t n = 0;
-    for (char *at = line;; at++) {
-        at += strspn(at, " \t");
-        char *end = at + strcspn(at, ",\r\n"), *trim = end;
-        const bool last = *end != ',';
-        while (trim > at && (trim[-1] == ' ' || trim[-1] == '\t'))
-            trim--;
-        *trim = '\0';
-        if (n < MAX_FIELDS)
-            field[n] = at;
-        n++;
-        if (last)
-            return n;
-        at = end;
-    }
-}
-
-static int read_header(struct reader *r, char *field[MAX_FIELDS], int32_t n)
-{
-    for (int c = 0; c < N_COLUMNS; c++)
-        r->column[c] = -1;
-    for (int32_t i = 0; i < n && i < MAX_FIELDS; i++) {
-        int c = 0;
-        while (c < N_COLUMNS && strcmp(field[i], column_name[c]) != 0)
-            c++;
-        if (c == N_COLUMNS) {
-            const char *near = err_nearest(field[i], column_name, N_COLUMNS);
-            return err_set(r->err, ERR_INPUT, "%s:%d: unknown column \"%.40s\"%s%s%s", r->file, r->line, field[i],
-                           near ? "; did you mean \"" : ", expected op, precision, groups, rows, n, k, seconds or "
-                                                        "latency_us", near ? near : "", near ? "\"?" : "");
+    const struct csv *c = &r->csv;
+    bool there[N_COLUMNS] = { false };
+    for (int i = 0; i < c->n_columns; i++) {
+        int k = 0;
+        while (k < N_COLUMNS && strcmp(c->column[i], column_name[k]) != 0)
+            k++;
+        if (k == N_COLUMNS) {
+            const char *near = err_nearest(c->column[i], column_name, N_COLUMNS);
+            return err_set(r->err, ERR_INPUT, "%s:%d: unknown column \"%.40s\"%s%s%s", c->file, c->header,
+                           c->column[i], near ? "; did you mean \"" : ", expected those of doc/machines.md",
+                           near ? near : "", near ? "\"?" : "");
         }
-        if (r->column[c] >= 0)
-            return err_set(r->err, ERR_INPUT, "%s:%d: column \"%s\" is there twice", r->file, r->line, column_name[c]);
-        r->column[c] = i;
+        if (there[k])
+            return err_set(r->err, ERR_INPUT, "%s:%d: column \"%s\" is there twice", c->file, c->header,
+                           column_name[k]);
+        there[k] = true;
     }
-    for (int c = 0; c < SECONDS; c++)
-        if (r->column[c] < 0 && c != GROUPS)
-            return err_set(r->err, ERR_INPUT, "%s:%d: column \"%s\" is missing", r->file, r->line, column_name[c]);
-    if ((r->column[SECONDS] < 0) == (r->column[LATENCY_US] < 0))
+    for (int k = OP; k <= PRECISION; k++)
+        if (!there[k])
+            return err_set(r->err, ERR_INPUT, "%s:%d: column \"%s\" is missing", c->file, c->header, column_name[k]);
+    if (there[SECONDS] == there[LATENCY_US])
         return err_set(r->err, ERR_INPUT, "%s:%d: columns \"seconds\" and \"latency_us\": found %s, expected one of "
-                       "them", r->file, r->line, r->column[SECONDS] < 0 ? "neither" : "both");
-    r->n_fields = n;
+                       "them", c->file, c->header, there[SECONDS] ? "both" : "neither");
     return 0;
 }
 
-static int bad_field(struct reader *r, enum column c, const char *found, const char *expected)
+static int bad_cell(struct reader *r, int row, enum column c, const char *expected)
 {
-    return err_set(r->err, ERR_INPUT, "%s:%d: %s: found \"%.40s\", expected %s", r->file, r->line, column_name[c],
-                   found, expected);
+    return err_set(r->err, ERR_INPUT, "%s:%d: %s: found \"%.40s\", expected %s", r->csv.file, r->csv.row[row].line,
+                   column_name[c], csv_cell(&r->csv, row, column_name[c]), expected);
 }
 
-static int read_word(struct reader *r, enum column c, const char *text, const char *const *words, int n, int *which)
+static int read_word(struct reader *r, int row, enum column c, const char *const *words, int n, int *which)
 {
-    char expected[120] = "";
+    const char *text = csv_cell(&r->csv, row, column_name[c]);
+    char expected[240] = "";
     for (*which = 0; *which < n; ++*which)
-        if (!strcmp(text, words[*which]))
+        if (*text && !strcmp(text, words[*which]))
             return 0;
     for (int i = 0; i < n; i++)
-        snprintf(expected + strlen(expected), sizeof expected - strlen(expected), "%s%s", i ? ", " : "one of ",
-                 words[i]);
-    return bad_field(r, c, text, expected);
+        if (*words[i])
+            snprintf(expected + strlen(expected), sizeof expected - strlen(expected), "%s%s",
+                     *expected ? ", " : "one of ", words[i]);
+    return bad_cell(r, row, c, expected);
 }
 
-static int read_whole(struct reader *r, enum column c, const char *text, int64_t most, int64_t *value)
+/* As long as 1e9 us is no kernel, but another unit. */
+static int read_seconds(struct reader *r, int row, double *seconds)
 {
-    char expected[60], *end;
-    errno = 0;
-    const long long x = strtoll(text, &end, 10);
-    snprintf(expected, sizeof expected, "a whole number from 1 to %lld", (long long)most);
-    if (end == text || *end || errno || x < 1 || x > most)
-        return bad_field(r, c, text, expected);
-    *value = x;
-    return 0;
-}
-
-static int read_seconds(struct reader *r, char *const *field, double *seconds)
-{
-    const enum column c = r->column[SECONDS] >= 0 ? SECONDS : LATENCY_US;
-    const char *text = field[r->column[c]];
+    const enum column c = csv_cell(&r->csv, row, column_name[SECONDS]) ? SECONDS : LATENCY_US;
+    const char *text = csv_cell(&r->csv, row, column_name[c]);
     char *end;
     const double x = strtod(text, &end) * (c == SECONDS ? 1 : 1e-6);
-    if (end == text || *end || !(x > 0 && x <= 1e6))
-        return bad_field(r, c, text, c == SECONDS ? "seconds, more than 0" : "microseconds, more than 0");
+    if (end == text || *end || !(x > 0 && x < 1e3))
+        return bad_cell(r, row, c, c == SECONDS ? "seconds, more than 0 and less than 1000"
+                                                : "microseconds, more than 0 and less than 1e9");
     *seconds = x;
     return 0;
 }
 
-static int add_entry(struct reader *r, struct entry e)
+static int add_entry(struct reader *r, const struct entry *e)
 {
     struct latency_table *t = r->t;
-    if (t->n_entries == MAX_ENTRIES)
-        return err_set(r->err, ERR_INPUT, "%s:%d: found more than %d measurements", r->file, r->line, MAX_ENTRIES);
     if (t->n_entries == t->room) {
         const int32_t room = 2 * t->room + 64;
         struct entry *grown = realloc(t->entry, (size_t)room * sizeof *grown);
         if (!grown)
-            return no_memory(r->err, r->file);
+            return no_memory(r->err, r->csv.file);
         t->entry = grown;
         t->room = room;
     }
-    t->entry[t->n_entries++] = e;
+    t->entry[t->n_entries++] = *e;
+    t->has[e->key.op] = true;
+    t->count[latency_family(e->key.op)].any = true;
     return 0;
 }
 
-static int read_entry(struct reader *r, char *const *field, int32_t n)
+/* What a line's op wants is there, and nothing else. */
+static int check_cells(struct reader *r, int row, enum latency_op op)
 {
-    struct entry e = { .groups = 1, .file = r->t->n_files - 1, .line = r->line };
-    int op, precision;
-    int64_t groups = 1;
-    if (n != r->n_fields)
-        return err_set(r->err, ERR_INPUT, "%s:%d: found %d fields, expected %d, as many as columns", r->file, r->line,
-                       n, r->n_fields);
-    if (read_word(r, OP, field[r->column[OP]], latency_op_name, N_LATENCY_OPS, &op) ||
-        read_word(r, PRECISION, field[r->column[PRECISION]], precision_name, N_PRECISIONS, &precision) ||
-        (r->column[GROUPS] >= 0 && read_whole(r, GROUPS, field[r->column[GROUPS]], 1 << 20, &groups)) ||
-        read_whole(r, ROWS, field[r->column[ROWS]], INT32_MAX, &e.rows) ||
-        read_whole(r, COL_N, field[r->column[COL_N]], INT32_MAX, &e.n) ||
-        read_whole(r, COL_K, field[r->column[COL_K]], INT32_MAX, &e.k) || read_seconds(r, field, &e.seconds))
-        return r->err->code;
-    if (op == LATENCY_GEMM && groups != 1)
-        return bad_field(r, GROUPS, field[r->column[GROUPS]], "1: a gemm has no groups");
-    if (op == LATENCY_GROUPED_GEMM && r->column[GROUPS] < 0)
-        return err_set(r->err, ERR_INPUT, "%s:%d: op: found \"grouped_gemm\", but there is no column \"groups\"",
-                       r->file, r->line);
-    e.op = (enum latency_op)op;
-    e.precision = (enum precision)precision;
-    e.groups = (int32_t)groups;
-    return add_entry(r, e);
+    for (int c = GROUPS; c < N_COLUMNS; c++) {
+        const char *text = csv_cell(&r->csv, row, column_name[c]);
+        char expected[60];
+        if ((wants[op] & COLUMN(c)) && !text)
+            return err_set(r->err, ERR_INPUT, "%s:%d: op: found \"%s\", but there is no column \"%s\"", r->csv.file,
+                           r->csv.row[row].line, latency_op_name[op], column_name[c]);
+        if ((wants[op] & COLUMN(c)) || !text || !*text || (op == LATENCY_GEMM && c == GROUPS && !strcmp(text, "1")))
+            continue;
+        snprintf(expected, sizeof expected, "%s: a %s has no %s", op == LATENCY_GEMM && c == GROUPS ? "1" : "nothing",
+                 latency_op_name[op], column_name[c]);
+        return bad_cell(r, row, (enum column)c, expected);
+    }
+    return 0;
 }
 
-static int read_lines(struct reader *r, FILE *in)
+static int read_entry(struct reader *r, int row)
 {
-    char *line = NULL, *field[MAX_FIELDS];
-    size_t room = 0;
-    bool header = false;
-    const int32_t before = r->t->n_entries;
-    int rc = 0;
-    for (ssize_t n; rc == 0 && (n = getline(&line, &room, in)) >= 0;) {
-        r->line++;
-        const char first = line[strspn(line, " \t\r\n")];
-        if (first == '#' || first == '\0')
-            continue;
-        if (strlen(line) != (size_t)n) {
-            rc = err_set(r->err, ERR_INPUT, "%s:%d: found a NUL, expected text", r->file, r->line);
-            break;
-        }
-        const int32_t n_fields = cut(line, field);
-        rc = header ? read_entry(r, field, n_fields) : read_header(r, field, n_fields);
-        header = true;
+    struct entry e = { .file = r->t->n_files - 1, .line = r->csv.row[row].line };
+    int64_t value[N_COLUMNS] = { [GROUPS] = 1 };
+    int op, precision;
+    if (read_word(r, row, OP, latency_op_name, N_LATENCY_OPS, &op) || check_cells(r, row, (enum latency_op)op) ||
+        read_word(r, row, PRECISION, precision_name, N_PRECISIONS, &precision))
+        return r->err->code;
+    for (int c = GROUPS; c < N_COLUMNS; c++) {
+        const int64_t most = c == GROUPS || c == HEADS || c == KV_HEADS ? 1 << 20 : c == BYTES ? INT64_C(1) << 50
+                                                                                              : INT32_MAX;
+        if ((wants[op] & COLUMN(c)) &&
+            csv_whole(&r->csv, row, column_name[c], c == CONTEXT ? 0 : 1, most, &value[c], r->err))
+            return r->err->code;
     }
-    free(line);
-    if (rc == 0 && ferror(in))
-        rc = err_set(r->err, ERR_IO, "%s: %s", r->file, strerror(errno));
-    if (rc == 0 && r->t->n_entries == before)
-        rc = err_set(r->err, ERR_INPUT, "%s: no measurement in it, expected %s", r->file,
-                     header ? "lines below the columns' names" : "a line that names the columns");
-    return rc;
+    if (read_seconds(r, row, &e.seconds))
+        return r->err->code;
+    const bool product = latency_family((enum latency_op)op) == LATENCY_PRODUCTS, attends = wants[op] == ATTENTION;
+    e.precision = (enum precision)precision;
+    e.key = (struct latency_key){ .op = (enum latency_op)op, .groups = product ? (int32_t)value[GROUPS] : 0,
+                                  .heads = (int32_t)value[HEADS], .kv_heads = (int32_t)value[KV_HEADS],
+                                  .n = value[attends ? QUERY : COL_N], .k = value[attends ? VALUE : COL_K],
+                                  .rows = (double)value[wants[op] == COLUMN(BYTES) ? BYTES : ROWS],
+                                  .context = (double)value[CONTEXT] };
+    return add_entry(r, &e);
 }
 
 /* `name`, or the file of that name beside the machine's if there is no such file. NULL: out of memory. */
@@ -235,7 +227,7 @@ static int add_file(struct latency_table *t, const char *name, const char *machi
 
 static int read_file(struct latency_table *t, const char *name, const char *machine_file, struct err *err)
 {
-    struct reader r = { .t = t, .file = name, .err = err };
+    struct reader r = { .t = t, .err = err };
     const size_t n = strlen(name);
     if (add_file(t, name, machine_file))
         return no_memory(err, name);
@@ -243,17 +235,21 @@ static int read_file(struct latency_table *t, const char *name, const char *mach
     if (n < 5 || strcmp(name + n - 4, ".csv") != 0)
         return err_set(err, ERR_INPUT, "%s: tables: found \"%s\", expected the name of a .csv file", machine_file,
                        name);
-    FILE *in = fopen(t->path[t->n_files - 1], "r");
-    if (!in)
+    const char *path = t->path[t->n_files - 1];
+    if (access(path, R_OK) < 0)
         return err_set(err, ERR_INPUT, "%s: tables: %s: %s", machine_file, name, strerror(errno));
-    const int rc = read_lines(&r, in);
-    fclose(in);
+    if (csv_read_as(&r.csv, path, name, err) < 0)
+        return err->code;
+    int rc = check_header(&r);
+    for (int i = 0; i < r.csv.n_rows && rc == 0; i++)
+        rc = read_entry(&r, i);
+    csv_free(&r.csv);
     return rc;
 }
 
 /* ---- order ---- */
 
-static int by(int64_t a, int64_t b)
+static int by(double a, double b)
 {
     return (a > b) - (a < b);
 }
@@ -262,7 +258,8 @@ static int compare(const void *x, const void *y)
 {
     const struct entry *a = x, *b = y;
     int c = latency_compare_shape(a, b);
-    c = c ? c : by(a->rows, b->rows);
+    c = c ? c : by(a->key.context, b->key.context);
+    c = c ? c : by(a->key.rows, b->key.rows);
     c = c ? c : by(a->file, b->file);
     return c ? c : by(a->line, b->line);
 }
@@ -274,7 +271,8 @@ static int settle(struct latency_table *t, struct err *err)
     qsort(t->entry, (size_t)t->n_entries, sizeof *t->entry, compare);
     for (int32_t i = 0; i < t->n_entries; i++) {
         const struct entry *e = &t->entry[i], *last = n > 0 ? &t->entry[n - 1] : NULL;
-        if (last && latency_compare_shape(e, last) == 0 && e->rows == last->rows) {
+        if (last && latency_compare_shape(e, last) == 0 && e->key.context == last->key.context &&
+            e->key.rows == last->key.rows) {
             if (e->seconds != last->seconds)
                 return err_set(err, ERR_INPUT, "%s:%d: found %g s, but %s:%d has %g s for the same", t->file[e->file],
                                e->line, e->seconds, t->file[last->file], last->line, last->seconds);

@@ -36,7 +36,7 @@ static void gemm(struct kernels *s, const struct layer_part *p, enum precision p
     const struct gemm_bytes bytes = { compute_element_bytes(precision), weight_bytes, layer_element_bytes(precision) };
     if (p->tokens > 0)
         add(s, (struct kernel){ precision, (int32_t)groups, { (int64_t)rows, (int64_t)ceil(n), (int64_t)ceil(k) },
-                                bytes, 0, 0 });
+                                bytes, 0, 0, { 0 } });
 }
 
 static void linear(struct kernels *s, const struct layer_part *p, double rows, double n, double k)
@@ -44,10 +44,18 @@ static void linear(struct kernels *s, const struct layer_part *p, double rows, d
     gemm(s, p, p->precision, 1, rows, n, k, p->model->weight_bytes);
 }
 
-static void plain(struct kernels *s, const struct layer_part *p, enum precision precision, double flops, double bytes)
+static void plain(struct kernels *s, const struct layer_part *p, enum precision precision, double flops, double bytes,
+                  struct latency_key key)
 {
+    key.rows = p->tokens;
     if (p->tokens > 0)
-        add(s, (struct kernel){ .precision = precision, .flops = flops, .traffic = bytes });
+        add(s, (struct kernel){ .precision = precision, .flops = flops, .traffic = bytes, .key = key });
+}
+
+/* A kernel that moves rows of so many values. */
+static struct latency_key rows_of(enum latency_op op, double values)
+{
+    return (struct latency_key){ .op = op, .n = (int64_t)ceil(values) };
 }
 
 static enum precision core_precision(enum precision p)
@@ -57,7 +65,8 @@ static enum precision core_precision(enum precision p)
 
 void layer_norm(struct kernels *s, const struct layer_part *p)
 {
-    plain(s, p, p->precision, 0, 4 * p->tokens * p->model->d_model * layer_element_bytes(p->precision));
+    plain(s, p, p->precision, 0, 4 * p->tokens * p->model->d_model * layer_element_bytes(p->precision),
+          rows_of(LATENCY_NORM, p->model->d_model));
 }
 
 static double heads(const struct attention_shape *a, int32_t tp)
@@ -71,14 +80,18 @@ static double kv_heads(const struct attention_shape *a, int32_t tp)
     return ceil((double)a->n_kv_heads / tp);
 }
 
-/* width: of a query and of a value, per head; kv: values of one token's keys and values, of this device's heads. */
-static void core(struct kernels *s, const struct layer_part *p, double query, double value, double kv)
+/* query, value: their widths, per head; kv: values of one token's keys and values, of this device's n_kv heads. */
+static void core(struct kernels *s, const struct layer_part *p, double query, double value, double n_kv, double kv)
 {
     const double n_heads = heads(p->attention, p->tp), per_row = n_heads * (query + value);
     const bool decode = p->phase == MOE_DECODE;
     const double pairs = p->tokens * (decode ? p->context : p->context / 2);
     const double read = decode ? p->tokens * p->context : fmax(p->tokens, p->context);
-    plain(s, p, core_precision(p->precision), 2 * pairs * per_row, (read * kv + p->tokens * per_row) * CACHE_BYTES);
+    const struct latency_key key = { .op = decode ? LATENCY_DECODE : LATENCY_PREFILL, .heads = (int32_t)n_heads,
+                                     .kv_heads = (int32_t)n_kv, .n = (int64_t)query, .k = (int64_t)value,
+                                     .context = p->context };
+    plain(s, p, core_precision(p->precision), 2 * pairs * per_row, (read * kv + p->tokens * per_row) * CACHE_BYTES,
+          key);
 }
 
 static void gqa(struct kernels *s, const struct layer_part *p)
@@ -86,8 +99,9 @@ static void gqa(struct kernels *s, const struct layer_part *p)
     const struct attention_shape *a = p->attention;
     const double q = heads(a, p->tp) * a->d_head, kv = 2 * kv_heads(a, p->tp) * a->d_head;
     linear(s, p, p->tokens, q + kv, p->model->d_model);
-    plain(s, p, p->precision, 0, 2 * p->tokens * (q + kv) * layer_element_bytes(p->precision));
-    core(s, p, a->d_head, a->d_head, kv);
+    plain(s, p, p->precision, 0, 2 * p->tokens * (q + kv) * layer_element_bytes(p->precision),
+          rows_of(LATENCY_ROTATION, q + kv));
+    core(s, p, a->d_head, a->d_head, kv_heads(a, p->tp), kv);
     linear(s, p, p->tokens, p->model->d_model, q);
 }
 
@@ -101,15 +115,16 @@ static void mla(struct kernels *s, const struct layer_part *p)
     if (a->q_lora > 0)
         linear(s, p, t, n_heads * key, a->q_lora);
     /* norms of both latents, the rotation of queries and of the one key, and the cache's new rows */
-    plain(s, p, p->precision, 0, 2 * t * ((a->q_lora > 0 ? a->q_lora : 0) + n_heads * a->rope + latent) *
-                                     layer_element_bytes(p->precision));
+    const double rotated = (a->q_lora > 0 ? a->q_lora : 0) + n_heads * a->rope + latent;
+    plain(s, p, p->precision, 0, 2 * t * rotated * layer_element_bytes(p->precision),
+          rows_of(LATENCY_ROTATION, rotated));
     if (p->phase == MOE_DECODE) {
         gemm(s, p, wide, n_heads, t, a->kv_lora, a->nope, layer_element_bytes(wide));
-        core(s, p, latent, a->kv_lora, latent);
+        core(s, p, latent, a->kv_lora, 1, latent);
         gemm(s, p, wide, n_heads, t, a->v, a->kv_lora, layer_element_bytes(wide));
     } else {
         linear(s, p, fmax(t, p->context), n_heads * (a->nope + a->v), a->kv_lora);
-        core(s, p, key, a->v, n_heads * (key + a->v));
+        core(s, p, key, a->v, n_heads, n_heads * (key + a->v));
     }
     linear(s, p, t, p->model->d_model, n_heads * a->v);
 }
@@ -130,8 +145,10 @@ void layer_gate(struct kernels *s, const struct layer_part *p, int32_t n_experts
     layer_norm(s, p);
     if (n_experts > 0 && p->tokens > 0)
         add(s, (struct kernel){ wide, 1, { (int64_t)p->tokens, n_experts, p->model->d_model },
-                                { layer_element_bytes(wide), layer_element_bytes(wide), 4 }, 0, 0 });
-    plain(s, p, p->precision, 0, p->tokens * n_experts * 4);
+                                { layer_element_bytes(wide), layer_element_bytes(wide), 4 }, 0, 0, { 0 } });
+    struct latency_key top_k = rows_of(n_experts > 0 ? LATENCY_TOP_K : LATENCY_NONE, n_experts);
+    top_k.k = p->model->top_k;
+    plain(s, p, p->precision, 0, p->tokens * n_experts * 4, top_k);
 }
 
 void layer_ffn(struct kernels *s, const struct layer_part *p, double width)
@@ -139,7 +156,8 @@ void layer_ffn(struct kernels *s, const struct layer_part *p, double width)
     linear(s, p, p->tokens, 2 * width, p->model->d_model);
     /* as between experts' products: gate and up read, their product written */
     plain(s, p, p->precision, 0, p->tokens * width * (2 * layer_element_bytes(p->precision) +
-                                                     compute_element_bytes(p->precision)));
+                                                     compute_element_bytes(p->precision)),
+          rows_of(LATENCY_ACTIVATION, width));
     linear(s, p, p->tokens, p->model->d_model, width);
 }
 

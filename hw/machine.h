@@ -140,8 +140,23 @@ struct gemm_group { int64_t rows, n, k; };
 struct gemm_bytes { double in, weight, out; }; /* of one element */
 struct kernel_cost cost_gemm(const struct device_spec *, enum precision, int32_t n_groups,
                                 const struct gemm_group *, const struct gemm_bytes *);
+enum latency_op {
+    LATENCY_NONE, LATENCY_GEMM, LATENCY_GROUPED_GEMM, LATENCY_PREFILL, LATENCY_DECODE, LATENCY_NORM, LATENCY_ROTATION,
+    LATENCY_ACTIVATION, LATENCY_TOP_K, LATENCY_PERMUTE, LATENCY_COMBINE, N_LATENCY_OPS
+};
+/* What tables of measured times know a kernel by beside its precision (latency_table.h). rows: tokens, or bytes of
+ * permute and combine; n: width, experts of top-k, or of attention's core a query's; k: experts chosen, a value's. */
+struct latency_key {
+    enum latency_op op; /* NONE: they do not know it */
+    int32_t groups, heads, kv_heads;
+    int64_t n, k;
+    double rows, context;
+};
 /* Anything else: max(flops / rate, bytes / bandwidth) + launch. */
 struct kernel_cost cost_plain(const struct device_spec *, enum precision, double flops, double bytes);
+/* The same, unless the device's tables have it. */
+struct kernel_cost cost_known(const struct device_spec *, enum precision, double flops, double bytes,
+                              const struct latency_key *);
 
 /* The seconds alone. */
 static inline double compute_experts(const struct device_spec *d, enum precision p, const struct moe_model *m,
@@ -164,7 +179,8 @@ struct kernel {
     int32_t groups;
     struct gemm_group shape;
     struct gemm_bytes bytes;
-    double flops, traffic; /* with no groups */
+    double flops, traffic;  /* with no groups */
+    struct latency_key key; /* likewise */
 };
 struct kernel_cost cost_kernel(const struct device_spec *, const struct kernel *);
 double compute_element_bytes(enum precision); /* of an operand as a kernel of this precision reads it */

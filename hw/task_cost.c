@@ -28,8 +28,12 @@ struct kernel_cost task_cost(const struct machine *m, const struct moe_graph *g,
     const struct device_spec *spec = &m->topology->device[t->device];
     if (t->kind == TASK_COMPUTE && t->listed)
         return list_cost(m, g, t, timed);
-    if (t->kind == TASK_COMPUTE)
-        return cost_plain(spec, m->precision, t->flops, t->bytes);
+    if (t->kind == TASK_COMPUTE) {
+        const struct latency_key key = { .op = t->op == MOE_OP_PERMUTE ? LATENCY_PERMUTE
+                                               : t->op == MOE_OP_COMBINE ? LATENCY_COMBINE : LATENCY_NONE,
+                                         .rows = t->bytes };
+        return cost_known(spec, m->precision, t->flops, t->bytes, &key);
+    }
     double width[t->n + 1];
     for (int32_t i = 0; i < t->n; i++) {
         const size_t expert = (size_t)t->layer * (size_t)model->n_experts + (size_t)g->expert[t->first + i];

@@ -70,6 +70,30 @@ takes far '{ "far.csv" }'
 ok "outside its rows a table changes nothing" test "$us" = "$plain"
 run_expect 0 'far\.csv: grouped_gemm of 8 groups, 2 rows .* is outside \(it has 3 to 4 rows\): modelled' cat far.err
 
+# What is no product: 16 rows between gate and up, and down; the core of 1 head over no context, as often as it runs.
+{ echo 'op,precision,rows,n,heads,kv_heads,query,value,context,bytes,latency_us'
+  echo 'activation,bf16,8,1500,,,,,,,6'
+  echo 'activation,bf16,24,1500,,,,,,,8'
+  echo 'attention_decode,bf16,2,,1,1,1000,1000,0,,100'
+  echo 'attention_decode,bf16,4,,1,1,1000,1000,0,,120'; } >others.csv
+figure() { sed "s/.*\"$2\":{[^}]*\"mean\":\([^,}]*\).*/\1/" "$1/runs.jsonl" | awk '{ printf "%.17g", 1e6 * $1 }'; }
+takes others '{ "up.csv", "down.csv", "others.csv" }'
+ok "activation as measured: 30 + 25 + 7" near "$us" 62
+# modelled before: 4 KB read and as much written of one head; a launch
+core=$(awk 'BEGIN { printf "%.17g", 2.5 + 2 * 2000 * 2 / (0.86 * 3.35e12) * 1e6 }')
+ok "attention's core as well" near "$(sum "$(figure others attention_s)" "$core")" \
+    "$(sum "$(figure both attention_s)" 100)"
+run_expect 0 '"others":"table up\.csv, down\.csv, others\.csv \+ roofline"' cat others/runs.jsonl
+run_expect 0 '"others_measured":[1-9][0-9]*,"others_modelled":0[,}]' cat others/runs.jsonl
+ok "... without a warning of them" bash -c '! grep -E "activation|attention" others.err'
+sed -i 's/,0,,100$/,1,,100/; s/,0,,120$/,1,,120/' others.csv
+takes outside '{ "others.csv" }'
+run_expect 0 'attention_decode of 2 rows, context 0, .*is outside \(it has 2 to 4 rows at contexts of 1' cat outside.err
+ok "outside its contexts a table changes nothing" \
+    test "$(figure outside attention_s)" = "$(figure plain attention_s)"
+run_expect 0 '"gemm":"tiles and waves"' cat outside/runs.jsonl
+ok "... and no product is counted" bash -c '! grep -q gemm_m outside/runs.jsonl'
+
 # ---- what a run was made of ----
 
 sum=$(sha256sum up.csv | cut -d ' ' -f 1)
@@ -93,6 +117,10 @@ bad()
 }
 printf '%s\n' "$header" 'gemm,bf16,1,7,8,9,-2' >minus.csv
 bad 'minus\.csv:2: latency_us: found "-2", expected microseconds, more than 0' '{ "minus.csv" }'
+printf '%s\n' "$header" 'gemm,bf16,1,7,8,9,1000000000' >minus.csv
+bad 'latency_us: found "1000000000", expected microseconds, more than 0 and less than 1e9' '{ "minus.csv" }'
+printf '%s\n' "$header" 'norm,bf16,,7,8,9,5' >minus.csv
+bad 'minus\.csv:2: k: found "9", expected nothing: a norm has no k' '{ "minus.csv" }'
 bad 'tables: none\.csv: No such file' '{ "none.csv" }'
 bad 'tables: expected a list' '"up.csv"'
 bad 'tables: found "/etc/passwd", expected the name of a \.csv file' '{ "/etc/passwd" }'

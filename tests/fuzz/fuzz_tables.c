@@ -50,10 +50,12 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n)
     for (int op = 0; op < N_LATENCY_OPS; op++)
         for (int p = 0; p < N_PRECISIONS; p++)
             for (double rows = 1; rows < 1e4; rows *= 1.5) {
+                const bool attends = op == LATENCY_PREFILL || op == LATENCY_DECODE;
+                const struct latency_key key = { .op = (enum latency_op)op, .groups = op == LATENCY_GEMM ? 1 : 4,
+                                                 .heads = attends ? 128 : 0, .kv_heads = attends, .n = 4096, .k = 7168,
+                                                 .rows = rows, .context = attends ? 3 * rows : 0 };
                 double seconds = NAN;
-                if (latency_table_lookup(t, (enum latency_op)op, (enum precision)p, op ? 4 : 1, rows, 4096, 7168,
-                                         &seconds) &&
-                    !(seconds > 0 && seconds <= 1e6))
+                if (latency_table_lookup(t, (enum precision)p, &key, &seconds) && !(seconds > 0 && seconds < 1e3))
                     abort();
             }
     latency_table_free(t);
@@ -65,6 +67,9 @@ size_t fuzz_seed(int i, uint8_t *out, size_t room)
     static const char *const seed[] = {
         "# a\nop,precision,groups,rows,n,k,latency_us\ngrouped_gemm,fp8,4,64,4096,7168,64.5\n"
         "grouped_gemm,fp8,4,1024,4096,7168,200\ngemm,bf16,1,16,4096,7168,20\n",
+        "op,precision,rows,heads,kv_heads,query,value,context,n,bytes,latency_us\n"
+        "attention_decode,bf16,1,128,1,4096,7168,1,,,5\nattention_decode,bf16,9999,128,1,4096,7168,1,,,9\n"
+        "attention_decode,bf16,1,128,1,4096,7168,99999,,,7\nnorm,fp8,8,,,,,,4096,,2\npermute,fp8,,,,,,,,77,3\n",
         "seconds , k,n,rows,precision,op\r\n1e-5,7168,4096,1,fp32,gemm\r\n\r\n2e-5,7168,4096,9000,fp32,gemm",
     };
     if (i >= (int)(sizeof seed / sizeof seed[0]) || strlen(seed[i]) > room)
