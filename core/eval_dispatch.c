@@ -9,6 +9,7 @@
 
 #include "eval_job.h"
 #include "metrics.h"
+#include "models.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -354,6 +355,13 @@ int eval_dispatch(struct eval_job *j, json_t *out)
     put_bytes(j, &w.graph, out);
     json_object_set_new(out, "bound_s", json_real(bound));
     json_object_set_new(out, "seconds", json_real(w.seconds));
+    json_object_set_new(out, "tier", json_string(net_tier_name[w.tier]));
+    json_object_set_new(out, "models", models_json(j->topology, w.tier, true));
+    const bool rows = !job_has(j, "bytes"); /* which are cut as finely as needs be */
+    json_t *beyond = models_extrapolated(&j->model, (const double[]){ rows ? w.row_bytes[0] : 0,
+                                                                      rows ? w.row_bytes[1] : 0 });
+    if (beyond)
+        json_object_set_new(out, "extrapolated", beyond);
 out:
     if (w.machine_open)
         machine_close(&w.machine);

@@ -3,6 +3,7 @@
 #include "config.h"
 
 #include "eval_job.h"
+#include "models.h"
 
 #include <math.h>
 #include <stdio.h>
@@ -195,5 +196,7 @@ int eval_machine(struct eval_job *j, json_t *out)
     if (json_is_true(json_object_get(j->options, "links")))
         json_object_set_new(out, "links", list_links(j, &w, makespan));
     json_object_set_new(out, "seconds", json_real(w.seconds));
+    json_object_set_new(out, "tier", json_string(net_tier_name[w.tier]));
+    json_object_set_new(out, "models", models_json(j->topology, w.tier, false));
     return 0;
 }

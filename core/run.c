@@ -17,7 +17,7 @@
 #include "config.h"
 
 #include "run.h"
-#include "latency_table.h"
+#include "models.h"
 #include "registry.h"
 #include "script.h"
 
@@ -268,28 +268,6 @@ int run_go(struct run *r)
     return 0;
 }
 
-/* Where times came from. */
-static json_t *models_json(const struct run *r)
-{
-    const struct latency_table *t = r->topology->tables;
-    json_t *o = json_pack("{s:s, s:s, s:s}", "network", net_tier_name[r->tier], "gemm", "tiles and waves", "others",
-                          "roofline");
-    if (r->topology->energy)
-        json_object_set_new(o, "energy", json_string("watts, joules per byte"));
-    for (int f = 0; t && f < N_LATENCY_FAMILIES; f++) {
-        static const char *const key[][3] = { { "gemm", "gemm_measured", "gemm_modelled" },
-                                              { "others", "others_measured", "others_modelled" } };
-        const struct latency_counts n = latency_table_counts(t, (enum latency_family)f);
-        if (!n.any)
-            continue;
-        json_object_set_new(o, key[f][0], json_sprintf("table %s + %s", latency_table_files(t),
-                                                       json_string_value(json_object_get(o, key[f][0]))));
-        json_object_set_new(o, key[f][1], json_integer((json_int_t)n.measured));
-        json_object_set_new(o, key[f][2], json_integer((json_int_t)n.modelled));
-    }
-    return o;
-}
-
 json_t *run_result(const struct run *r)
 {
     char hash[20];
@@ -302,7 +280,9 @@ json_t *run_result(const struct run *r)
     if (r->tier < N_NET_TIERS)
         json_object_set_new(o, "tier", json_string(net_tier_name[r->tier]));
     if (r->tier < N_NET_TIERS)
-        json_object_set_new(o, "models", models_json(r));
+        json_object_set_new(o, "models", models_json(r->topology, r->tier, true));
+    if (r->tier < N_NET_TIERS && r->topology->energy)
+        json_object_set_new(json_object_get(o, "models"), "energy", json_string("watts, joules per byte"));
     if (r->extrapolated)
         json_object_set(o, "extrapolated", r->extrapolated);
     if (r->machine.verify)

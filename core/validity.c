@@ -6,6 +6,7 @@
  * longer hold, so that a figure would mean nothing. */
 #include "config.h"
 
+#include "models.h"
 #include "run.h"
 
 #include <math.h>
@@ -39,6 +40,12 @@ static void see_matrix(struct extremes *x, double columns, double rows)
     see(x, GEMM_SUM, rows);
 }
 
+static void see_experts(struct extremes *x, const struct moe_model *m)
+{
+    see_matrix(x, 2.0 * m->d_expert, m->d_model);
+    see_matrix(x, m->d_model, m->d_expert);
+}
+
 static void see_all(struct extremes *x, const struct run *r)
 {
     const struct moe_model *m = &r->model;
@@ -54,29 +61,55 @@ static void see_all(struct extremes *x, const struct run *r)
     for (int32_t i = 0; i < all.n; i++)
         if (all.kernel[i].groups > 0)
             see_matrix(x, (double)all.kernel[i].shape.n, (double)all.kernel[i].shape.k);
-    see_matrix(x, 2.0 * m->d_expert, m->d_model);
-    see_matrix(x, m->d_model, m->d_expert);
+    see_experts(x, m);
     see(x, ATTENTION_WIDTH, a->kind == ATTENTION_MLA ? a->nope + a->rope : a->d_head);
     see(x, ATTENTION_CONTEXT, r->workload.context);
     see(x, ROW_BYTES, m->d_model * m->act_bytes);
     see(x, ROW_BYTES, m->d_model * m->combine_bytes);
 }
 
+static void see_nothing(struct extremes *x)
+{
+    for (int q = 0; q < N_QUANTITIES; q++) {
+        x->least[q] = INFINITY;
+        x->most[q] = -INFINITY;
+    }
+}
+
+/* Whether some of a quantity is outside; text: what. */
+static bool outside(const struct extremes *x, int q, char text[300])
+{
+    const bool below = x->least[q] < limit[q].low;
+    snprintf(text, 300, "model %s: %s: %g is outside its range, %g to %g (%s)", limit[q].model, limit[q].name,
+             below ? x->least[q] : x->most[q], limit[q].low, limit[q].high, limit[q].why);
+    return below || x->most[q] > limit[q].high;
+}
+
+json_t *models_extrapolated(const struct moe_model *m, const double row_bytes[2])
+{
+    struct extremes x;
+    char text[300];
+    json_t *list = NULL;
+    see_nothing(&x);
+    see_experts(&x, m);
+    for (int i = 0; i < 2; i++)
+        if (row_bytes[i] > 0)
+            see(&x, ROW_BYTES, row_bytes[i]);
+    for (int q = 0; q < N_QUANTITIES; q++)
+        if (outside(&x, q, text) && (list || (list = json_array())))
+            json_array_append_new(list, json_string(text));
+    return list;
+}
+
 int validity_check(struct run *r, bool allow)
 {
     struct extremes x;
-    for (int q = 0; q < N_QUANTITIES; q++) {
-        x.least[q] = INFINITY;
-        x.most[q] = -INFINITY;
-    }
+    see_nothing(&x);
     see_all(&x, r);
     for (int q = 0; q < N_QUANTITIES; q++) {
-        const bool below = x.least[q] < limit[q].low;
-        if (!below && !(x.most[q] > limit[q].high))
-            continue;
         char text[300];
-        snprintf(text, sizeof text, "model %s: %s: %g is outside its range, %g to %g (%s)", limit[q].model,
-                 limit[q].name, below ? x.least[q] : x.most[q], limit[q].low, limit[q].high, limit[q].why);
+        if (!outside(&x, q, text))
+            continue;
         if (!allow)
             return err_set(r->err, ERR_INPUT, "%s: %s; --allow-extrapolation goes on and marks the result", r->where,
                            text);

@@ -126,6 +126,11 @@ check '"bytes_intra_node":1200.0,"bytes_inter_node":0.0,' \
 check '"bytes_intra_node":0.0,"bytes_inter_node":800.0,' \
     '{ "routes": { "offsets": [0, 2, 4], "experts": [0, 3, 1, 2] }, "device": [0, 1], "devices": 2, "nodes": 2,
        "phy2dev": [0, 0, 1, 1], "expert": { "d_model": 100 } }' dispatch flat
+check '"tier":"bound","models":\{"network":"bound","gemm":"tiles and waves","others":"roofline"\}\}$' \
+    '{ "bytes": [[0, 1e6], [2e6, 0]], "machine": "star-50GBps", "tier": "bound" }' dispatch flat
+# 16 values are a row of 32 bytes, and of a matrix fewer than a tile takes at once.
+check '"extrapolated":\["model gemm: rows of a weight matrix: 16 is outside .*","model exchange: bytes of a row: 32 ' \
+    '{ "tokens_by": [[0, 3], [2, 0]], "expert": { "d_model": 16, "d_expert": 64 } }' dispatch flat
 refuse 'expected tokens_by, bytes or routes' '{}' dispatch flat
 refuse 'bytes: given together with tokens_by' '{ "bytes": [[0]], "tokens_by": [[1]] }' dispatch flat
 refuse 'device: is missing: where every token is' '{ "routes": { "offsets": [0, 1], "experts": [0] } }' dispatch flat
@@ -171,7 +176,8 @@ fi
 uniform=(--pattern alltoall --bytes-per-rank 16777216)
 for tier in bound flow exact; do
     run_expect 0 '^\{"makespan_s":0.0003308014[0-9]*,"bound_s":0.0003303014[0-9]*,'\
-'"finish_s":\[(0.0003308014[0-9]*,){63}0.0003308014[0-9]*\],"seconds":' \
+'"finish_s":\[(0.0003308014[0-9]*,){63}0.0003308014[0-9]*\],"seconds":[0-9.e-]+,'\
+'"tier":"'$tier'","models":\{"network":"'$tier'"\}\}$' \
         "$moelab" eval machine star-50GBps "${uniform[@]}" --n 64 --tier $tier
 done
 run_expect 0 '"makespan_s":0.004456608[0-9]*,"bound_s":0.004456108[0-9]*,' \
