@@ -50,6 +50,7 @@ struct exchange_costs {
     double per_peer;         /* s for each other device that a device sends to */
     double per_message;      /* s that a sender is busy with each message, links or not */
     double message_overhead; /* bytes on the links beside each message */
+    double collective_sms;   /* that an exchange of the core's own takes from computing; a policy's says itself */
 };
 
 /* Up to 12 (PCIe and its uplink, a NIC, two links up a fat tree, and the same down), more in imported platforms. */

@@ -155,8 +155,9 @@ static void push_ends(struct walk *w, const struct kernel_end *end, int n)
 static void take_sms(struct walk *w, const struct task *t, int sign)
 {
     const int32_t n_devices = w->m->topology->n_devices;
-    uint8_t *takes = t->sms > 0 ? calloc((size_t)n_devices, 1) : NULL;
-    if (t->sms > 0 && !takes)
+    const int32_t sms = t->collective ? (int32_t)w->m->topology->exchange.collective_sms : t->sms;
+    uint8_t *takes = sms > 0 ? calloc((size_t)n_devices, 1) : NULL;
+    if (sms > 0 && !takes)
         err_set(w->e, ERR_MEMORY, "out of memory for an exchange");
     if (takes && t->sum >= 0) /* the parts have been given back */
         for (int32_t d = 0; d < n_devices; d++)
@@ -166,7 +167,7 @@ static void take_sms(struct walk *w, const struct task *t, int sign)
             takes[w->g->part[i].src] = takes[w->g->part[i].dst] = 1;
     for (int32_t d = 0, n; takes && d < n_devices; d++)
         if (takes[d]) {
-            const struct kernel_end *end = sharing_take(w->s->sharing, w->now, d, sign * t->sms, &n);
+            const struct kernel_end *end = sharing_take(w->s->sharing, w->now, d, sign * sms, &n);
             push_ends(w, end, n);
         }
     free(takes);

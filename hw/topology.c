@@ -117,7 +117,8 @@ static int build(struct topology *t, const char *file, struct err *err)
     t->exchange = (struct exchange_costs){ topology_number(parts.exchange, "startup"),
                                            topology_number(parts.exchange, "per_peer"),
                                            topology_number(parts.exchange, "per_message"),
-                                           topology_number(parts.exchange, "message_overhead") };
+                                           topology_number(parts.exchange, "message_overhead"),
+                                           topology_number(parts.exchange, "collective_sms") };
     if (rc == 0)
         rc = energy_build(t, &parts, file, err);
     const json_t *tables = json_object_get(t->description, "tables");

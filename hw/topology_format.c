@@ -134,6 +134,7 @@ static const struct field fields[] = {
     { EXCHANGE, "per_peer", TIME, false, SECONDS, 0, "per device that a device sends to" },
     { EXCHANGE, "per_message", TIME, false, SECONDS, 0, "of the sender per message" },
     { EXCHANGE, "message_overhead", SIZE, false, 0, 1e6, 0, "per message" },
+    { EXCHANGE, "collective_sms", INTEGER, false, 0, 10000, 0, "SMs of a device" },
 
     { ENERGY, "idle", POWER, true, 0, 1e5, 0, "of a device" },
     { ENERGY, "busy", POWER, true, 1e-3, 1e5, 0, "of a device" },

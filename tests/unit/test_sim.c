@@ -316,9 +316,34 @@ static void clock_goes_on(void **state)
     graph_free(&g);
 }
 
+/* A kernel of 97.5 us of arithmetic and 2.5 us of launch, beside an exchange of 50.5 us that takes 33 of 132 SMs if it
+ * is a collective: three quarters of the arithmetic for a kernel that wants 0.975 of it. */
+static void collectives_take_sms(void **state)
+{
+    (void)state;
+    json_t *d = test_description("star-50GBps", 2);
+    json_object_set_new(d, "exchange", json_pack("{s:s, s:i, s:s}", "startup", "0 s", "collective_sms", 33, "source",
+                                                 "a test"));
+    struct topology *t = test_build(d);
+    struct err e = { 0 };
+    for (int collective = 0; collective < 2; collective++) {
+        struct moe_graph g = { .n_devices = 2 };
+        test_ok(graph_compute(&g, &(struct moe_work){ .op = MOE_OP_OTHER, .flops = 97.5 * US * 989.4e12 * 0.60 }, &e),
+                &e);
+        const int32_t x = test_parts(&g, 1, &(struct moe_part){ .src = 0, .dst = 1, .bytes = 2.5e6 });
+        g.task[x].collective = collective;
+        const double slower = 0.975 / 0.75, expected = collective ? 50.5 + 100 - 50.5 / slower : 100;
+        for (int tier = NET_BOUND; tier <= NET_EXACT; tier++)
+            assert_near(test_run_graph(t, (enum net_tier)tier, &g), expected * US, 1e-9);
+        graph_free(&g);
+    }
+    topology_free(t);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(collectives_take_sms),
         cmocka_unit_test(one_stream_serialises),
         cmocka_unit_test(ready_order_beats_id),
         cmocka_unit_test(streams_share_a_device),
