@@ -120,8 +120,9 @@ static void links_in_every_tier(void **state)
             }
     test_parts(&g, n, part);
     test_ok(graph_load(&g, 3, topology_host(t, 0), 0, 2e6, &e), &e);
-    for (int tier = NET_BOUND; tier <= NET_EXACT; tier++)
-        assert_near(joules(t, (enum net_tier)tier, &g, 2, &seconds), expected, 1e-9);
+    for (int tier = NET_BOUND; tier < N_NET_TIERS; tier++)
+        if (tier != NET_SIMGRID || net_simgrid_available())
+            assert_near(joules(t, (enum net_tier)tier, &g, 2, &seconds), expected, 1e-9);
     graph_free(&g);
     topology_free(t);
 }
