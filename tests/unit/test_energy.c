@@ -82,7 +82,8 @@ static void by_hand_alone(void **state)
     graph_free(&g);
 }
 
-/* Two kernels at a time keep a device as busy as one; waiting for one another they are two. */
+/* Two kernels at a time keep a device as busy as one, from the first one's start to the last one's end; with a gap
+ * between them it is idle there. */
 static void busy_once(void **state)
 {
     (void)state;
@@ -95,6 +96,18 @@ static void busy_once(void **state)
     const double both = joules(t, NET_FLOW, &g, 1, &seconds);
     assert_true(seconds >= 25 * US && seconds < 35 * US);
     assert_near(both, 100 * (seconds + 4 * US), 1e-9);
+
+    /* On device 0 from 0 on, beside it on another stream from 4 us on, and once more 1 us after both: 25 kB's way. */
+    graph_reset(&g);
+    const int32_t early = test_compute(&g, 1, 0, 4 * US), beside = test_compute(&g, 0, 1, 20 * US);
+    const int32_t first = test_compute(&g, 0, 0, 10 * US), again = test_compute(&g, 0, 2, 7 * US);
+    const int32_t x = test_parts(&g, 1, &(struct moe_part){ .src = 0, .dst = 1, .bytes = 25e3 });
+    test_after(&g, beside, early);
+    test_after(&g, x, beside);
+    test_after(&g, x, first);
+    test_after(&g, again, test_arrival(&g, x, 1));
+    const double three = joules(t, NET_EXACT, &g, 1, &seconds);
+    assert_near(three, 100 * (seconds - 1 * US + 4 * US) + 2 * 25e3 * 200e-12, 1e-9);
     graph_free(&g);
     topology_free(t);
 }
@@ -157,13 +170,17 @@ static void every_link(void **state)
 {
     (void)state;
     static const struct { const char *name; int nodes; const char *network; } machines[] = {
-        { "dgx-a100", 2, NULL }, { "dgx-h100", 4, "spray" }, { "h800-ib", 8, "hash" }, { "h20", 2, NULL },
+        { "dgx-a100", 2, NULL }, { "dgx-a100", 2, "mesh" }, { "dgx-h100", 4, "spray" }, { "h800-ib", 8, "hash" },
+        { "h20", 2, NULL },
         { "gb200-nvl72", 1, NULL }, { "rtx4090-pcie4", 1, NULL }, { "rtx3090-pcie3", 1, NULL },
         { "a6000-xeon", 1, NULL }, { "jetson-tx2", 1, NULL }, { "star-50GBps", 3, NULL },
     };
     for (size_t i = 0; i < sizeof machines / sizeof *machines; i++) {
         json_t *d = test_description(machines[i].name, machines[i].nodes);
-        if (machines[i].network)
+        const bool mesh = machines[i].network && !strcmp(machines[i].network, "mesh");
+        if (mesh)
+            json_object_set_new(json_object_get(d, "nvlink"), "kind", json_string("mesh"));
+        else if (machines[i].network)
             json_object_set_new(d, "network",
                                 json_pack("{s:s, s:i, s:i, s:i, s:s, s:i, s:i, s:i, s:s}", "kind", "fat-tree",
                                           "nodes_per_leaf", 1, "spines", 2, "oversubscription", 1, "paths",

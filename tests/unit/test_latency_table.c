@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0
- * test_latency_table.c - products timed elsewhere: what is read off them, what is left to the model, bad files. */
+ * test_latency_table.c - kernels timed elsewhere: what is read off them, what is left to the model, bad files. */
+#include "core_test.h"
 #include "latency_table.h"
 #include "layer.h"
-#include "machine_test.h"
 
 #include <unistd.h>
 
@@ -188,7 +188,7 @@ static double kernel(struct latency_table *t, enum precision p, const struct lat
 }
 
 /* DeepSeek's decode core: one latent for 128 heads. Rows 64 and 128 at contexts 1000 and 5000, 32 at 5000 alone. */
-static void attention(void **state)
+static void attention_core(void **state)
 {
     (void)state;
     struct latency_table *t = table(ATTENTION "attention_decode,bf16,128,128,1,576,512,1000,40\n"
@@ -257,6 +257,28 @@ static void other_ops(void **state)
     assert_near(kernel(t, PREC_BF16, &top_k), 999, 1e-12);
     counted(t, LATENCY_OTHERS, 3, 1);
     latency_table_free(t);
+}
+
+/* Tasks of policies are known by their op and their bytes. */
+static void tasks(void **state)
+{
+    (void)state;
+    write_file("t.csv", "op,precision,bytes,latency_us\npermute,bf16,1000,5\npermute,bf16,3000,9\n"
+                        "combine,bf16,2000,20\n");
+    json_t *d = test_description("star-50GBps", 1);
+    json_object_set_new(d, "tables", json_pack("[s]", path_of("t.csv")));
+    struct topology *t = test_build(d);
+    static const struct { enum moe_op op; double us; } cases[] = {
+        { MOE_OP_PERMUTE, 7 }, { MOE_OP_COMBINE, 20 }, { MOE_OP_OTHER, 2.5 + 2000 / (3.35e6 * 0.86) },
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        struct moe_graph g = { .n_devices = 1 };
+        struct err e = { 0 };
+        test_ok(graph_compute(&g, &(struct moe_work){ .op = cases[i].op, .bytes = 2000 }, &e), &e);
+        assert_near(1e6 * test_run_graph(t, NET_FLOW, &g), cases[i].us, 1e-9);
+        graph_free(&g);
+    }
+    topology_free(t);
 }
 
 /* A layer's kernels ask under the right names: each measured as one more microsecond, in the order they run. */
@@ -328,7 +350,7 @@ static void a_layer(void **state)
     untimed.tables = NULL;
     assert_near(two, compute_experts(&untimed, PREC_FP8, &model, 3, rows, NULL) + 10e-6 -
                          cost_plain(&plain, PREC_FP8, 0, 64 * 2048 * 5.0).seconds, 1e-12);
-    const double widths[] = { 1, 1, 0.5 };
+    const double widths[] = { 0.5, 1, 1 };
     assert_true(compute_experts(spec, PREC_FP8, &model, 3, rows, widths) ==
                 compute_experts(&untimed, PREC_FP8, &model, 3, rows, widths));
     topology_free(t);
@@ -444,8 +466,8 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(lookups),  cmocka_unit_test(launches), cmocka_unit_test(one_group),
-        cmocka_unit_test(a_device), cmocka_unit_test(attention), cmocka_unit_test(other_ops),
-        cmocka_unit_test(a_layer),  cmocka_unit_test(refusals),
+        cmocka_unit_test(a_device), cmocka_unit_test(attention_core), cmocka_unit_test(other_ops),
+        cmocka_unit_test(tasks),    cmocka_unit_test(a_layer),       cmocka_unit_test(refusals),
     };
     cmocka_set_message_output(CM_OUTPUT_TAP);
     return cmocka_run_group_tests(tests, make_folder, remove_folder);
