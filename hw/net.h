@@ -95,6 +95,8 @@ extern const struct net_ops net_simgrid_ops;
 
 /* The path of moelab-simgrid; false: there is none, and `tried` lists where it was looked for. */
 bool net_simgrid_server(char *path, size_t size, char *tried, size_t room);
+/* The same; that there is none is an error. */
+int net_simgrid_find(char *path, size_t size, struct err *);
 
 /* Sizes are shares of messages: less than this is rounding, and counts as 0 bytes. */
 #define NET_LEAST_BYTES 1e-6

@@ -24,6 +24,8 @@
 
 /* A flow per pair costs SimGrid about N^4.5: over a minute for one exchange among 128 devices. */
 #define MAX_DEVICES 128
+/* Hosts that stand in for devices on paths of their own; SimGrid keeps a table of all pairs of hosts. */
+#define MAX_STAND_INS 4096
 
 extern char **environ;
 
@@ -45,81 +47,16 @@ struct client {
     size_t at, n_in;
     struct flying *flow; /* a flow's id on the wire is its index */
     int64_t n_flows, room_flows, free_flow;
-    int32_t n_told; /* changes of links that the server knows of */
+    int32_t n_told;  /* changes of links that the server knows of */
+    int32_t n_paths; /* stand-ins of each device; 0: there is one path everywhere */
 };
 
 /* ---- the process ---- */
 
-/* Where the server may lie, in order; NULL ends the list. Each path is returned in `path`. */
-static const char *candidate(int i, char *path, size_t size)
-{
-    const char *given = getenv("MOELAB_LIBEXEC");
-    char self[4096];
-    if (given && *given) { /* who names a place means it: nothing else is tried */
-        snprintf(path, size, "%s/" SERVER, given);
-        return i == 0 ? path : NULL;
-    }
-    ssize_t n = readlink("/proc/self/exe", self, sizeof self - 1);
-    self[n > 0 ? n : 0] = '\0';
-    char *slash = strrchr(self, '/');
-    if (slash)
-        *slash = '\0';
-    switch (i) {
-    case 0:
-        snprintf(path, size, "%s/hw/" SERVER, self);
-        return path; /* in the build tree */
-    case 1:
-        snprintf(path, size, "%s/../hw/" SERVER, self);
-        return path; /* libtool's .libs/ */
-    case 2:
-        snprintf(path, size, "%s/" SERVER, MOELAB_LIBEXECDIR);
-        return path;
-    default:
-        return NULL;
-    }
-}
-
-bool net_simgrid_server(char *path, size_t size, char *tried, size_t room)
-{
-    *tried = '\0';
-    for (int i = 0; candidate(i, path, size); i++) {
-        if (access(path, X_OK) == 0)
-            return true;
-        snprintf(tried + strlen(tried), room - strlen(tried), "%s%.200s", i ? ", " : "", path);
-    }
-    return false;
-}
-
-static int find_server(char *path, size_t size, struct err *err)
-{
-    char tried[700];
-    if (net_simgrid_server(path, size, tried, sizeof tried))
-        return 0;
-    return err_set(err, ERR_INPUT,
-                   "tier simgrid: no " SERVER " (looked for %s): it is not built --without-simgrid; "
-                   "use tier exact, which shares its model, or set MOELAB_LIBEXEC",
-                   tried);
-}
-
-bool net_simgrid_available(void)
-{
-    char path[1024];
-    struct err why = { 0 };
-    return find_server(path, sizeof path, &why) == 0;
-}
-
-/* Fitted to one exchange of uneven sizes among 8 to 96 devices, all pairs, on star-50GBps and dgx-h100 (SimGrid 3.32,
- * one core of a server): 1.5 ms, 8 ms, 69 ms, 0.28 s, 1.1 s and 6.4 s for 8, 16, 32, 48, 64 and 96. Where few routes
- * make many flows equal, down to a fifth of it was seen. */
-double net_simgrid_seconds(double n_flows)
-{
-    return 3e-5 * n_flows + 7e-8 * n_flows * n_flows;
-}
-
 static int spawn_server(struct client *c, struct err *err)
 {
     char path[4200];
-    int rc = find_server(path, sizeof path, err), ends[2];
+    int rc = net_simgrid_find(path, sizeof path, err), ends[2];
     if (rc)
         return rc;
     if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) != 0)
@@ -236,7 +173,22 @@ static int expect(struct client *c, const char *what, struct err *err)
 /* A flow through its own device's port goes to a host of its own beside the endpoints: a shadow of the device. */
 static int32_t shadow(const struct topology *t, int32_t device)
 {
-    return t->n_devices + 2 * t->n_nodes + device;
+    return net_endpoints(t) + device;
+}
+
+/* SimGrid has one route between two hosts. Where there are several paths, what takes the p-th (from 0) starts at a host
+ * that stands in for the device, whose routes are all p-th paths. */
+static int32_t stand_in(const struct topology *t, int32_t device, int32_t p)
+{
+    return net_endpoints(t) + (1 + p) * t->n_devices + device;
+}
+
+/* The host that a flow starts at, and the one that it goes to. */
+static void hosts_of(const struct topology *t, const struct net_flow *f, int32_t *src, int32_t *dst)
+{
+    const int32_t n_paths = f->path > 0 && !f->loop ? topology_paths(t, f->src, f->dst) : 1;
+    *src = n_paths > 1 ? stand_in(t, f->src, (f->path - 1) % n_paths) : f->src;
+    *dst = f->loop ? shadow(t, f->src) : f->dst;
 }
 
 static int put_route(struct client *c, int32_t src, int32_t dst, const int32_t *link, int hops, struct err *err)
@@ -257,17 +209,44 @@ static double widest(const struct topology *t, int32_t link)
     return most;
 }
 
+/* The routes between devices that have several, each path from a stand-in; without a client: how many. */
+static long put_paths(struct client *c, const struct topology *t, struct err *err)
+{
+    int32_t link[TOPOLOGY_MAX_HOPS];
+    long n_routes = 0;
+    for (int32_t src = 0; src < t->n_devices; src++)
+        for (int32_t dst = 0; dst < t->n_devices; dst++) {
+            const int32_t n_paths = src == dst ? 1 : topology_paths(t, src, dst);
+            for (int32_t p = 0; p < n_paths && n_paths > 1; p++, n_routes++)
+                if (c && put_route(c, stand_in(t, src, p), dst, link, topology_route(t, src, dst, p + 1, link, NULL),
+                                   err) < 0)
+                    return -1;
+        }
+    return n_routes;
+}
+
+static int32_t most_paths(const struct topology *t)
+{
+    int32_t most = 1;
+    for (int32_t src = 0; src < t->n_devices; src++)
+        for (int32_t dst = 0; dst < t->n_devices; dst++) {
+            const int32_t n = src == dst ? 1 : topology_paths(t, src, dst);
+            most = n > most ? n : most;
+        }
+    return most > 1 ? most : 0;
+}
+
 static int put_platform(struct client *c, const struct topology *t, struct err *err)
 {
-    int32_t n = t->n_devices + 2 * t->n_nodes, link[TOPOLOGY_MAX_HOPS];
-    long n_routes = 0;
+    int32_t n = net_endpoints(t), link[TOPOLOGY_MAX_HOPS];
+    long n_routes = put_paths(NULL, t, err);
     int rc = 0;
     for (int32_t src = 0; src < n; src++)
         for (int32_t dst = 0; dst < n; dst++)
             n_routes += topology_route(t, src, dst, 0, link, NULL) > 0;
     for (int32_t d = 0; d < t->n_devices; d++)
         n_routes += topology_loop(t, d, link) > 0;
-    rc = put(c, err, "platform %d %d %ld\n", n + t->n_devices, t->n_links, n_routes);
+    rc = put(c, err, "platform %d %d %ld\n", n + (1 + c->n_paths) * t->n_devices, t->n_links, n_routes);
     for (int32_t l = 0; l < t->n_links && rc == 0; l++)
         rc = put(c, err, "%a %a\n", t->link[l].bandwidth, widest(t, l));
     for (int32_t src = 0; src < n && rc == 0; src++) {
@@ -280,21 +259,7 @@ static int put_platform(struct client *c, const struct topology *t, struct err *
         int hops = topology_loop(t, d, link);
         rc = hops > 0 ? put_route(c, d, shadow(t, d), link, hops, err) : 0;
     }
-    return rc;
-}
-
-/* Its platform has one route between two endpoints: another path has to be the same. */
-static int check_path(const struct topology *t, const struct net_flow *f, struct err *err)
-{
-    int32_t link[2][TOPOLOGY_MAX_HOPS];
-    if (f->loop || f->path == 0)
-        return 0;
-    int n = topology_route(t, f->src, f->dst, 0, link[0], NULL);
-    if (n > 0 && n == topology_route(t, f->src, f->dst, f->path, link[1], NULL) &&
-        memcmp(link[0], link[1], (size_t)n * sizeof link[0][0]) == 0)
-        return 0;
-    return err_set(err, ERR_RUN, "tier simgrid: flow %d -> %d takes path %d, and this tier's platform has one route "
-                   "between two endpoints: use tier exact", f->src, f->dst, f->path);
+    return rc == 0 && put_paths(c, t, err) < 0 ? err->code : rc;
 }
 
 /* Tells the server of changes that were made, each at its time. */
@@ -316,9 +281,15 @@ static int client_open(struct net *net, struct err *err)
                        "tier simgrid: %s has %d devices, expected at most %d: use tier exact, which "
                        "agrees with it",
                        t->name, t->n_devices, MAX_DEVICES);
+    const int32_t n_paths = most_paths(t);
+    if (n_paths * t->n_devices > MAX_STAND_INS)
+        return err_set(err, ERR_INPUT, "tier simgrid: %s has %d devices with up to %d paths between two, expected at "
+                       "most %d together: use tier exact, which agrees with it", t->name, t->n_devices, n_paths,
+                       MAX_STAND_INS);
     struct client *c = net->priv = calloc(1, sizeof *c);
     if (!c)
         return err_set(err, ERR_MEMORY, "tier simgrid: out of memory");
+    c->n_paths = n_paths;
     c->fd = -1;
     c->free_flow = -1;
     int rc = spawn_server(c, err);
@@ -385,11 +356,12 @@ static int client_start(struct net *net, double now, int32_t slot, const struct 
         int64_t id = 0;
         if (!net_moves(&flow[i]) || net_route(net->topology, &flow[i], link, &latency) <= 0)
             continue;
-        if ((rc = check_path(net->topology, &flow[i], err)) || (rc = take_flow(c, &id, err)))
+        if ((rc = take_flow(c, &id, err)))
             break;
         c->flow[id] = (struct flying){ slot, net->receiver_of[flow[i].dst], flow[i], latency, UNDER_WAY };
-        int32_t dst = flow[i].loop ? shadow(net->topology, flow[i].src) : flow[i].dst;
-        rc = put(c, err, "%lld %d %d %a\n", (long long)id, flow[i].src, dst, flow[i].bytes);
+        int32_t src, dst;
+        hosts_of(net->topology, &flow[i], &src, &dst);
+        rc = put(c, err, "%lld %d %d %a\n", (long long)id, src, dst, flow[i].bytes);
     }
     return rc; /* sent with the next advance */
 }

@@ -375,9 +375,13 @@ static void tiers_agree(void **state)
         assert_true(bound <= exact * (1 + 1e-9));
         assert_true(bound > 0.5 * exact);
         assert_near(test_makespan(t, NET_FLOW, flow, n, NULL), exact, 2e-3);
-        if (net_simgrid_available() &&
-            i % 3 != 1) /* SimGrid has one way between two endpoints: nothing to split over */
+        if (net_simgrid_available())
             assert_near(test_makespan(t, NET_SIMGRID, flow, n, NULL), exact, 1e-6);
+        for (size_t k = 0; k < n_even; k++) /* paths of the policies' choice, of sizes that differ */
+            even[k].path = (int32_t)(k % 7), even[k].bytes *= 1 + (double)(k % 5);
+        if (net_simgrid_available())
+            assert_near(test_makespan(t, NET_SIMGRID, even, n_even, NULL),
+                        test_makespan(t, NET_EXACT, even, n_even, NULL), 1e-6);
 
         struct net_done done[64];
         double last[2] = { 0 };
