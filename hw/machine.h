@@ -223,7 +223,8 @@ void message_apply(const struct topology *, struct net_flow *, size_t n, double 
                    const struct message_count *sends);
 
 /* What flows that start together at `now` become where a network has several paths: with paths = "split" every source's
- * bytes for a leaf are cut so that each path carries the same; otherwise those whose path has failed take another.
+ * bytes for a leaf are cut so that each path carries the same; otherwise those whose path has failed take another. With
+ * "spray" they stay, and having no path left is an error (ERR_RUN).
  * *out NULL: they stay as they are; else n_out flows to be freed. Flows that name a path keep it. topology_paths.c */
 int topology_split(const struct topology *, double now, const struct net_flow *, size_t n, struct net_flow **out,
                    size_t *n_out, struct err *);

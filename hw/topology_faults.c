@@ -71,10 +71,19 @@ static int read_link(struct topology *t, const json_t *fault, const char *path, 
     const double at = topology_number(fault, "at"), factor = topology_number(fault, "factor");
     bool known = false;
     for (int32_t l = 0; l < t->n_links; l++) {
-        if (!names_link(name, t->link[l].name))
-            continue;
-        known = true;
-        if (add_change(t, at, l, factor))
+        const bool all = names_link(name, t->link[l].name);
+        const int32_t n_strands = topology_strands(t, l);
+        int rc = all && n_strands == 0 ? add_change(t, at, l, factor) : 0;
+        known |= all;
+        for (int32_t k = 0; k < n_strands && rc == 0; k++) {
+            char strand[64];
+            topology_strand_name(t, l, k, strand, sizeof strand);
+            if (!all && !names_link(name, strand))
+                continue;
+            known = true;
+            rc = topology_strand_change(t, at, l, k, factor);
+        }
+        if (rc)
             return err_set(err, ERR_MEMORY, "%s: out of memory", file);
     }
     return known ? 0 : unknown_link(t, name, path, file, err);
@@ -144,6 +153,8 @@ int topology_faults(struct topology *t, const struct parts *p, const char *file,
         if (link ? read_link(t, fault, path, file, err) : read_device(t, fault, path, file, err))
             return err->code;
     }
+    if (topology_strand_sums(t, add_change))
+        return err_set(err, ERR_MEMORY, "%s: out of memory", file);
     if (t->n_changes > 0)
         qsort(t->change, (size_t)t->n_changes, sizeof *t->change, by_time);
     if (t->n_slow > 0)

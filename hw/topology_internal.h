@@ -70,8 +70,12 @@ struct fabric {
     int32_t nodes_per_leaf, n_rails;  /* rails: leaves beside each other that serve the same nodes */
     int32_t n_leaves, leaves_per_pod, n_pods;
     int32_t n_spines, n_cores;        /* as routes see them: 1 where links are sprayed; 0: there are none */
+    int32_t spines, cores;            /* as they are */
     int32_t up, core;                 /* first links */
 };
+
+/* From `at` on, one of the links that a sprayed one stands for has so much of its bandwidth. */
+struct strand_change { double at; int32_t link, strand; double factor; };
 
 struct layout {
     struct group_links *group;
@@ -81,6 +85,8 @@ struct layout {
     struct wiring { int32_t nic, rail, leaf, uplink; double latency[2]; } *wiring;
     bool direct;       /* NICs beside their devices, and nothing above them */
     struct fabric fabric;
+    struct strand_change *strand_change; /* [n_strand_changes] in order of (at, link, strand) */
+    int32_t n_strand_changes;
 };
 
 /* Fills the layout and t->link; t->node and t->first_device are there. */
@@ -103,5 +109,18 @@ static inline int32_t topology_leaf(const struct topology *t, int32_t device)
 
 /* As topology_route between devices of different nodes, over fabric path p in 0..topology_paths() - 1. */
 int topology_route_between(const struct topology *, int32_t src, int32_t dst, int32_t p, int32_t *link);
+
+/* ---- topology_spray.c ---- */
+
+/* Links that a sprayed one stands for; 0: it is one itself. Their names are those that they would have if they were. */
+int32_t topology_strands(const struct topology *, int32_t link);
+void topology_strand_name(const struct topology *, int32_t link, int32_t strand, char *name, size_t size);
+/* Notes a change; -1: out of memory. When all are noted topology_strand_sums() has `change` called with what is left of
+ * each sprayed link, in order of time. */
+int topology_strand_change(const struct topology *, double at, int32_t link, int32_t strand, double factor);
+int topology_strand_sums(struct topology *, int (*change)(struct topology *, double at, int32_t link, double factor));
+/* An error (ERR_RUN) where a flow has no path from leaf to leaf whose strands are all there, and no link of its as a
+ * whole has failed. */
+int topology_check_spray(const struct topology *, double now, const struct net_flow *, size_t n, struct err *);
 
 #endif

@@ -180,6 +180,8 @@ static void shape_fabric(struct fabric *f, const struct topology *t, const struc
     f->n_pods = (f->n_leaves + f->leaves_per_pod - 1) / f->leaves_per_pod;
     f->n_spines = topology_whole(network, "spines");
     f->n_cores = topology_whole(network, "cores");
+    f->spines = f->n_spines;
+    f->cores = f->n_cores;
     f->up = f->core = -1;
 }
 
@@ -317,5 +319,6 @@ void topology_layout_free(struct layout *lay)
     free(lay->group);
     free(lay->group_of);
     free(lay->wiring);
+    free(lay->strand_change);
     free(lay);
 }

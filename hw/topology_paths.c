@@ -179,6 +179,8 @@ static bool has_paths(const struct fabric *f)
 bool topology_splits(const struct topology *t)
 {
     const struct fabric *f = &((const struct layout *)t->priv)->fabric;
+    if (((const struct layout *)t->priv)->n_strand_changes > 0)
+        return true; /* or become an error */
     return has_paths(f) && (f->paths == PATHS_SPLIT || t->n_changes > 0);
 }
 
@@ -190,7 +192,7 @@ int topology_split(const struct topology *t, double now, const struct net_flow *
     struct cut c = { .t = t };
     *out = NULL;
     if (!has_paths(f) || n == 0)
-        return 0;
+        return topology_check_spray(t, now, flow, n, err);
     int rc = find_dead(&c, now);
     if (rc == 0 && (split || c.dead)) {
         struct crossing *x = split ? malloc(n * sizeof *x) : NULL;

@@ -194,11 +194,116 @@ static void rehashed(void **state)
     topology_free(t);
 }
 
+static void each_tier(const struct topology *t, const struct net_flow *flow, size_t n, double seconds)
+{
+    for (enum net_tier tier = NET_BOUND; tier <= NET_SIMGRID; tier++)
+        if (tier != NET_SIMGRID || net_simgrid_available())
+            assert_near(test_makespan(t, tier, flow, n, NULL), seconds, 1e-6);
+}
+
+/* Four spines of 25 GB/s for a leaf's two NICs of 50. */
+static void one_spine_of_four(void **state)
+{
+    (void)state;
+    const struct net_flow two[] = { { .src = 0, .dst = 2, .bytes = 1e6 }, { .src = 1, .dst = 3, .bytes = 1e6 } };
+    const double latency = 0.5 * US;
+    /* Half a MB each in 10 us, the rest over three spines: 37.5 GB/s each. */
+    struct topology *t = faulty("spray", NULL, "[{\"link\": \"spine2\", \"at\": \"10 us\"}]");
+    assert_int_equal(t->n_changes, 8);
+    assert_near(t->change[0].bandwidth, 75e9, 1e-12);
+    each_tier(t, two, 2, 10 * US + 0.5e6 / 37.5e9 + latency);
+    topology_free(t);
+    /* One leaf's link to it, at half: 25 - 12.5 GB/s of 100 are gone, at that leaf; until it is back, at 20 us. */
+    t = faulty("spray", NULL,
+               "[{\"link\": \"leaf1.spine3\", \"at\": \"0 s\", \"factor\": 0.5},"
+               " {\"link\": \"leaf1.spine3\", \"at\": \"20 us\", \"factor\": 1}]");
+    assert_int_equal(t->n_changes, 4);
+    each_tier(t, two, 2, 20 * US + (2e6 - 20 * US * 87.5e9) / 100e9 + latency);
+    topology_free(t);
+
+    /* Three of them gone: one carries it all, however paths are taken. */
+    static const char *const paths[] = { "hash", "split", "spray" };
+    const struct net_flow far = { .src = 0, .dst = 7, .bytes = 1e6 };
+    for (int i = 0; i < 3; i++) {
+        t = faulty(paths[i], NULL,
+                   "[{\"link\": \"spine0\", \"at\": \"0 s\"}, {\"link\": \"spine1\", \"at\": \"0 s\"},"
+                   " {\"link\": \"leaf0.spine3.out\", \"at\": \"0 s\"}]");
+        each_tier(t, &far, 1, 40 * US + latency);
+        topology_free(t);
+    }
+}
+
+/* No way is left: the run says so, whether all spines have failed or those that each of two leaves still has. */
+static void sprayed_and_cut(void **state)
+{
+    (void)state;
+    static const char *const faults[] = {
+        "[{\"link\": \"leaf0.spine0\", \"at\": \"0 s\"}, {\"link\": \"leaf0.spine1\", \"at\": \"0 s\"},"
+        " {\"link\": \"leaf3.spine2.in\", \"at\": \"0 s\"}, {\"link\": \"leaf3.spine3\", \"at\": \"0 s\"}]",
+        "[{\"link\": \"spine0\", \"at\": \"0 s\"}, {\"link\": \"spine1\", \"at\": \"0 s\"},"
+        " {\"link\": \"spine2\", \"at\": \"0 s\"}, {\"link\": \"leaf0.spine3\", \"at\": \"5 us\"}]",
+    };
+    static const char *const says[] = {
+        "no path is left between leaf0 and leaf3 at 0 s: the exchange from 0 to 7 can not end",
+        "link leaf0.spines.out failed at 5e-06 s, for good: the exchange from 0 to 7 can not end",
+    };
+    for (int i = 0; i < 2; i++)
+        for (enum net_tier tier = NET_BOUND; tier <= NET_EXACT; tier++) {
+            struct topology *t = faulty("spray", NULL, faults[i]);
+            struct moe_graph g = { .n_devices = 8 };
+            struct machine m;
+            struct err e = { 0 };
+            const struct moe_part far = { 0, 7, 1e6, 0, NULL, 0 };
+            test_parts(&g, 1, &far);
+            test_ok(machine_open_sim(&m, t, &test_model, PREC_BF16, tier, &e), &e);
+            int rc = m.ops->reduce ? m.ops->reduce(&m, &g, 0, &e) : 0;
+            assert_int_equal(rc ? rc : machine_run(&m, &g, &e), ERR_RUN);
+            if (i == 0 || tier != NET_BOUND)
+                assert_string_equal(e.text, says[i]);
+            machine_close(&m);
+            graph_free(&g);
+            /* The other leaves still reach each other, with half of what they had. */
+            const struct net_flow near[] = { { .src = 0, .dst = 2, .bytes = 1e6 },
+                                             { .src = 1, .dst = 3, .bytes = 1e6 } };
+            if (i == 0)
+                assert_near(test_makespan(t, tier, near, 2, NULL), 40.5 * US, 1e-6);
+            topology_free(t);
+        }
+}
+
+/* What a fault is called, and what it takes of a fat tree's sprayed links: two spines to a pod, three cores each. */
+static void strands(void **state)
+{
+    (void)state;
+    static const struct { const char *link, *first; int n; double left; } cases[] = {
+        { "core1", "pod0.cores.out", 8, 4.0 / 6 },         { "pod1.spine0.core2.in", "pod1.cores.in", 1, 5.0 / 6 },
+        { "pod2", "pod2.cores.out", 2, 0 },                { "pod2.spine1", "pod2.cores.out", 2, 0.5 },
+        { "leaf3.spine1.out", "leaf3.spines.out", 1, 0.5 }, { "leaf3.spines", "leaf3.spines.out", 2, 0 },
+        { "spine1", "leaf0.spines.out", 16 + 8, 0.5 },
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        json_t *d = test_description("star-50GBps", 16);
+        json_object_set_new(d, "network",
+                            json_pack("{s:s, s:i, s:i, s:i, s:i, s:i, s:i, s:s, s:s}", "kind", "fat-tree",
+                                      "nodes_per_leaf", 2, "leaves_per_pod", 2, "spines", 2, "cores", 3,
+                                      "oversubscription", 1, "core_oversubscription", 4, "paths", "spray", "source",
+                                      "a test"));
+        json_object_set_new(d, "faults", json_pack("[{s:s, s:s}]", "link", cases[i].link, "at", "1 s"));
+        struct topology *t = test_build(d);
+        assert_int_equal(t->n_changes, cases[i].n);
+        for (int c = 0; c < t->n_changes; c++)
+            assert_near(t->change[c].bandwidth, t->link[t->change[c].link].bandwidth * cases[i].left, 1e-12);
+        assert_string_equal(t->link[t->change[0].link].name, cases[i].first);
+        topology_free(t);
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(changes),       cmocka_unit_test(slower),   cmocka_unit_test(straggler),
         cmocka_unit_test(failed_device), cmocka_unit_test(rehashed), cmocka_unit_test(links_in_time),
+        cmocka_unit_test(strands),       cmocka_unit_test(one_spine_of_four), cmocka_unit_test(sprayed_and_cut),
     };
     cmocka_set_message_output(CM_OUTPUT_TAP);
     return cmocka_run_group_tests(tests, NULL, NULL);
