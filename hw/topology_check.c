@@ -72,15 +72,15 @@ static int list_groups(const json_t *top, struct parts *p, const char *file, str
 
 static int check_host(const struct group *g, const char *file, struct err *err)
 {
-    static const char *const figures[] = { "memory", "mem_bandwidth" };
+    static const char *const figures[] = { "memory", "mem_bandwidth", "mem_efficiency" };
     const json_t *host = g->table[HOST];
     const bool unified = json_is_true(json_object_get(host, "unified"));
-    for (int i = 0; i < 2; i++) {
+    for (int i = 0; i < 3; i++) {
         const bool there = json_object_get(host, figures[i]);
         if (there && unified)
             return err_set(err, ERR_INPUT, "%s: %shost.%s: the memory is unified, and the device's %s counts", file,
                            g->path, figures[i], figures[i]);
-        if (!there && !unified)
+        if (!there && !unified && i < 2)
             return err_set(err, ERR_INPUT, "%s: %shost.%s: missing", file, g->path, figures[i]);
     }
     if (unified && g->n_devices > 1)

@@ -107,6 +107,7 @@ static const struct field fields[] = {
     { HOST, "unified", BOOLEAN, false, 0, 0, 0, "" },
     { HOST, "memory", SIZE, false, 1e6, 1e17, 0, "" },
     { HOST, "mem_bandwidth", BANDWIDTH, false, 1e6, 1e16, 0, "" },
+    { HOST, "mem_efficiency", NUMBER, false, SHARE, 0, "of mem_bandwidth" },
     { HOST, "flops", RATE, true, 1e9, 1e19, 0, "" },
 
     { SSD, "bandwidth", BANDWIDTH, true, 1e6, 1e16, 0, "reading" },

@@ -149,9 +149,10 @@ static void add_nics(struct topology *t, struct group_links *l, const struct gro
 static void add_memory(struct topology *t, struct group_links *l, const struct group *g)
 {
     const json_t *whose = l->unified ? g->table[DEVICE] : g->table[HOST];
-    const double efficiency = l->unified ? topology_number(whose, "mem_efficiency") : 1;
+    const double efficiency = topology_number(whose, "mem_efficiency"); /* 0: not given */
     if (g->table[HOST])
-        l->memory = add_node_links(t, l, "memory", 1, false, topology_number(whose, "mem_bandwidth") * efficiency, 0);
+        l->memory = add_node_links(t, l, "memory", 1, false,
+                                   topology_number(whose, "mem_bandwidth") * (efficiency > 0 ? efficiency : 1), 0);
 }
 
 static void add_ssd(struct topology *t, struct group_links *l, const struct group *g)

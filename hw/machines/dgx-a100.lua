@@ -38,16 +38,24 @@ return {
     bandwidth  = "31.5 GB/s",
     efficiency = 0.80,
     latency    = "2 us",
-    source  = "PCIe 4.0 x16: 16 GT/s x 16 x 128/130",
-    assumed = "efficiency: about 25 GB/s reach a copy from pinned memory; latency: order of magnitude",
+    per_switch = 2,
+    uplink     = "31.5 GB/s",
+    source  = "PCIe 4.0 x16: 16 GT/s x 16 x 128/130; two GPUs and two NICs below each of four switches of an 8 x "
+           .. "A100 SXM node with 2 x EPYC: Azure/azhpc-images, topology/ndv4-topo.xml",
+    assumed = "a DGX A100 is wired like that node, with one x16 from a switch to its CPU; efficiency: about 25 GB/s "
+           .. "reach a copy from pinned memory; latency: order of magnitude",
   },
 
   host = {
-    memory        = "2 TB",
-    mem_bandwidth = "409.6 GB/s",
-    flops         = "9.2 TFLOP/s",
-    source  = "DGX A100 user guide: 2 x EPYC 7742, 2 TB; AMD: 8 channels DDR4-3200 per socket",
-    assumed = "flops: 128 cores x 2.25 GHz base x 32 FP32 operations per cycle (two AVX2 FMA units)",
+    memory         = "2 TB",
+    mem_bandwidth  = "409.6 GB/s",
+    mem_efficiency = 0.83,
+    flops          = "9.2 TFLOP/s",
+    source  = "MLPerf Inference v2.0 system file of NVIDIA's DGX A100: 2 x EPYC 7742, 2 TB; AMD: 8 channels "
+           .. "DDR4-3200 per socket; efficiency: STREAM Triad on Azure's 2 x EPYC with as many channels (HBv3), 330 "
+           .. "to 350 GB/s",
+    assumed = "modules run at 3,200 MT/s although two share a channel; flops: 128 cores x 2.25 GHz base x 32 FP32 "
+           .. "operations per cycle (two AVX2 FMA units)",
   },
 
   ssd = {

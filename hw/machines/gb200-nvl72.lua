@@ -16,7 +16,8 @@ return {
       fp32 = "80 TFLOP/s", tf32 = "1250 TFLOP/s", bf16 = "2500 TFLOP/s", fp16 = "2500 TFLOP/s", fp8 = "5000 TFLOP/s",
       int8 = "5000 TFLOP/s",
     },
-    source        = "NVIDIA GB200 NVL72 datasheet and Blackwell architecture brief: a 72nd of the rack, dense figures",
+    source        = "NVIDIA GB200 NVL72 specifications as quoted in public, a 72nd of the rack (13.4 TB, 576 TB/s, "
+                 .. "FP8 720 PFLOP/s with sparsity), dense figures; 186 GB: MLPerf Inference system files",
 
     launch_s         = 2.5e-6,
     flops_efficiency = 0.60,
@@ -25,8 +26,9 @@ return {
       sms = 152, mma_efficiency = 0.86, port_bandwidth = "232 GB/s", store_bandwidth = "36.2 GB/s",
       mem_efficiency = 0.88, launch_s = 1.2e-6, overlap = 2.4,
     },
-    assumed = "nothing fitted, FP4 left out: 152 SMs; efficiencies of Hopper; bandwidths per SM by clock (1.92 GHz), "
-           .. "twice, since two SMs that compute one tile fetch and store its halves",
+    assumed = "nothing fitted, FP4 left out: 152 SMs as CUDA reports on a GB200, in no sheet of NVIDIA's; "
+           .. "efficiencies of Hopper; bandwidths per SM by clock (1.92 GHz), twice, since two SMs that compute one "
+           .. "tile fetch and store its halves",
   },
 
   nvlink = {
@@ -47,17 +49,21 @@ return {
   },
 
   host = {
-    memory        = "17 TB",
-    mem_bandwidth = "14 TB/s",
-    flops         = "249 TFLOP/s",
-    source  = "NVIDIA GB200 NVL72 datasheet: LPDDR5X of 36 Graces (480 GB each) together",
-    assumed = "flops: 36 x 72 cores x 3.0 GHz x 32 FP32 operations per cycle (four 128-bit SVE2 units)",
+    memory         = "17 TB",
+    mem_bandwidth  = "14 TB/s",
+    mem_efficiency = 0.85,
+    flops          = "249 TFLOP/s",
+    source  = "NVIDIA GB200 NVL72 specifications as quoted in public: 17 TB of LPDDR5X of 36 Graces, 14 TB/s "
+           .. "together (the preliminary ones of 2024: 18.4 TB/s)",
+    assumed = "efficiency: the class of NVIDIA's STREAM references for smaller Graces (410 GB/s or more of 512); "
+           .. "flops: 36 x 72 cores x 3.0 GHz x 32 FP32 operations per cycle (four 128-bit SVE2 units)",
   },
 
   nic = {
     bandwidth = "50 GB/s",
     latency   = "2 us",
-    source  = "NVIDIA GB200 NVL72 reference architecture: one ConnectX-7 port of 400 Gb/s per GPU",
+    source  = "one ConnectX-7 per GPU: MLPerf Inference v6.1 system file of a GB200 NVL72 (Crusoe), four for four "
+           .. "GPUs; 400 Gb/s: NVIDIA's name for that generation, NDR",
     assumed = "line rate; switches do not block; latency: order of magnitude; racks with ConnectX-8 have twice that",
   },
 

@@ -14,7 +14,8 @@ return {
       fp32 = "44 TFLOP/s", tf32 = "74 TFLOP/s", bf16 = "148 TFLOP/s", fp16 = "148 TFLOP/s", fp8 = "296 TFLOP/s",
       int8 = "296 TFLOP/s",
     },
-    source        = "NVIDIA's sheet for the HGX H20, as printed in the press of November 2023: dense figures, 78 SMs",
+    source        = "NVIDIA's sheet for the HGX H20, as printed in the press of November 2023 and later (no public "
+                 .. "sheet of NVIDIA's): 96 GB HBM3, 4.0 TB/s, dense figures; 78 SMs: what CUDA reports",
 
     launch_s         = 2.5e-6,
     flops_efficiency = 0.60,
@@ -38,16 +39,20 @@ return {
     bandwidth  = "63 GB/s",
     efficiency = 0.85,
     latency    = "2 us",
-    source  = "PCIe 5.0 x16: 32 GT/s x 16 x 128/130",
-    assumed = "efficiency: headers of 256-byte packets and flow control; latency: order of magnitude",
+    source  = "PCIe 5.0 x16: 32 GT/s x 16 x 128/130; a switch with one GPU and one NIC has an x16 of its own "
+           .. "(Azure/azhpc-images, topology/ndv5-topo.xml, 8 x H100 SXM): nothing is shared",
+    assumed = "nodes of H20 are wired like that; efficiency: headers of 256-byte packets and flow control; latency: "
+           .. "order of magnitude",
   },
 
   host = {
-    memory        = "2 TB",
-    mem_bandwidth = "614.4 GB/s",
-    flops         = "14.3 TFLOP/s",
-    source  = "DGX H100 user guide: 2 x Xeon Platinum 8480C, 2 TB; Intel: 8 channels DDR5-4800 per socket",
-    assumed = "hosts of H20 nodes vary: a DGX H100's is taken; flops: 112 cores x 2.0 GHz x 64 FP32 operations",
+    memory         = "2 TB",
+    mem_bandwidth  = "563.2 GB/s",
+    mem_efficiency = 0.80,
+    flops          = "14.3 TFLOP/s",
+    source  = "as dgx-h100: 2 x Xeon 8480C, 32 x 64 GB at DDR5-4400",
+    assumed = "hosts of H20 nodes vary: a DGX H100's is taken; efficiency: STREAM Triad takes 650 to 780 of 922 GB/s "
+           .. "on Azure's 2 x EPYC with DDR5 (HBv4); flops: 112 cores x 2.0 GHz x 64 FP32 operations",
   },
 
   ssd = {

@@ -14,7 +14,8 @@ return {
       fp32 = "66.9 TFLOP/s", tf32 = "494.7 TFLOP/s", bf16 = "989.4 TFLOP/s", fp16 = "989.4 TFLOP/s",
       fp8 = "1978.9 TFLOP/s", int8 = "1978.9 TFLOP/s",
     },
-    source        = "NVIDIA H200 datasheet, column SXM: 141 GB, 4.8 TB/s, rates of H100 SXM (dense: half of those)",
+    source        = "NVIDIA H200 datasheet, column SXM, as quoted in public: 141 GB (also: MLPerf Inference v4.1 "
+                 .. "system file), 4.8 TB/s, rates of H100 SXM (dense: half of those)",
 
     launch_s         = 2.5e-6,
     flops_efficiency = 0.60,
@@ -38,16 +39,21 @@ return {
     bandwidth  = "63 GB/s",
     efficiency = 0.85,
     latency    = "2 us",
-    source  = "PCIe 5.0 x16: 32 GT/s x 16 x 128/130; MLPerf Inference v4.1 system files of NVIDIA: 504 GB/s for 8 GPUs",
+    source  = "PCIe 5.0 x16: 32 GT/s x 16 x 128/130; MLPerf Inference v4.1 system files of NVIDIA: 504 GB/s for 8 "
+           .. "GPUs; a switch with one GPU and one NIC has an x16 of its own (Azure/azhpc-images, "
+           .. "topology/ndv5-topo.xml, 8 x H100 SXM): nothing is shared",
     assumed = "efficiency: headers of 256-byte packets and flow control; latency: order of magnitude",
   },
 
   host = {
-    memory        = "2 TB",
-    mem_bandwidth = "614.4 GB/s",
-    flops         = "14.3 TFLOP/s",
-    source  = "DGX H100/H200 user guide: 2 x Xeon Platinum 8480C, 2 TB; Intel: 8 channels DDR5-4800 per socket",
-    assumed = "flops: 112 cores x 2.0 GHz base x 64 FP32 operations per cycle (two AVX-512 FMA units), AMX not counted",
+    memory         = "2 TB",
+    mem_bandwidth  = "563.2 GB/s",
+    mem_efficiency = 0.80,
+    flops          = "14.3 TFLOP/s",
+    source  = "MLPerf Inference v4.1 system file of NVIDIA's 8 x H200: 2 x Xeon 8480C, 32 x 64 GB; two modules on "
+           .. "each of 16 channels, DDR5-4400 then (Dell, memory bandwidth of PowerEdge servers with Sapphire Rapids)",
+    assumed = "efficiency: STREAM Triad takes 650 to 780 of 922 GB/s on Azure's 2 x EPYC with DDR5 (HBv4); flops: "
+           .. "112 cores x 2.0 GHz base x 64 FP32 operations per cycle (two AVX-512 FMA units), AMX not counted",
   },
 
   ssd = {

@@ -38,16 +38,21 @@ return {
     bandwidth  = "63 GB/s",
     efficiency = 0.85,
     latency    = "2 us",
-    source  = "PCIe 5.0 x16: 32 GT/s x 16 x 128/130",
-    assumed = "efficiency: headers of 256-byte packets and flow control; latency: order of magnitude",
+    source  = "PCIe 5.0 x16: 32 GT/s x 16 x 128/130; a switch with one GPU and one NIC has an x16 of its own "
+           .. "(Azure/azhpc-images, topology/ndv5-topo.xml, 8 x H100 SXM): nothing is shared",
+    assumed = "DeepSeek's nodes are wired like that; efficiency: headers of 256-byte packets and flow control; "
+           .. "latency: order of magnitude",
   },
 
   host = {
-    memory        = "2 TB",
-    mem_bandwidth = "614.4 GB/s",
-    flops         = "14.3 TFLOP/s",
-    source  = "DGX H100 user guide (2 x Xeon 8480C, 16 channels DDR5-4800)",
-    assumed = "the hosts of DeepSeek's nodes are not published: a DGX H100's are taken",
+    memory         = "2 TB",
+    mem_bandwidth  = "563.2 GB/s",
+    mem_efficiency = 0.80,
+    flops          = "14.3 TFLOP/s",
+    source  = "as dgx-h100: 2 x Xeon 8480C, 32 x 64 GB at DDR5-4400",
+    assumed = "the hosts of DeepSeek's nodes are not published: a DGX H100's are taken; efficiency: STREAM Triad "
+           .. "takes 650 to 780 of 922 GB/s on Azure's 2 x EPYC with DDR5 (HBv4); flops: 112 cores x 2.0 GHz base x "
+           .. "64 FP32 operations per cycle (two AVX-512 FMA units), AMX not counted",
   },
 
   ssd = {

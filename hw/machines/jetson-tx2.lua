@@ -12,7 +12,9 @@ return {
     memory        = "8 GB",
     mem_bandwidth = "59.7 GB/s",
     peak = { fp32 = "665 GFLOP/s", fp16 = "1.33 TFLOP/s" },
-    source        = "NVIDIA Jetson TX2 series module data sheet: 256 cores at 1.3 GHz, 8 GB of 128-bit LPDDR4",
+    source        = "NVIDIA Jetson TX2 System-on-Module data sheet 1.1: 256 Pascal cores, 8 GB of LPDDR4; CUDA "
+                 .. "reports 2 multiprocessors, 1.3 GHz and 128 bits, which at 3,732 MT/s are 59.7 GB/s (58.4 in "
+                 .. "reports of 2017)",
 
     launch_s         = 10e-6,
     flops_efficiency = 0.75,
