@@ -50,12 +50,33 @@ static void link_figures(void **state)
     assert_near(test_bandwidth(t, "gpu15.nvlink.in"), 160e9, 1e-12);
     assert_near(test_bandwidth(t, "gpu3.nic.out"), 50e9, 1e-12);
     assert_near(test_bandwidth(t, "gpu0.pcie.in"), 53.55e9, 1e-12);
-    assert_near(t->host_mem_bandwidth[1], 614.4e9, 1e-12);
+    assert_near(t->host_mem_bandwidth[1], 563.2e9, 1e-12);
+    assert_near(test_bandwidth(t, "node1.memory"), 0.8 * 563.2e9, 1e-12);
     assert_int_equal(json_integer_value(json_object_get(t->description, "nodes")), 2);
     /* What was not given is in the description, for the manifest. */
     const json_t *nic = json_object_get(t->description, "nic");
     assert_true(json_real_value(json_object_get(nic, "efficiency")) == 1);
     assert_true(json_is_false(json_object_get(nic, "shared")));
+    topology_free(t);
+}
+
+/* Two GPUs of a DGX A100 share their switch's way to the host, others do not wait for them; NICs are beside it. */
+static void pcie_tree(void **state)
+{
+    (void)state;
+    struct topology *t = test_machine("dgx-a100", 2);
+    struct net_flow load[] = { { .src = topology_host(t, 0), .dst = 4, .bytes = 1e9 },
+                               { .src = topology_host(t, 0), .dst = 5, .bytes = 1e9 },
+                               { .src = topology_host(t, 0), .dst = 6, .bytes = 1e9 },
+                               { .src = 4, .dst = 12, .bytes = 1e9 } };
+    assert_string_equal(test_route(t, topology_host(t, 0), 5, 0, NULL),
+                        "node0.memory node0.pcie2.in gpu5.pcie.in");
+    assert_string_equal(test_route(t, 4, 12, 0, NULL), "gpu4.nic.out gpu12.nic.in");
+    assert_near(test_makespan(t, NET_EXACT, load, 2, NULL), 2 / 25.2 + 2e-6, 1e-9);
+    load[1] = load[2];
+    assert_near(test_makespan(t, NET_EXACT, load, 2, NULL), 1 / 25.2 + 2e-6, 1e-9);
+    load[1] = load[3];
+    assert_near(test_makespan(t, NET_EXACT, load, 2, NULL), 1 / 25.0 + 2e-6, 1e-9);
     topology_free(t);
 }
 
@@ -257,6 +278,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(shipped_files), cmocka_unit_test(precisions),    cmocka_unit_test(link_figures),
+        cmocka_unit_test(pcie_tree),
         cmocka_unit_test(routes_nvlink), cmocka_unit_test(routes_pcie),   cmocka_unit_test(many_devices),
         cmocka_unit_test(refused),       cmocka_unit_test(missing_links),
     };
