@@ -21,19 +21,23 @@ static void print_table(const json_t *rows, size_t first, size_t end)
 {
     const json_t *head = json_array_get(rows, first);
     double size[end - first], most = 0;
-    printf("%s on %s\n  source: %s\n  fitted: %s\n\n  %-42s %10s %10s %-5s %8s  %s\n",
+    printf("%s on %s\n  source: %s\n  fitted: %s\n\n  %-42s %10s %10s %-5s %8s  %-6s  %s\n",
            json_string_value(json_object_get(head, "table")), json_string_value(json_object_get(head, "machine")),
            json_string_value(json_object_get(head, "source")), json_string_value(json_object_get(head, "fitted")),
-           "row", "measured", "modelled", "", "error", "binds");
+           "row", "measured", "modelled", "", "error", "binds", "GB/s");
     for (size_t i = first; i < end; i++) {
         const json_t *o = json_array_get(rows, i);
         const char *binds = json_string_value(json_object_get(o, "binds"));
         double error = json_number_value(json_object_get(o, "error"));
         size[i - first] = fabs(error);
         most = fmax(most, fabs(error));
-        printf("  %-42s %10.4g %10.4g %-5s %+7.1f%%  %s\n", json_string_value(json_object_get(o, "row")),
+        printf("  %-42s %10.4g %10.4g %-5s %+7.1f%%  %-6s", json_string_value(json_object_get(o, "row")),
                json_number_value(json_object_get(o, "measured")), json_number_value(json_object_get(o, "modelled")),
                json_string_value(json_object_get(o, "unit")), 100 * error, binds ? binds : "");
+        if (json_object_get(o, "measured_GBps"))
+            printf("  %4.0f, %.0f", json_number_value(json_object_get(o, "measured_GBps")),
+                   json_number_value(json_object_get(o, "modelled_GBps")));
+        putchar('\n');
     }
     qsort(size, end - first, sizeof *size, by_size);
     printf("\n  errors of time, modelled over measured: median %.1f %%, largest %.1f %% of %zu rows\n\n",
@@ -79,6 +83,8 @@ int machine_validate(int argc, char **argv)
     }
     json_t *rows = json_array();
     size_t end[64] = { 0 };
+    for (int i = 0; i < n && !e.code; i++)
+        machine_validate_table(file[i], machine, NULL, &e);
     for (int i = 0; i < n && !e.code; i++) {
         machine_validate_table(file[i], machine, rows, &e);
         end[i] = json_array_size(rows);

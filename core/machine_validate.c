@@ -5,6 +5,7 @@
  * parameter). Its header says which model it tests:
  *   layout,groups,m_per_group,n,k,tflops,GBps               FP8 matrix products (compute_gemm)
  *   kernel,phase,ep,latency_us,bandwidth_GBps,column        DeepEP's dispatch and combine (layouts on a network)
+ * Rates beside a product's TFLOP/s or an exchange's latency are compared as well.
  * DeepEP's tests draw experts at random; so does this, and the whole layout runs on the machine, tier flow. */
 #include "config.h"
 
@@ -28,13 +29,43 @@ struct table {
     struct err *err;
 };
 
-static int put_row(struct table *t, int line, const char *row, const char *unit, double measured, double modelled,
-                   double error, const char *binds)
+/* A row as it is written; `rate`, in GB/s, 0 where the table has none beside what it is about. */
+struct row {
+    int line, layout, kernel, phase, column;
+    double groups, m, n, k, tflops; /* of a matrix product */
+    double ep, x;                   /* of an exchange; x: us or GB/s */
+    double rate;
+};
+
+/* bytes: what the rate counts. */
+static int put_row(struct table *t, const struct row *r, const char *text, const char *unit, double measured,
+                   double modelled, double error, const char *binds, double bytes)
 {
-    json_t *o = json_pack("{s:s, s:s, s:i, s:s, s:f, s:f, s:f, s:s*}", "table", t->name, "row", row, "line", line,
+    json_t *o = json_pack("{s:s, s:s, s:i, s:s, s:f, s:f, s:f, s:s*}", "table", t->name, "row", text, "line", r->line,
                           "unit", unit, "measured", measured, "modelled", modelled, "error", error, "binds", binds);
+    if (o && r->rate > 0 && bytes > 0)
+        json_object_update_new(o, json_pack("{s:f, s:f}", "measured_GBps", r->rate, "modelled_GBps",
+                                            bytes / modelled * 1e-3)); /* of microseconds */
     if (!o || json_array_append_new(t->rows, o))
         return err_set(t->err, ERR_MEMORY, "out of memory");
+    return 0;
+}
+
+/* The rate of a row may be left out. What it says has to be what the row's time and its bytes make, up to whole units
+ * that were cut and a few percent of counting. */
+static int read_rate(struct table *t, int i, const char *column, double bytes, double seconds, double *rate)
+{
+    int c = 0;
+    while (strcmp(t->csv.column[c], column))
+        c++;
+    *rate = 0;
+    if (!*t->csv.row[i].cell[c])
+        return 0;
+    if (csv_number(&t->csv, i, column, 1e-3, 1e6, rate, t->err) < 0)
+        return t->err->code;
+    if (!t->rows && fabs(bytes / seconds * 1e-9 - *rate) > 1 + 0.05 * *rate)
+        fprintf(stderr, "moelab: warning: %s:%d: %s: found %g, but %g us and %g bytes make %.4g\n", t->csv.file,
+                t->csv.row[i].line, column, *rate, seconds * 1e6, bytes, bytes / seconds * 1e-9);
     return 0;
 }
 
@@ -42,34 +73,53 @@ static int put_row(struct table *t, int line, const char *row, const char *unit,
 
 static const char *const gemm_columns[] = { "layout", "groups", "m_per_group", "n", "k", "tflops", "GBps", NULL };
 
-static int gemm_row(struct table *t, int i)
+static const char *const layouts[] = { "dense", "contiguous", "masked", NULL };
+static const struct gemm_bytes fp8_bytes = { 1, 1, 2 }; /* FP8 in, BF16 out */
+
+static double gemm_groups(const struct row *r)
 {
-    static const char *const layouts[] = { "dense", "contiguous", "masked", NULL };
-    static const struct gemm_bytes bytes = { 1, 1, 2 }; /* FP8 in, BF16 out */
-    double groups, m, n, k, tflops;
-    int layout;
-    char text[80];
-    if (csv_word(&t->csv, i, "layout", layouts, &layout, t->err) < 0 ||
-        csv_number(&t->csv, i, "groups", 0, 4096, &groups, t->err) < 0 ||
-        csv_number(&t->csv, i, "m_per_group", 1, 1 << 24, &m, t->err) < 0 ||
-        csv_number(&t->csv, i, "n", 1, 1 << 24, &n, t->err) < 0 ||
-        csv_number(&t->csv, i, "k", 1, 1 << 24, &k, t->err) < 0 ||
-        csv_number(&t->csv, i, "tflops", 1e-3, 1e6, &tflops, t->err) < 0)
+    return r->groups < 1 ? 1 : floor(r->groups);
+}
+
+static double gemm_seconds(const struct row *r)
+{
+    return 2 * gemm_groups(r) * r->m * r->n * r->k / (r->tflops * 1e12);
+}
+
+static double gemm_traffic(const struct row *r)
+{
+    return gemm_groups(r) * (r->m * r->k * fp8_bytes.in + r->n * r->k * fp8_bytes.weight + r->m * r->n * fp8_bytes.out);
+}
+
+static int gemm_read(struct table *t, int i, struct row *r)
+{
+    if (csv_word(&t->csv, i, "layout", layouts, &r->layout, t->err) < 0 ||
+        csv_number(&t->csv, i, "groups", 0, 4096, &r->groups, t->err) < 0 ||
+        csv_number(&t->csv, i, "m_per_group", 1, 1 << 24, &r->m, t->err) < 0 ||
+        csv_number(&t->csv, i, "n", 1, 1 << 24, &r->n, t->err) < 0 ||
+        csv_number(&t->csv, i, "k", 1, 1 << 24, &r->k, t->err) < 0 ||
+        csv_number(&t->csv, i, "tflops", 1e-3, 1e6, &r->tflops, t->err) < 0)
         return t->err->code;
-    if ((layout == 0) != (groups < 1))
-        return err_set(t->err, ERR_INPUT, "%s:%d: groups: found %g, expected %s", t->csv.file, t->csv.row[i].line,
-                       groups, layout == 0 ? "0, as the product is dense" : "1 or more");
+    if ((r->layout == 0) != (r->groups < 1))
+        return err_set(t->err, ERR_INPUT, "%s:%d: groups: found %g, expected %s", t->csv.file, r->line, r->groups,
+                       r->layout == 0 ? "0, as the product is dense" : "1 or more");
     if (t->topology->device[0].peak[PREC_FP8] <= 0)
         return err_set(t->err, ERR_INPUT, "%s: machine %s has no figure for precision fp8, in which these products are",
                        t->csv.file, t->machine);
-    int32_t n_groups = groups < 1 ? 1 : (int32_t)groups;
+    return read_rate(t, i, "GBps", gemm_traffic(r), gemm_seconds(r), &r->rate);
+}
+
+static int gemm_model(struct table *t, const struct row *r)
+{
+    const int32_t n_groups = (int32_t)gemm_groups(r);
     struct gemm_group group[n_groups];
+    char text[80];
     for (int32_t g = 0; g < n_groups; g++)
-        group[g] = (struct gemm_group){ (int64_t)m, (int64_t)n, (int64_t)k };
-    double flops = 2 * n_groups * m * n * k, measured = flops / (tflops * 1e12);
-    double modelled = compute_gemm(&t->topology->device[0], PREC_FP8, n_groups, group, &bytes);
-    snprintf(text, sizeof text, "%s %d x %g, %g x %g", layouts[layout], n_groups, m, n, k);
-    return put_row(t, t->csv.row[i].line, text, "us", measured * 1e6, modelled * 1e6, modelled / measured - 1, NULL);
+        group[g] = (struct gemm_group){ (int64_t)r->m, (int64_t)r->n, (int64_t)r->k };
+    const double measured = gemm_seconds(r);
+    const double modelled = compute_gemm(&t->topology->device[0], PREC_FP8, n_groups, group, &fp8_bytes);
+    snprintf(text, sizeof text, "%s %d x %g, %g x %g", layouts[r->layout], n_groups, r->m, r->n, r->k);
+    return put_row(t, r, text, "us", measured * 1e6, modelled * 1e6, modelled / measured - 1, NULL, gemm_traffic(r));
 }
 
 /* ---- DeepEP ---- */
@@ -175,41 +225,51 @@ static const char *kind_of_link(const char *name)
     return strstr(name, "nvlink") ? "NVLink" : strstr(name, "nic") ? "NIC" : name;
 }
 
-static int deepep_row(struct table *t, int i, struct traffic *w)
+static const char *const counted[] = { "as above", "NVLink", "RDMA", NULL };
+
+/* What a low-latency kernel's rate counts: every selected copy, with scales and a header on the way out. */
+static double selected_bytes(const struct row *r)
 {
-    static const char *const counted[] = { "as above", "NVLink", "RDMA", NULL };
-    int kernel, phase, column;
-    double ep, x;
-    char text[80];
-    if (csv_word(&t->csv, i, "kernel", kernels, &kernel, t->err) < 0 ||
-        csv_word(&t->csv, i, "phase", phases, &phase, t->err) < 0 ||
-        csv_word(&t->csv, i, "column", counted, &column, t->err) < 0 ||
-        csv_number(&t->csv, i, "ep", PER_NODE, EXPERTS, &ep, t->err) < 0 ||
-        csv_number(&t->csv, i, kernel == NORMAL ? "bandwidth_GBps" : "latency_us", 1e-3, 1e6, &x, t->err) < 0)
+    return 128.0 * TOP_K * (r->phase == 0 ? HIDDEN + HIDDEN / 128 * 4.0 + 16 : HIDDEN * 2.0);
+}
+
+static int deepep_read(struct table *t, int i, struct row *r)
+{
+    if (csv_word(&t->csv, i, "kernel", kernels, &r->kernel, t->err) < 0 ||
+        csv_word(&t->csv, i, "phase", phases, &r->phase, t->err) < 0 ||
+        csv_word(&t->csv, i, "column", counted, &r->column, t->err) < 0 ||
+        csv_number(&t->csv, i, "ep", PER_NODE, EXPERTS, &r->ep, t->err) < 0 ||
+        csv_number(&t->csv, i, r->kernel == NORMAL ? "bandwidth_GBps" : "latency_us", 1e-3, 1e6, &r->x, t->err) < 0)
         return t->err->code;
-    if (fmod(ep, PER_NODE) != 0 || EXPERTS % (int)ep != 0)
+    if (fmod(r->ep, PER_NODE) != 0 || EXPERTS % (int)r->ep != 0)
         return err_set(t->err, ERR_INPUT, "%s:%d: ep: found %g, expected 8, 16, 32, 64, 128 or 256", t->csv.file,
-                       t->csv.row[i].line, ep);
+                       r->line, r->ep);
     if (t->topology->first_device[1] != PER_NODE)
         return err_set(t->err, ERR_INPUT, "%s: machine %s has %d devices per node, and these kernels ran with %d",
                        t->csv.file, t->machine, t->topology->first_device[1], PER_NODE);
-    if ((kernel == NORMAL) != (column > 0))
-        return err_set(t->err, ERR_INPUT, "%s:%d: column: found \"%s\", expected %s", t->csv.file, t->csv.row[i].line,
-                       counted[column], kernel == NORMAL ? "NVLink or RDMA" : "as above");
-    if (w->kernel != kernel || w->ep != (int)ep) {
-        *w = (struct traffic){ .kernel = kernel, .ep = (int)ep };
+    if ((r->kernel == NORMAL) != (r->column > 0))
+        return err_set(t->err, ERR_INPUT, "%s:%d: column: found \"%s\", expected %s", t->csv.file, r->line,
+                       counted[r->column], r->kernel == NORMAL ? "NVLink or RDMA" : "as above");
+    return r->kernel == NORMAL ? 0 : read_rate(t, i, "bandwidth_GBps", selected_bytes(r), r->x * 1e-6, &r->rate);
+}
+
+static int deepep_model(struct table *t, const struct row *r, struct traffic *w)
+{
+    char text[80];
+    if (w->kernel != r->kernel || w->ep != (int)r->ep) {
+        *w = (struct traffic){ .kernel = r->kernel, .ep = (int)r->ep };
         if (run_traffic(t, w) < 0)
             return t->err->code;
     }
-    snprintf(text, sizeof text, "%s %s, EP %g", kernels[kernel], phases[phase], ep);
-    const char *binds = kind_of_link(w->binds[phase]);
-    if (kernel == LOW_LATENCY)
-        return put_row(t, t->csv.row[i].line, text, "us", x, w->seconds[phase] * 1e6,
-                       w->seconds[phase] * 1e6 / x - 1, binds);
-    double row = phase == 0 ? HIDDEN + HIDDEN / 128 * 4.0 : HIDDEN * 2.0;
-    double rate = (column == 1 ? w->rank_rows : w->node_rows) * row / w->seconds[phase] / 1e9;
-    snprintf(text + strlen(text), sizeof text - strlen(text), " (%s)", counted[column]);
-    return put_row(t, t->csv.row[i].line, text, "GB/s", x, rate, x / rate - 1, binds);
+    snprintf(text, sizeof text, "%s %s, EP %g", kernels[r->kernel], phases[r->phase], r->ep);
+    const double seconds = w->seconds[r->phase];
+    const char *binds = kind_of_link(w->binds[r->phase]);
+    if (r->kernel == LOW_LATENCY)
+        return put_row(t, r, text, "us", r->x, seconds * 1e6, seconds * 1e6 / r->x - 1, binds, selected_bytes(r));
+    double row = r->phase == 0 ? HIDDEN + HIDDEN / 128 * 4.0 : HIDDEN * 2.0;
+    double rate = (r->column == 1 ? w->rank_rows : w->node_rows) * row / seconds / 1e9;
+    snprintf(text + strlen(text), sizeof text - strlen(text), " (%s)", counted[r->column]);
+    return put_row(t, r, text, "GB/s", r->x, rate, r->x / rate - 1, binds, 0);
 }
 
 /* ---- tables ---- */
@@ -241,9 +301,14 @@ int machine_validate_table(const char *file, const char *machine, json_t *rows, 
     if (!gemm && !deepep)
         err_set(e, ERR_INPUT, "%s: the header is that of no table known: see hw/published/", file);
     else if (open_machine(&t) == 0)
-        for (int i = 0; i < t.csv.n_rows && !e->code; i++)
-            gemm ? gemm_row(&t, i) : deepep_row(&t, i, &w);
-    for (size_t i = 0; i < json_array_size(rows); i++) {
+        /* All that can be wrong is found before anything is computed. */
+        for (int pass = 0; pass < (rows ? 2 : 1); pass++)
+            for (int i = 0; i < t.csv.n_rows && !e->code; i++) {
+                struct row r = { .line = t.csv.row[i].line };
+                if ((gemm ? gemm_read(&t, i, &r) : deepep_read(&t, i, &r)) == 0 && pass == 1)
+                    gemm ? gemm_model(&t, &r) : deepep_model(&t, &r, &w);
+            }
+    for (size_t i = 0; rows && i < json_array_size(rows); i++) {
         json_t *o = json_array_get(rows, i);
         if (json_object_get(o, "machine") || strcmp(json_string_value(json_object_get(o, "table")), t.name))
             continue;

@@ -33,6 +33,24 @@ run_expect 2 'deepep-h800.csv: machine rtx3090-pcie3 has 1 devices per node, and
     "$moelab" machine validate "$top_srcdir/hw/published/deepep-h800.csv" --machine rtx3090-pcie3
 run_expect 2 'deepgemm-h800.csv: machine dgx-a100 has no figure for precision fp8' \
     "$moelab" machine validate "$top_srcdir/hw/published/deepgemm-h800.csv" --machine dgx-a100
+# Rates beside what is measured: 2 x 64 x 2112 x 7168 operations at 206 TFLOP/s take 9.407 us, in which operands and
+# results of 15.87 MB are 1,687 GB/s.
+run_expect 0 '\+0.0%|-' "$moelab" machine validate "$top_srcdir/hw/published/deepgemm-h800.csv"
+cp out shown; cp err warned
+ok "no rate of the published table is warned of" test ! -s warned
+ok "rates are shown" grep -Eq '^  dense 1 x 64, 2112 x 7168 .* 1688, 1[0-9]{3}$' shown
+printf '%s\n' "$head" 'dense,0,64,2112,7168,206,1250' >rate.csv
+run_expect 0 'dense 1 x 64' "$moelab" machine validate rate.csv
+cp err warned
+ok "a rate that contradicts is warned of, once" test \
+    "$(grep -c 'rate.csv:2: GBps: found 1250, but 9.40664 us and 1.58679e+07 bytes make 1687$' warned)" = 1
+printf '%s\n' "$head" 'dense,0,64,2112,7168,206,' >rate.csv
+run_expect 0 'dense 1 x 64' "$moelab" machine validate rate.csv
+bad 'dense,0,64,2112,7168,206,-1' 'GBps: found "-1"'
+# What is wrong is found before anything is computed, in every table.
+{ cat "$top_srcdir/hw/published/deepgemm-h800.csv"; echo 'dense,0,64,2112,7168,0,1688'; } >last.csv
+run_expect 2 'last.csv:23: tflops: found "0"' "$moelab" machine validate "$top_srcdir/hw/published/deepep-h800.csv" last.csv
+cp out printed; ok "nothing was printed" test ! -s printed
 echo 'a,b' >other.csv
 run_expect 2 'other.csv: found a header alone' "$moelab" machine validate other.csv
 echo '1,2' >>other.csv
