@@ -107,6 +107,9 @@ static int read_routes(struct eval_job *j, struct work *w)
         return j->err->code;
     for (int64_t i = 0; i < w->before.n; i++)
         n_experts = w->before.expert[i] >= n_experts ? w->before.expert[i] + 1 : n_experts;
+    const size_t placed = json_array_size(json_object_get(j->input, "phy2dev"));
+    if (placed <= 65535 && (int32_t)placed > n_experts) /* experts that no route names */
+        n_experts = (int32_t)placed;
     if (j->model.n_experts == 0)
         j->model.n_experts = n_experts > 0 ? n_experts : 1;
     w->batch.n_tokens = w->before.n_tokens;

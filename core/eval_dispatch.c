@@ -147,6 +147,10 @@ static int read_routes(struct eval_job *j, struct work *w, int32_t *n_devices)
         return job_fail(j, "device", "is missing: where every token is");
     for (int64_t i = 0; i < w->routes.n; i++)
         n_experts = w->routes.expert[i] >= n_experts ? w->routes.expert[i] + 1 : n_experts;
+    /* Experts that no route names are there all the same. */
+    const size_t placed = json_array_size(json_object_get(j->input, "phy2dev"));
+    if (placed <= 65535 && (int32_t)placed > n_experts)
+        n_experts = (int32_t)placed;
     if (j->model.n_experts == 0)
         j->model.n_experts = n_experts > 0 ? n_experts : 1;
     *n_devices = 0; /* as `devices`, `nodes`, the machine or the tokens themselves say */
