@@ -5,6 +5,7 @@
 #include "workload.h"
 #include "policy.h"
 
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -13,10 +14,15 @@ static int read_int(const json_t *spec, const char *key, int64_t def, int64_t mi
 {
     const json_t *v = json_object_get(spec, key);
     char found[PARAM_FOUND];
-    if (v && !json_is_integer(v))
+    const double x = json_number_value(v);
+    const bool whole = json_is_integer(v) || (json_is_real(v) && x == nearbyint(x)); /* 1e6, as people write it */
+    if (v && !whole)
         return err_set(e, ERR_INPUT, "%s: workload.%s: expected a whole number, found %s", who, key,
                        param_found(v, found));
-    *out = v ? json_integer_value(v) : def;
+    if (json_is_real(v) && !(x >= (double)min && x <= (double)max))
+        return err_set(e, ERR_INPUT, "%s: workload.%s: %g is out of range, expected %lld to %lld", who, key, x,
+                       (long long)min, (long long)max);
+    *out = json_is_real(v) ? (int64_t)x : v ? json_integer_value(v) : def;
     if (*out < min || *out > max)
         return err_set(e, ERR_INPUT, "%s: workload.%s: %lld is out of range, expected %lld to %lld", who, key,
                        (long long)*out, (long long)min, (long long)max);

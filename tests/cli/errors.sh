@@ -107,6 +107,10 @@ refused_text 'x\.lua:3: no trace at "nowhere"|x\.lua:3: workload.trace: no trace
 # ---- values ----
 
 refused_with 'x\.lua:3: cache: nan is not a finite number' 'cache = 0/0'
+refused 'workload.context: 1e\+09 is out of range, expected 0 to 16777216' \
+    "$top_srcdir/scenarios/quickstart.lua" --set workload.context=1e9
+refused 'workload.context: expected a whole number, found 1.5' \
+    "$top_srcdir/scenarios/quickstart.lua" --set workload.context=1.5
 refused_with 'x\.lua:3: cache: inf is not a finite number' 'cache = 1/0'
 refused_with 'x\.lua:4: placement\.replicas: nan is not a finite number' \
     $'placement = moe.plugin("eplb", {\nreplicas = 0/0 })'
