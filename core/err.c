@@ -9,6 +9,16 @@
 #include <stdlib.h>
 #include <string.h>
 
+/* What files and command lines hold is quoted, and does not move the cursor of who reads it. */
+static void make_plain(char *text)
+{
+    for (; *text; text++)
+        if ((unsigned char)*text < ' ' && *text != '\n' && *text != '\t')
+            *text = '?';
+        else if (*text == 0x7f)
+            *text = '?';
+}
+
 int err_set(struct err *e, int code, const char *fmt, ...)
 {
     if (e->code != 0)
@@ -17,6 +27,7 @@ int err_set(struct err *e, int code, const char *fmt, ...)
     va_start(ap, fmt);
     vsnprintf(e->text, sizeof e->text, fmt, ap);
     va_end(ap);
+    make_plain(e->text);
     e->code = code;
     return code;
 }
