@@ -156,7 +156,7 @@ static int read_quantity(struct reader *r, const json_t *link, size_t i, const c
             return 0;
         snprintf(why, sizeof why, "expected %s", bandwidth ? "more than 0 B/s, and at most 1e6 TB/s" : "0 s to 1e6 s");
     } else if (json_is_number(v)) {
-        units_refuse_number(unit, json_number_value(v), why, sizeof why);
+        units_refuse_number(unit, json_number_value(v), bandwidth ? 1e6 : 0, bandwidth ? 1e18 : 1, why, sizeof why);
     } else if (!json_is_string(v)) {
         snprintf(why, sizeof why, "expected %s", units_expected(unit));
     }

@@ -8,6 +8,7 @@
 #include "topology_internal.h"
 #include "units.h"
 
+#include <ctype.h>
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
@@ -244,6 +245,20 @@ static int check_keys(json_t *table, enum section s, const char *path, const cha
     return 0;
 }
 
+/* What `why` says to write instead would be refused in turn. */
+static void drop_hint(const struct field *f, char *why, size_t room)
+{
+    static const char hint[] = "; write \"";
+    char *at = strstr(why, hint), text[80], ignored[200];
+    double x;
+    if (!at)
+        return;
+    snprintf(text, sizeof text, "%s", at + sizeof hint - 1);
+    text[strcspn(text, "\"")] = '\0';
+    if (units_parse(unit_of(f->type), text, &x, ignored, sizeof ignored) && !(x >= f->min && x <= f->max))
+        snprintf(at, room - (size_t)(at - why), ", and too %s", x < f->min ? "little" : "much");
+}
+
 /* A quantity is what a key says with its unit, in bounds. */
 static int check_quantity(const json_t *v, const struct field *f, const char *path, const char *file, struct err *err)
 {
@@ -251,20 +266,32 @@ static int check_quantity(const json_t *v, const struct field *f, const char *pa
     char why[200], found[80], least[40], most[40];
     double x = 0;
     if (json_is_number(v)) {
-        units_refuse_number(unit, json_number_value(v), why, sizeof why);
+        units_refuse_number(unit, json_number_value(v), f->min, f->max, why, sizeof why);
         return err_set(err, ERR_INPUT, "%s: %s%s: found %s %s", file, path, f->key, type_found(v, found), why);
     }
     if (!json_is_string(v))
         return err_set(err, ERR_INPUT, "%s: %s%s: found %s, expected %s", file, path, f->key, type_found(v, found),
                        units_expected(unit));
-    if (!units_parse(unit, json_string_value(v), &x, why, sizeof why))
+    if (!units_parse(unit, json_string_value(v), &x, why, sizeof why)) {
+        drop_hint(f, why, sizeof why);
         return err_set(err, ERR_INPUT, "%s: %s%s: found \"%.40s\": %s", file, path, f->key, json_string_value(v), why);
+    }
     if (!(x >= f->min && x <= f->max))
         return err_set(err, ERR_INPUT, "%s: %s%s: found \"%.40s\", expected %s to %s%s%s%s", file, path, f->key,
                        json_string_value(v), units_write(unit, f->min, 6, least, sizeof least),
                        units_write(unit, f->max, 6, most, sizeof most), *f->what ? " (" : "", f->what,
                        *f->what ? ")" : "");
     return 0;
+}
+
+/* Whether a string can be printed as it is. */
+static bool is_plain(const json_t *v)
+{
+    const char *text = json_string_value(v);
+    for (size_t i = 0; i < json_string_length(v); i++)
+        if (iscntrl((unsigned char)text[i]))
+            return false;
+    return true;
 }
 
 /* Whether a string is one of those between bars; choices may be empty: any. */
@@ -308,8 +335,9 @@ static int check_field(json_t *table, const struct field *f, const char *path, c
         snprintf(expected, sizeof expected, "true or false");
         break;
     case STRING:
-        ok = json_is_string(v) && is_choice(json_string_value(v), f->what);
-        snprintf(expected, sizeof expected, "%s%s", *f->what ? "one of " : "a string", f->what);
+        ok = json_is_string(v) && is_choice(json_string_value(v), f->what) && is_plain(v);
+        snprintf(expected, sizeof expected, "%s%s", *f->what ? "one of " : "a string without control characters",
+                 f->what);
         break;
     default:
         ok = json_is_number(v) && isfinite(x) && x >= f->min && x <= f->max;
@@ -332,9 +360,9 @@ static int check_source(const json_t *table, const char *path, const char *file,
         const json_t *v = json_object_get(table, keys[i]);
         if (!v && i == 0)
             return err_set(err, ERR_INPUT, "%s: %ssource: missing: every figure says where it comes from", file, path);
-        if (v && (!json_is_string(v) || json_string_length(v) == 0))
-            return err_set(err, ERR_INPUT, "%s: %s%s: found %s, expected a string", file, path, keys[i],
-                           type_found(v, found));
+        if (v && (!json_is_string(v) || json_string_length(v) == 0 || !is_plain(v)))
+            return err_set(err, ERR_INPUT, "%s: %s%s: found %s, expected a string without control characters", file,
+                           path, keys[i], type_found(v, found));
     }
     return 0;
 }

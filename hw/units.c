@@ -92,11 +92,24 @@ static void write_short(enum unit kind, double value, char *out, size_t room)
     units_write(kind, value, fabs(strtod(digits, NULL) - value) <= 1e-12 * fabs(value) ? 6 : 3, out, room);
 }
 
-void units_refuse_number(enum unit kind, double value, char *why, size_t room)
+void units_refuse_number(enum unit kind, double value, double min, double max, char *why, size_t room)
 {
+    const struct prefix *in_range[MAX_PREFIXES];
     char proper[64];
+    int n = 0;
     write_short(kind, value, proper, sizeof proper);
-    snprintf(why, room, "without a unit; write \"%s\"", proper);
+    for (const struct prefix *p = kinds[kind].unit; p < kinds[kind].unit + MAX_PREFIXES && p->name; p++)
+        if (value * p->factor >= min && value * p->factor <= max)
+            in_range[n++] = p;
+    if (value >= min && value <= max)
+        snprintf(why, room, "without a unit; write \"%s\"", proper);
+    else if (n == 0)
+        snprintf(why, room, "without a unit; expected %s", kinds[kind].expected);
+    else
+        snprintf(why, room, "without a unit: ");
+    for (int i = 0; i < n && !(value >= min && value <= max); i++)
+        snprintf(why + strlen(why), room - strlen(why), "%s\"%g %s\"%s", i == 0 ? "" : i + 1 < n ? ", " : " or ",
+                 value, in_range[i]->name, i + 1 < n ? "" : "?");
 }
 
 const char *units_expected(enum unit kind)

@@ -68,12 +68,19 @@ static void numbers(void **state)
 {
     (void)state;
     char text[200];
-    units_refuse_number(UNIT_BANDWIDTH, 50e9, text, sizeof text);
+    units_refuse_number(UNIT_BANDWIDTH, 50e9, 1e6, 1e16, text, sizeof text);
     assert_string_equal(text, "without a unit; write \"50 GB/s\"");
-    units_refuse_number(UNIT_BANDWIDTH, 614.4e9, text, sizeof text);
+    units_refuse_number(UNIT_BANDWIDTH, 614.4e9, 1e6, 1e16, text, sizeof text);
     assert_string_equal(text, "without a unit; write \"614.4 GB/s\"");
-    units_refuse_number(UNIT_SECONDS, 5e-7, text, sizeof text);
+    units_refuse_number(UNIT_SECONDS, 5e-7, 0, 1, text, sizeof text);
     assert_string_equal(text, "without a unit; write \"500 ns\"");
+    /* Nobody means 50 B/s or 32 s. */
+    units_refuse_number(UNIT_BANDWIDTH, 50, 1e6, 1e16, text, sizeof text);
+    assert_string_equal(text, "without a unit: \"50 MB/s\", \"50 GB/s\" or \"50 TB/s\"?");
+    units_refuse_number(UNIT_SECONDS, 2500, 0, 1, text, sizeof text);
+    assert_string_equal(text, "without a unit: \"2500 ns\" or \"2500 us\"?");
+    units_refuse_number(UNIT_RATE, 5e19, 1e9, 1e19, text, sizeof text);
+    assert_string_equal(text, "without a unit; expected a rate in GFLOP/s, TFLOP/s or PFLOP/s");
     assert_string_equal(units_write(UNIT_BANDWIDTH, 53.55e9, 4, text, sizeof text), "53.55 GB/s");
     assert_string_equal(units_write(UNIT_BANDWIDTH, 1234.4e12, 3, text, sizeof text), "1234 TB/s");
     assert_string_equal(units_write(UNIT_SECONDS, 0, 3, text, sizeof text), "0 s");
