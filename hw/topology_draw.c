@@ -381,7 +381,7 @@ static int draw_captions(struct canvas *c, double *y, bool draw)
     }
     if (draw)
         draw_label(c, MARGIN, *y - 18 * lines, "left font ',9' tc rgb '#555555'",
-                   "Bandwidths: each way, of one link, after protocol efficiency.%s",
+                   "Bandwidths: each way, of one link, after protocol efficiency; of memory as its sheet has it.%s",
                    t->n_slow > 0 ? " Yellow: slower from some time on; red: fails." : "");
     return lines + 1;
 }
