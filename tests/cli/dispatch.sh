@@ -29,10 +29,14 @@ cp out one
 ok "flat: bytes between nodes" test "$(number bytes_inter_node one)" = 57344.0
 
 # Experts that no route names are placed all the same: phy2dev is as long as there are experts.
-echo '{"routes": {"offsets": [0, 1, 2], "experts": [0, 1]}, "device": [0, 1], "phy2dev": [1, 0, 1, 1], "devices": 2}' >more.json
+placed()
+{
+    echo '{"routes": {"offsets": [0, 1, 2], "experts": [0, 1]}, "device": [0, 1], "devices": 2, "phy2dev": '"$1}"
+}
+placed '[1, 0, 1, 1]' >more.json
 run_expect 0 '"seconds_simulated"' "$moelab" eval dispatch flat --input more.json
 cp out more; ok "both tokens travel, and back" test "$(number bytes_inter_node more)" = 57344.0
-echo '{"routes": {"offsets": [0, 1, 2], "experts": [0, 1]}, "device": [0, 1], "phy2dev": [1], "devices": 2}' >few.json
+placed '[1]' >few.json
 run_expect 2 'phy2dev' "$moelab" eval dispatch flat --input few.json
 
 # Skew within nodes, balanced across them (DeepEP issue 343, EP 32: about twice as slow). Experts of `active` of the

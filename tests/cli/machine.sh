@@ -49,7 +49,8 @@ run_expect 0 'dense 1 x 64' "$moelab" machine validate rate.csv
 bad 'dense,0,64,2112,7168,206,-1' 'GBps: found "-1"'
 # What is wrong is found before anything is computed, in every table.
 { cat "$top_srcdir/hw/published/deepgemm-h800.csv"; echo 'dense,0,64,2112,7168,0,1688'; } >last.csv
-run_expect 2 'last.csv:23: tflops: found "0"' "$moelab" machine validate "$top_srcdir/hw/published/deepep-h800.csv" last.csv
+run_expect 2 'last.csv:23: tflops: found "0"' \
+    "$moelab" machine validate "$top_srcdir/hw/published/deepep-h800.csv" last.csv
 cp out printed; ok "nothing was printed" test ! -s printed
 echo 'a,b' >other.csv
 run_expect 2 'other.csv: found a header alone' "$moelab" machine validate other.csv

@@ -326,7 +326,14 @@ static void bad_specifications(void **state)
     REFUSED(right, json_pack("{s:s, s:s}", "trace", dir, "profile", "all"), "workload.profile");
     REFUSED(right, json_pack("{s:s, s:s, s:i}", "trace", dir, "kind", "prefill", "tokens_per_device", 1 << 21),
             "workload.tokens_per_device", "out of range");
+    REFUSED(right, json_pack("{s:s, s:f}", "trace", dir, "context", 1e9), "workload.context", "1e+09 is out of range");
 #undef REFUSED
+    json_t *thousand = json_pack("{s:s, s:i, s:f}", "trace", dir, "batch_per_device", 2, "context", 1e3);
+    memset(&e, 0, sizeof e);
+    test_ok(workload_open(&w, thousand, &right, 2, 1, "test:1", &e), &e);
+    assert_int_equal(w.context, 1000);
+    workload_close(&w);
+    json_decref(thousand);
     json_t *spec = json_pack("{s:s, s:i}", "trace", dir, "batch_per_device", 1 << 20);
     memset(&e, 0, sizeof e);
     assert_says(&e, workload_open(&w, spec, &right, 1024, 1, "test:1", &e), "1024 devices", "16777216", NULL);
