@@ -298,12 +298,58 @@ static void strands(void **state)
     }
 }
 
+/* The last arrival of two exchanges, one that is under way when a spine fails, and one that starts without it. */
+static double last_of_two(const struct topology *t, enum net_tier tier, const struct net_flow *flow, size_t n,
+                          double second)
+{
+    struct net_done done[64];
+    struct net *net = test_net(t, tier);
+    test_start(net, 0, 1, flow, n);
+    test_start(net, second, 2, flow, n);
+    const size_t got = test_drain(net, done, 64);
+    net_close(net);
+    return done[got - 1].time;
+}
+
+static void tiers_agree(void **state)
+{
+    (void)state;
+    static const char *const paths[] = { "hash", "split", "spray" };
+    const double second = 60 * US;
+    for (int i = 0; i < 12; i++) {
+        char faults[400];
+        snprintf(faults, sizeof faults,
+                 "[{\"link\": \"spine%d\", \"at\": \"%d us\"},"
+                 " {\"link\": \"leaf%d.spine%d\", \"at\": \"%d us\", \"factor\": 0.25},"
+                 " {\"link\": \"spine%d\", \"at\": \"%d us\", \"factor\": 1}]",
+                 i % 4, 20 + i, i % 3, (i + 1) % 4, 35 + 3 * i, i % 4, 150 + 40 * i);
+        struct topology *t = faulty(paths[i % 3], NULL, faults), *whole = faulty(paths[i % 3], NULL, NULL);
+        size_t n;
+        struct net_flow *flow = test_exchange(8, test_uneven, &n);
+        double sum = 0;
+        for (size_t k = 0; k < n; k++)
+            sum += flow[k].bytes;
+        for (size_t k = 0; k < n; k++)
+            flow[k].bytes *= 8 * 4e6 / sum;
+        const double exact = last_of_two(t, NET_EXACT, flow, n, second);
+        assert_true(exact > last_of_two(whole, NET_EXACT, flow, n, second) * 1.001);
+        assert_near(last_of_two(t, NET_FLOW, flow, n, second), exact, 2e-3);
+        assert_true(last_of_two(t, NET_BOUND, flow, n, second) <= exact * (1 + 1e-9));
+        if (net_simgrid_available())
+            assert_near(last_of_two(t, NET_SIMGRID, flow, n, second), exact, 1e-6);
+        free(flow);
+        topology_free(t);
+        topology_free(whole);
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(changes),       cmocka_unit_test(slower),   cmocka_unit_test(straggler),
         cmocka_unit_test(failed_device), cmocka_unit_test(rehashed), cmocka_unit_test(links_in_time),
         cmocka_unit_test(strands),       cmocka_unit_test(one_spine_of_four), cmocka_unit_test(sprayed_and_cut),
+        cmocka_unit_test(tiers_agree),
     };
     cmocka_set_message_output(CM_OUTPUT_TAP);
     return cmocka_run_group_tests(tests, NULL, NULL);
