@@ -9,8 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* What files and command lines hold is quoted, and does not move the cursor of who reads it. */
-static void make_plain(char *text)
+void err_plain(char *text)
 {
     for (; *text; text++)
         if ((unsigned char)*text < ' ' && *text != '\n' && *text != '\t')
@@ -27,7 +26,7 @@ int err_set(struct err *e, int code, const char *fmt, ...)
     va_start(ap, fmt);
     vsnprintf(e->text, sizeof e->text, fmt, ap);
     va_end(ap);
-    make_plain(e->text);
+    err_plain(e->text);
     e->code = code;
     return code;
 }

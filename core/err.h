@@ -18,6 +18,9 @@ int err_set(struct err *, int code, const char *fmt, ...) __attribute__((format(
 int err_prefix(struct err *, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
 /* 0 for code 0, else the process's exit code: 1 for ERR_RUN, 2 for the rest. */
 int err_exit_code(int code);
+/* What files and command lines hold is quoted, and does not move the cursor of who reads it: a ? for each control
+ * character but ends of lines and tabs. */
+void err_plain(char *text);
 /* Cuts off a parser's message, in place, what it quotes of its input: jansson and Lua both end theirs with "near" and
  * the words they found. A scenario may name any file, and must not read it in messages. Returns `text`. */
 char *err_unquote(char *text);

@@ -35,12 +35,13 @@ int cmd_fail(const struct err *e)
 
 int cmd_usage(const char *name, const char *fmt, ...)
 {
+    char text[1024];
     va_list ap;
     va_start(ap, fmt);
-    fprintf(stderr, "moelab %s: ", name);
-    vfprintf(stderr, fmt, ap);
-    fprintf(stderr, "\n(see: moelab %s --help)\n", name);
+    vsnprintf(text, sizeof text, fmt, ap);
     va_end(ap);
+    err_plain(text);
+    fprintf(stderr, "moelab %s: %s\n(see: moelab %s --help)\n", name, text, name);
     return 2;
 }
 
@@ -117,6 +118,7 @@ int main(int argc, char **argv)
             return flushed(commands[i].run(argc - 1, argv + 1));
     }
     const char *near = err_nearest(argv[1], names, N_COMMANDS - 1);
+    err_plain(argv[1]);
     fprintf(stderr, "moelab: unknown command \"%s\"%s%s%s\n", argv[1], near ? "; did you mean \"" : "",
             near ? near : "", near ? "\"?" : " (see: moelab --help)");
     return 2;

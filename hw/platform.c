@@ -15,6 +15,7 @@
 #include "units.h"
 
 #include <assert.h>
+#include <ctype.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -138,9 +139,12 @@ static int add_name(struct reader *r, json_t *ids, const char *list, size_t i, c
     char text[64];
     const char *word = json_string_value(name);
     const size_t room = sizeof r->t->link->name;
-    if (!word || !*word || strlen(word) >= room)
-        return err_set(r->err, ERR_INPUT, "%s: platform.%s[%zu]: found %s, expected a name of at most %zu characters",
-                       r->file, list, i + 1, found(name, text), room - 1);
+    size_t n = 0; /* until the first that moves the cursor of who reads it */
+    while (word && word[n] && !iscntrl((unsigned char)word[n]))
+        n++;
+    if (n == 0 || n >= room || word[n])
+        return err_set(r->err, ERR_INPUT, "%s: platform.%s[%zu]: found %s, expected a name of at most %zu characters, "
+                       "none of them control characters", r->file, list, i + 1, found(name, text), room - 1);
     if (json_object_get(ids, word))
         return err_set(r->err, ERR_INPUT, "%s: platform.%s[%zu]: \"%s\" is there twice", r->file, list, i + 1, word);
     return json_object_set_new(ids, word, json_integer((json_int_t)i)) ? no_memory(r) : 0;

@@ -50,6 +50,9 @@ run_expect 2 '--set nodes=4: expected machine.KEY=VALUE' "$moelab" machine show 
 run_expect 2 'h800-ib.lua: nic.bandwidth: found "400 Gb/s": bits; write "50 GB/s"' \
     "$moelab" machine show h800-ib --set 'machine.nic.bandwidth=400 Gb/s'
 run_expect 2 '"name" has no keys to set' "$moelab" machine show h800-ib --set machine.name.x=1
+run_expect 2 'no machine named "h\?\[31m20"' "$moelab" machine show $'h\e[31m20'
+run_expect 2 'found "shw h\?\[31m20"' "$moelab" machine shw $'h\e[31m20'
+run_expect 2 'unknown command "sh\?ow"' "$moelab" $'sh\aow'
 run_expect 2 'expected "list", "show NAME" or "validate", found "shw h20"' "$moelab" machine shw h20
 run_expect 2 'unknown option --plt; did you mean --plot' "$moelab" machine show h20 --plt
 run_expect 2 '--plot needs a value' "$moelab" machine show h20 --plot
