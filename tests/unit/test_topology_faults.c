@@ -256,7 +256,10 @@ static void sprayed_and_cut(void **state)
             const struct moe_part far = { 0, 7, 1e6, 0, NULL, 0 };
             test_parts(&g, 1, &far);
             test_ok(machine_open_sim(&m, t, &test_model, PREC_BF16, tier, &e), &e);
-            int rc = m.ops->reduce ? m.ops->reduce(&m, &g, 0, &e) : 0;
+            const struct moe_exchange x = { MOE_PAY_BYTES, 1, &far };
+            struct message_count sends[8] = { { .peers = 1, .messages = 1 } };
+            double link_bytes[t->n_links];
+            int rc = m.ops->reduce ? m.ops->reduce(&m, &g, 0, &x, sends, link_bytes, &e) : 0;
             assert_int_equal(rc ? rc : machine_run(&m, &g, &e), ERR_RUN);
             if (i == 0 || tier != NET_BOUND)
                 assert_string_equal(e.text, says[i]);
