@@ -18,18 +18,32 @@
 
 enum { SCHEMA = 2 }; /* of runs.jsonl and manifest.json: raised when a key's meaning changes */
 
-static int make_parents(const char *path, struct err *e)
+static int make_parents(struct record *r, struct err *e)
 {
     char part[512];
-    snprintf(part, sizeof part, "%s", path);
+    snprintf(part, sizeof part, "%s", r->part);
     for (char *c = part + 1; *c; c++)
         if (*c == '/') {
             *c = '\0';
-            if (mkdir(part, 0777) < 0 && errno != EEXIST)
+            if (mkdir(part, 0777) == 0)
+                r->n_parents++;
+            else if (errno != EEXIST)
                 return err_set(e, ERR_IO, "cannot make %s: %s", part, strerror(errno));
             *c = '/';
         }
     return 0;
+}
+
+/* Those that make_parents made, as long as nothing is in them. */
+static void remove_parents(struct record *r)
+{
+    char part[512];
+    snprintf(part, sizeof part, "%s", r->part);
+    for (char *slash; r->n_parents > 0 && (slash = strrchr(part, '/')) && slash > part; r->n_parents--) {
+        *slash = '\0';
+        if (rmdir(part) < 0)
+            return;
+    }
 }
 
 /* Directories of results hold plain files only; what else is found there stays, and so does the directory. */
@@ -111,7 +125,7 @@ int record_open(struct record *r, const char *out, struct err *e)
     if (stat(r->part, &st) == 0 && (!S_ISDIR(st.st_mode) || (!is_empty(r->part) && !has_file(r->part, "runs.jsonl"))))
         return err_set(e, ERR_INPUT, "%s: exists and was not left by moelab; results are built there: remove it or "
                        "choose another --out", r->part);
-    if (make_parents(r->part, e) < 0)
+    if (make_parents(r, e) < 0)
         return e->code;
     int old = open(r->part, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     bool busy = old >= 0 && flock(old, LOCK_EX | LOCK_NB) < 0 && errno == EWOULDBLOCK;
@@ -256,6 +270,7 @@ void record_abandon(struct record *r)
     if (!r->open)
         return;
     record_discard(r->part);
+    remove_parents(r);
     json_decref(r->experiments);
     json_decref(r->machines);
     json_decref(r->traces);

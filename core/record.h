@@ -9,6 +9,7 @@
 
 struct record {
     char out[400], part[420];
+    int n_parents;       /* directories above that were made for it, the nearest ones */
     bool open;
     int lock;            /* on part, as long as this process builds there */
     json_t *experiments; /* for the manifest */

@@ -18,6 +18,15 @@ refused()
     rm -rf results results.part tmp/*
 }
 
+# A directory above that was made for it goes with it; one that was there stays.
+mkdir -p there
+printf 'error("stop")\n' >stop.lua
+run_expect 2 "stop.lua:1: stop" "$moelab" run stop.lua --out new/deep/results
+ok "directories made for results that do not come are removed" test ! -e new
+run_expect 2 "stop.lua:1: stop" "$moelab" run stop.lua --out there/deep/results
+ok "... and others are not" test -d there -a ! -e there/deep
+rm -r there stop.lua
+
 # refused_with REGEX KEYS [OPTION...]: the same for the tiny experiment with these keys, which begin on line 3.
 refused_with()
 {
