@@ -72,7 +72,7 @@ static double layer_kept(const struct run *r, bool dense)
     if (dense)
         return attention + r->tp * tokens * (2.0 * m->d_model + 3.0 * r->dense.width / r->tp) * e;
     return attention + tokens * (2.0 * m->d_model * e + 4.0 * m->n_experts + m->n_shared * 3.0 * m->d_expert * e +
-                                 m->top_k * (m->d_model * m->act_bytes + 3.0 * m->d_expert * e));
+                                 m->top_k * (r->etp * m->d_model * m->act_bytes + 3.0 * m->d_expert * e));
 }
 
 /* One layer's at a time; in training all layers', or of each its input alone and one layer's in full. Scores of the
@@ -88,11 +88,12 @@ static double activations(const struct run *r)
     return scores + (r->workload.recompute ? one + (n_dense + n_moe) * input : n_moe * moe + n_dense * dense);
 }
 
-/* Rows to send and rows that come in, out and back, if every device gets as many as it sends. */
+/* Rows to send and rows that come in, out and back, if every device gets as many as it sends; where experts are split,
+ * a device has those that came to all of its slot. */
 static double dispatch_buffers(const struct run *r)
 {
     const struct moe_model *m = &r->model;
-    return 2.0 * r->workload.n_tokens / r->topology->n_devices * m->top_k * m->d_model *
+    return (1.0 + r->etp) * r->workload.n_tokens / r->topology->n_devices * m->top_k * m->d_model *
            (m->act_bytes + m->combine_bytes);
 }
 
@@ -196,8 +197,8 @@ static void what_fits(const struct run *r, int32_t device, double over, char *te
                           floor(w->n_tokens * keeps / w->n_devices));
     }
     if (!r->offloading && free_bytes > 0)
-        snprintf(text + n, room - (size_t)n, "; one copy of every expert fits on %.0f such devices",
-                 ceil(all * expert_factor(r) / free_bytes));
+        snprintf(text + n, room - (size_t)n, "; one copy of every expert%s fits on %.0f such devices",
+                 r->edp > 1 ? " and group" : "", r->edp * ceil(all * expert_factor(r) / free_bytes));
 }
 
 static int does_not_fit(struct run *r, int32_t device, const char *what, double experts)

@@ -19,7 +19,7 @@ double run_forecast(const struct run *r, char *text, size_t room)
     if (r->tier != NET_SIMGRID || n_devices < 2)
         return 0;
     double routes = (double)r->workload.n_tokens / n_devices * r->model.top_k;
-    double flows = n_devices * destinations(routes, n_devices), one = net_simgrid_seconds(flows);
+    double flows = n_devices * destinations(routes, r->ep), one = net_simgrid_seconds(flows);
     /* there and back; in training backwards, too, and with `recompute` once more forward */
     const int exchanges = r->workload.phase != MOE_TRAIN ? 2 : r->workload.recompute ? 6 : 4;
     snprintf(text, room, "%.0f steps of %d layers, each with %d exchanges of about %.0f flows that take SimGrid about "

@@ -10,6 +10,7 @@
  *                             that was computed elsewhere, out of each node one per token of other nodes
  *   order   no experts task with rows before every entry; no exit of a device whose tokens are computed without an
  *           experts task before it
+ * Of a sharded expert every holder computes its share of every row: each needs it, and each sends its part of the sum.
  * After it has run, layout_times.c sees to it that nothing was used before it was there. */
 #include "config.h"
 
@@ -35,19 +36,19 @@ static void count_needs(const struct run *r, const struct moe_batch *b, struct n
         const int32_t home = b->device[t];
         bool away = false;
         for (int64_t i = routes->offset[t]; i < routes->offset[t + 1]; i++) {
-            const int32_t d = r->to[i];
-            if (d < 0) /* costs nothing, goes nowhere */
-                continue;
-            n->served[home] = true;
-            n->rows[(size_t)d * (size_t)r->model.n_experts + (size_t)routes->expert[i]]++;
-            const bool again = d == home || n->seen[0][d] == t;
-            const bool same_node = node[d] == node[home] || n->seen[1][node[d]] == t;
-            n->seen[0][d] = n->seen[1][node[d]] = t;
-            away |= d != home;
-            n->moved[MOE_PAY_HIDDEN][IN][d] += !again;
-            n->moved[MOE_PAY_OUTPUT][OUT][d] += !again;
-            n->moved[MOE_PAY_HIDDEN][NODE][node[d]] += !same_node;
-            n->moved[MOE_PAY_OUTPUT][NODE][node[d]] += !same_node;
+            int32_t d, holders = run_holders(r, i, &d); /* none: costs nothing, goes nowhere */
+            n->served[home] |= holders > 0;
+            for (; holders > 0; d++, holders--) {
+                n->rows[(size_t)d * (size_t)r->model.n_experts + (size_t)routes->expert[i]] += (double)run_shard(r);
+                const bool again = d == home || n->seen[0][d] == t;
+                const bool same_node = node[d] == node[home] || n->seen[1][node[d]] == t;
+                n->seen[0][d] = n->seen[1][node[d]] = t;
+                away |= d != home;
+                n->moved[MOE_PAY_HIDDEN][IN][d] += !again;
+                n->moved[MOE_PAY_OUTPUT][OUT][d] += !again;
+                n->moved[MOE_PAY_HIDDEN][NODE][node[d]] += !same_node;
+                n->moved[MOE_PAY_OUTPUT][NODE][node[d]] += !same_node;
+            }
         }
         n->moved[MOE_PAY_HIDDEN][OUT][home] += away;
         n->moved[MOE_PAY_OUTPUT][IN][home] += away;

@@ -28,7 +28,7 @@
 extern "C" {
 #endif
 
-#define MOE_ABI 3u /* bumped when a layout or a meaning changes: tests/unit/test_abi.c guards it */
+#define MOE_ABI 4u /* bumped when a layout or a meaning changes: tests/unit/test_abi.c guards it */
 
 #if defined(__GNUC__)
 #define MOE_EXPORT __attribute__((visibility("default")))
@@ -121,6 +121,8 @@ struct moe_model {
     const double *expert_bytes;   /* [L][E] stored or NULL: width x moe_expert_bytes(); less in factored experts */
 };
 
+/* Where layouts put devices into groups, a placement decides for one: it sees ep devices, each as much as the etp that
+ * split its experts are together, and whatever it places is placed in every group alike. */
 struct moe_topology {
     int32_t n_devices, n_nodes;
     const int32_t *node;        /* [D] */
@@ -359,6 +361,12 @@ struct moe_traffic {
     const int32_t *device;        /* [T] where a token is before the layer */
     const int32_t *to;            /* [n] device that computes the route; MOE_NOWHERE: it costs nothing; MOE_SHARDED:
                                      every holder of a shard of its expert computes its fraction */
+    const int32_t *holders;       /* [n] or NULL: none is MOE_SHARDED. Of a route that is: index into placement->replica
+                                     of the first of n_shards that follow each other and are the expert together, on
+                                     as many neighbouring devices, the first of which n_shards divides */
+    int32_t n_shards;             /* 1: experts are whole */
+    int32_t n_groups;             /* expert-data-parallel: g x D / n_groups is the first device of group g. Each holds
+                                     all experts; its tokens are computed in it. 1: all devices are one */
     const struct moe_placement *placement;
     double dispatch_bytes, combine_bytes; /* of one token's row on the wire */
     const int32_t *entry;         /* [D] task after which a device's tokens are ready */

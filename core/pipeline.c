@@ -131,9 +131,11 @@ static void count_devices(struct run *r)
     const int32_t n_devices = r->topology->n_devices;
     int64_t most = 0, sum = 0;
     memset(r->device_load, 0, sizeof *r->device_load * (size_t)n_devices);
-    for (int64_t i = 0; i < r->routes.n; i++)
-        if (r->to[i] >= 0)
-            r->device_load[r->to[i]]++;
+    for (int64_t i = 0; i < r->routes.n; i++) {
+        int32_t first, n = run_holders(r, i, &first); /* shards are equal: rows are as good as work */
+        for (int32_t d = first; d < first + n; d++)
+            r->device_load[d]++;
+    }
     for (int32_t d = 0; d < n_devices; d++) {
         most = r->device_load[d] > most ? r->device_load[d] : most;
         sum += r->device_load[d];
@@ -171,11 +173,13 @@ static void keep_needs(struct run *r, const struct moe_batch *b)
     for (int32_t d = 0; d < r->topology->n_devices; d++)
         needs[d] = (struct layer_needs){ .entry = r->entry[d], .exit = r->exit[d] };
     for (int32_t t = 0; t < b->n_tokens; t++)
-        for (int64_t i = r->routes.offset[t]; i < r->routes.offset[t + 1]; i++)
-            if (r->to[i] == b->device[t])
-                needs[r->to[i]].at_home = true;
-            else if (r->to[i] >= 0)
-                needs[r->to[i]].foreign++;
+        for (int64_t i = r->routes.offset[t]; i < r->routes.offset[t + 1]; i++) {
+            int32_t first, n = run_holders(r, i, &first);
+            for (int32_t d = first; d < first + n; d++) {
+                needs[d].at_home |= d == b->device[t];
+                needs[d].foreign += d != b->device[t] ? (double)run_shard(r) : 0;
+            }
+        }
 }
 
 int pipeline_lay_out_experts(struct run *r, const struct moe_batch *b, const int32_t *shared)
@@ -183,7 +187,8 @@ int pipeline_lay_out_experts(struct run *r, const struct moe_batch *b, const int
     const int32_t n_devices = r->topology->n_devices;
     struct moe_traffic traffic = {
         .step = b->step, .layer = b->layer, .micro = 0, .n_micro = 1, .backward = r->graph.pass == PASS_BACKWARD,
-        .routes = &r->routes, .device = b->device, .to = r->to, .placement = &r->placed.view,
+        .routes = &r->routes, .device = b->device, .to = r->to, .holders = r->etp > 1 ? r->replica : NULL,
+        .n_shards = r->etp, .n_groups = r->edp, .placement = &r->placed.view,
         .dispatch_bytes = r->model.d_model * r->model.act_bytes,
         .combine_bytes = r->model.d_model * r->model.combine_bytes,
         .entry = r->entry, .exit = r->exit, .leaves = r->leaves,
@@ -313,7 +318,7 @@ int pipeline_step(struct run *r, int32_t step)
         count_devices(r);
         hash_add(&r->decisions, r->routes.offset, sizeof *r->routes.offset * ((size_t)b.n_tokens + 1));
         hash_add(&r->decisions, r->routes.expert, sizeof *r->routes.expert * (size_t)r->routes.n);
-        hash_add(&r->decisions, r->to, sizeof *r->to * (size_t)r->routes.n);
+        hash_add(&r->decisions, r->etp > 1 ? r->replica : r->to, sizeof *r->to * (size_t)r->routes.n);
         if (lay_out_layer(r, &b, &own) < 0 || observe_layer(r, layer) < 0)
             return r->err->code;
         keep_as_previous(r);

@@ -15,20 +15,34 @@ static size_t object_of(const struct run *r, int32_t layer, int32_t expert)
     return (size_t)layer * (size_t)r->model.n_experts + (size_t)expert;
 }
 
-static int place(struct run *r, struct placement *out, const struct moe_stats *stats)
+static int choose(struct run *r, struct placement *out, const struct moe_stats *stats, const char *who)
 {
-    char who[96];
-    snprintf(who, sizeof who, "placement %s", r->placement.plugin->name);
     placement_reset(out);
     if (HOOK(&r->placement, placement, place, stats, &out->view) < 0 ||
         placement_finish(out, &r->model, who, r->err) < 0)
         return r->err->code;
     for (int32_t i = 0; i < out->view.n; i++)
         if (out->replica[i].fraction < 1)
-            return err_set(r->err, ERR_RUN, "%s: places %g of layer %d's expert %d on device %d; dispatch %s carries "
-                           "whole experts only", who, (double)out->replica[i].fraction, out->replica[i].layer,
-                           out->replica[i].expert, out->replica[i].device, r->dispatch.plugin->name);
-    return device_memory_check(r, &out->view);
+            return err_set(r->err, ERR_RUN, "%s: places %g of layer %d's expert %d on device %d; expected whole "
+                           "experts: layout.experts.etp is what splits them", who, (double)out->replica[i].fraction,
+                           out->replica[i].layer, out->replica[i].expert, out->replica[i].device);
+    return 0;
+}
+
+static int place(struct run *r, struct placement *out, const struct moe_stats *stats)
+{
+    char who[96];
+    snprintf(who, sizeof who, "placement %s", r->placement.plugin->name);
+    if (!run_grouped(r))
+        return choose(r, out, stats, who) < 0 ? r->err->code : device_memory_check(r, &out->view);
+    struct placement chosen = { 0 }; /* stats may point into the one before */
+    if (choose(r, &chosen, stats, who) < 0) {
+        placement_free(&chosen);
+        return r->err->code;
+    }
+    placement_free(&r->chosen);
+    r->chosen = chosen;
+    return groups_expand(r, out, who) < 0 ? r->err->code : device_memory_check(r, &out->view);
 }
 
 int placement_start(struct run *r)
@@ -51,12 +65,13 @@ int placement_start(struct run *r)
     return r->err->code;
 }
 
-/* The layer's replicas by (expert, node), lowest device first: near[near_first[expert * N + node]...]. */
+/* The layer's replicas, as chosen, by (expert, node), lowest device first: near[near_first[expert * N + node]...]. */
 static int list_near(struct run *r, int32_t layer)
 {
-    const struct placement *p = &r->placed;
-    const size_t n_nodes = (size_t)r->topology->n_nodes, n_experts = (size_t)r->model.n_experts;
-    const int32_t begin = p->layer_first[layer], end = p->layer_first[layer + 1], *node = r->context.view.node;
+    const struct placement *p = run_chosen(r);
+    const struct moe_topology *view = &run_placing(r)->view;
+    const size_t n_nodes = (size_t)view->n_nodes, n_experts = (size_t)r->model.n_experts;
+    const int32_t begin = p->layer_first[layer], end = p->layer_first[layer + 1], *node = view->node;
     if (!r->near_first)
         r->near_first = malloc(sizeof *r->near_first * (n_experts * n_nodes + 2));
     int32_t *near = realloc(r->near, sizeof *near * ((size_t)(end - begin) + 1));
@@ -77,20 +92,22 @@ static int list_near(struct run *r, int32_t layer)
     return 0;
 }
 
-/* The replica on the token's device, else one on its node, else any: in turn where there are several. */
-static int32_t nearest_replica(struct run *r, size_t object, int32_t expert, int32_t device)
+/* The replica on the token's device, else one on its node, else any: in turn where there are several. turn: of the
+ * token's group. */
+static int32_t nearest_replica(struct run *r, size_t object, int32_t expert, int32_t device, uint32_t *turns)
 {
-    const struct placement *p = &r->placed;
+    const struct placement *p = run_chosen(r);
+    const struct moe_topology *view = &run_placing(r)->view;
     const int32_t *all = p->by_expert + p->expert_first[object];
     const int32_t n = p->expert_first[object + 1] - p->expert_first[object];
     if (n == 1)
         return all[0];
-    const size_t at = (size_t)expert * (size_t)r->topology->n_nodes + (size_t)r->context.view.node[device];
+    const size_t at = (size_t)expert * (size_t)view->n_nodes + (size_t)view->node[device];
     const int32_t *near = r->near + r->near_first[at], n_near = r->near_first[at + 1] - r->near_first[at];
     for (int32_t i = 0; i < n_near; i++)
         if (p->replica[near[i]].device == device)
             return near[i];
-    const uint32_t turn = r->turn[object]++;
+    const uint32_t turn = turns[object]++;
     return n_near > 0 ? near[turn % (uint32_t)n_near] : all[turn % (uint32_t)n];
 }
 
@@ -230,27 +247,33 @@ int placement_assign(struct run *r, const struct moe_batch *b, struct moe_cost *
         r->room_to = n;
     }
     bool chosen = r->placement.plugin->ops.placement.select != NULL;
-    if (chosen && HOOK(&r->placement, placement, select, b, &r->routes, &r->placed.view, r->replica) < 0)
+    const struct placement *from = run_chosen(r);
+    struct moe_batch seen;
+    groups_batch(r, b, &seen);
+    if (chosen && HOOK(&r->placement, placement, select, &seen, &r->routes, &from->view, r->replica) < 0)
         return r->err->code;
     if (!chosen && list_near(r, b->layer) < 0)
         return r->err->code;
     const int32_t n_experts = moe_experts_of(&r->model, b->layer);
-    for (int32_t t = 0; t < b->n_tokens; t++)
+    for (int32_t t = 0; t < b->n_tokens; t++) {
+        uint32_t *turns = r->turn + (size_t)(b->device[t] / (r->ep * r->etp)) * r->context.n_objects;
         for (int64_t i = r->routes.offset[t]; i < r->routes.offset[t + 1]; i++) {
             int32_t expert = r->routes.expert[i];
             if (expert >= n_experts) { /* null, zero, copy, constant */
-                r->to[i] = -1;
+                r->to[i] = r->replica[i] = -1;
                 continue;
             }
             if (!chosen)
-                r->replica[i] = nearest_replica(r, object_of(r, b->layer, expert), expert, b->device[t]);
+                r->replica[i] = nearest_replica(r, object_of(r, b->layer, expert), expert, seen.device[t], turns);
             int32_t id = r->replica[i];
-            if (id < 0 || id >= r->placed.view.n || r->placed.replica[id].layer != b->layer ||
-                r->placed.replica[id].expert != expert)
+            if (id < 0 || id >= from->view.n || from->replica[id].layer != b->layer ||
+                from->replica[id].expert != expert)
                 return err_set(r->err, ERR_RUN, "placement %s, layer %d, token %d: select chose replica %d, which "
                                "does not hold expert %d", r->placement.plugin->name, b->layer, t, id, expert);
-            r->to[i] = r->placed.replica[id].device;
+            r->replica[i] = groups_replica(r, id, b->device[t]);
+            r->to[i] = r->etp > 1 ? MOE_SHARDED : r->placed.replica[r->replica[i]].device;
         }
+    }
     return run_plans(r, b, sum);
 }
 
@@ -263,7 +286,15 @@ static bool comes_first(const struct placement *p, size_t object, int32_t i)
     return true;
 }
 
-/* Which weights a device holds afterwards and did not before; each comes from the nearest old holder. */
+/* How good a source of weights a holder is: the device itself, one of its node, of its group, any. */
+static int nearness(const struct run *r, int32_t src, int32_t dst)
+{
+    const int32_t *node = r->context.view.node, group = r->ep * r->etp;
+    return src == dst ? 3 : node[src] == node[dst] ? 2 : src / group == dst / group;
+}
+
+/* Which weights a device holds afterwards and did not before; each comes from the nearest old holder, of the same shard
+ * if they have shards. */
 static int plan_migration(struct run *r, const struct placement *old)
 {
     double bytes = run_expert_bytes(r);
@@ -278,13 +309,12 @@ static int plan_migration(struct run *r, const struct placement *old)
         int32_t src = -1;
         for (int32_t j = old->expert_first[o]; j < old->expert_first[o + 1]; j++) {
             int32_t d = old->replica[old->by_expert[j]].device;
-            if (src < 0 || d == x->device ||
-                (src != x->device && r->context.view.node[d] == r->context.view.node[x->device] &&
-                 r->context.view.node[src] != r->context.view.node[x->device]))
+            if (d % r->etp == x->device % r->etp &&
+                (src < 0 || nearness(r, d, x->device) > nearness(r, src, x->device)))
                 src = d;
         }
         if (src != x->device && comes_first(&r->placed, o, i))
-            part[r->n_migration++] = (struct moe_part){ src, x->device, bytes, 0, NULL, 0 };
+            part[r->n_migration++] = (struct moe_part){ src, x->device, bytes * (double)x->fraction, 0, NULL, 0 };
     }
     return 0;
 }
@@ -294,7 +324,7 @@ int placement_observe(struct run *r, int32_t step)
     r->window_steps++;
     if (!r->placement.plugin->ops.placement.due)
         return 0;
-    struct moe_stats stats = { .step = step, .n_steps = r->window_steps, .current = &r->placed.view };
+    struct moe_stats stats = { .step = step, .n_steps = r->window_steps, .current = &run_chosen(r)->view };
     statistics_view(&r->window, &stats);
     bool rebalance = false;
     if (HOOK(&r->placement, placement, due, &stats, &rebalance) < 0 || !rebalance)
@@ -303,7 +333,7 @@ int placement_observe(struct run *r, int32_t step)
         return refuse_moves(r);
     struct placement old = r->placed;
     memset(&r->placed, 0, sizeof r->placed);
-    stats.current = &old.view;
+    stats.current = run_grouped(r) ? &r->chosen.view : &old.view;
     if (place(r, &r->placed, &stats) == 0)
         plan_migration(r, &old);
     placement_free(&old);

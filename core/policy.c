@@ -214,11 +214,18 @@ static int host_leave_out(const struct moe_env *env, struct moe_placement *view,
     return 0;
 }
 
+/* The topology's number of a device as the policy counts them. */
+static int32_t device_of(const struct moe_env *env, int32_t device)
+{
+    const int32_t stride = of_env(env)->context->stride;
+    return stride > 1 ? device * stride : device;
+}
+
 static double host_bandwidth(const struct moe_env *env, int32_t src, int32_t dst)
 {
     const struct topology *t = of_env(env)->context->topology;
     int32_t link[TOPOLOGY_MAX_HOPS];
-    int n = topology_route(t, src, dst, 0, link, NULL);
+    int n = topology_route(t, device_of(env, src), device_of(env, dst), 0, link, NULL);
     double least = INFINITY;
     for (int i = 0; i < n; i++)
         least = fmin(least, t->link[link[i]].bandwidth);
@@ -229,12 +236,13 @@ static double host_latency(const struct moe_env *env, int32_t src, int32_t dst)
 {
     int32_t link[TOPOLOGY_MAX_HOPS];
     double latency = 0;
-    return topology_route(of_env(env)->context->topology, src, dst, 0, link, &latency) < 0 ? INFINITY : latency;
+    const struct topology *t = of_env(env)->context->topology;
+    return topology_route(t, device_of(env, src), device_of(env, dst), 0, link, &latency) < 0 ? INFINITY : latency;
 }
 
 static int32_t host_n_paths(const struct moe_env *env, int32_t src, int32_t dst)
 {
-    return topology_paths(of_env(env)->context->topology, src, dst);
+    return topology_paths(of_env(env)->context->topology, device_of(env, src), device_of(env, dst));
 }
 
 /* Runs a builder of the graph; what it refuses is this policy's fault, and says so. */
@@ -306,7 +314,8 @@ static int host_estimate(const struct moe_env *env, struct moe_graph *g, double 
 {
     struct policy_context *c = of_env(env)->context;
     struct machine *m = c->machine;
-    if (!m || (strcmp(m->ops->name, "flow") && strcmp(m->ops->name, "simgrid")))
+    if (!m || (strcmp(m->ops->name, "flow") && strcmp(m->ops->name, "simgrid")) ||
+        c->view.n_devices != c->topology->n_devices) /* one group's placement: others' traffic is not in its graph */
         return MOE_EUNSUPPORTED; /* an answer: a policy may go on without */
     struct machine trial;
     if (machine_open_sim(&trial, c->topology, c->model, m->precision, NET_FLOW, c->err) < 0)

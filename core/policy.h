@@ -23,6 +23,7 @@ struct policy_context {
     const struct moe_model *model;
     const struct topology *topology;
     struct moe_topology view;     /* what policies see of it; arrays owned here */
+    int32_t stride;               /* device d of the view begins at the topology's d x stride; 0 is 1 */
     struct machine *machine;      /* for host->estimate; NULL where nothing runs */
     struct tally *tally;          /* counts exchanges that are laid out; NULL: nobody asks */
     uint64_t seed;

@@ -28,7 +28,7 @@ static void resolve_layout(const struct run *r, json_t *spec)
 {
     const int32_t n = r->topology->n_devices;
     json_object_set_new(spec, "layout", json_pack("{s:{s:i, s:i}, s:{s:i, s:i}}", "attention", "dp", n / r->tp, "tp",
-                                                  r->tp, "experts", "ep", n, "etp", 1));
+                                                  r->tp, "experts", "ep", r->ep, "etp", r->etp));
 }
 
 static void resolve_model(const struct run *r, json_t *m)
@@ -130,9 +130,9 @@ static json_t *sum_tables(const struct latency_table *t)
 static json_t *derive(const struct run *r)
 {
     const struct workload *w = &r->workload;
-    json_t *o = json_pack("{s:i, s:i, s:i, s:i, s:i, s:f}", "nodes", r->topology->n_nodes, "devices",
-                          r->topology->n_devices, "tokens_per_step", w->n_tokens, "requests_played", w->n_played,
-                          "requests_profiled", w->n_profiled, "expert_bytes", run_expert_bytes(r));
+    json_t *o = json_pack("{s:i, s:i, s:i, s:i, s:i, s:i, s:f}", "nodes", r->topology->n_nodes, "devices",
+                          r->topology->n_devices, "expert_groups", r->edp, "tokens_per_step", w->n_tokens,
+                          "requests_played", w->n_played, "requests_profiled", w->n_profiled, "expert_bytes", run_expert_bytes(r));
     if (r->offloading) { /* per device */
         json_object_set_new(o, "cache_experts", json_integer(r->context.cache_objects));
         json_object_set_new(o, "cache_bytes", json_real((double)r->context.cache_objects * run_expert_bytes(r)));

@@ -95,7 +95,8 @@ static int open_policy(struct run *r, struct policy *p, enum moe_kind kind, cons
         return err_set(r->err, ERR_INPUT, "%s: is written in Lua, and its scenario does not run in this process", who);
     if (!lua && registry_load(kind, name, who, &plugin, r->err) < 0)
         return r->err->code;
-    if (policy_open(p, &r->context, plugin, json_object_get(spec, "params"), who, r->err) < 0)
+    struct policy_context *context = kind == MOE_PLACEMENT && run_grouped(r) ? &r->slots : &r->context;
+    if (policy_open(p, context, plugin, json_object_get(spec, "params"), who, r->err) < 0)
         return r->err->code;
     const char *undriven = undriven_hook(plugin);
     if (undriven)
@@ -140,6 +141,8 @@ static int open_policies(struct run *r, const json_t *spec)
                        r->where, param_found(cache, found));
     r->cache_share = json_number_value(cache);
     r->context.cache_objects = cache ? llround(r->cache_share * r->context.n_objects) : device_memory_objects(r);
+    if (groups_open(r) < 0)
+        return r->err->code;
     struct policy *one[MOE_N_KINDS] = { [MOE_ROUTER] = &r->router, [MOE_PLACEMENT] = &r->placement,
                                         [MOE_DISPATCH] = &r->dispatch, [MOE_OFFLOAD] = &r->offload };
     for (int k = 0; k < MOE_N_KINDS; k++) {
@@ -174,7 +177,7 @@ static int allocate(struct run *r)
     r->leaves = calloc((size_t)r->workload.n_tokens, sizeof *r->leaves);
     r->placed_bytes = calloc(n_devices, sizeof *r->placed_bytes);
     r->needs_of = calloc((size_t)r->model.n_layers * N_PASSES * n_devices, sizeof *r->needs_of);
-    r->turn = calloc(r->context.n_objects, sizeof *r->turn);
+    r->turn = calloc((size_t)r->edp * r->context.n_objects, sizeof *r->turn);
     if (!r->scores || !r->bias.add || !r->bias.scale || !r->load || !r->device_load || !r->device_tokens ||
         !r->entry || !r->exit || !r->leaves || !r->needs_of || !r->placed_bytes || !r->turn)
         return err_set(r->err, ERR_MEMORY, "out of memory for %d tokens x %d experts", r->workload.n_tokens,
@@ -197,7 +200,7 @@ int run_open(struct run *r, json_t *spec, struct err *e)
         workload_open(&r->workload, json_object_get(spec, "workload"), &r->model, r->topology->n_devices, r->seed,
                       r->where, e) < 0 ||
         tally_open(&r->tally, r->topology, e) < 0 || open_policies(r, spec) < 0 || allocate(r) < 0 ||
-        offload_open(r) < 0 || train_open(r) < 0)
+        offload_open(r) < 0 || groups_check(r) < 0 || train_open(r) < 0)
         return e->code;
     if (!r->graph.keep_items && validity_check(r, json_is_true(json_object_get(spec, "allow_extrapolation"))) < 0)
         return e->code;
@@ -217,6 +220,7 @@ static void close_policies(struct run *r)
         policy_close(&r->balancer[i]);
     r->n_balancers = 0;
     policy_context_free(&r->context);
+    groups_close(r);
 }
 
 static void step_done(struct run *r)
@@ -240,7 +244,7 @@ static int record_accesses(struct run *r)
     r->recording = false;
     metrics_free(&r->metrics);
     r->decisions = UINT64_C(0xcbf29ce484222325);
-    memset(r->turn, 0, sizeof *r->turn * r->context.n_objects);
+    memset(r->turn, 0, sizeof *r->turn * (size_t)r->edp * r->context.n_objects);
     r->n_migration = 0;
     workload_rewind(&r->workload, r->seed);
     close_policies(r);
@@ -312,6 +316,8 @@ void run_close(struct run *r)
     routes_free(&r->routes);
     routes_free(&r->before);
     placement_free(&r->placed);
+    placement_free(&r->chosen);
+    free(r->token_slot);
     free(r->scores);
     free(r->bias.add);
     free(r->bias.scale);

@@ -30,7 +30,7 @@ struct layer_needs {
     bool at_home;        /* it computes rows of its own tokens */
 };
 
-struct trained_layer { struct moe_routes routes; int32_t room_routes; int32_t *to; int64_t room_to; };
+struct trained_layer { struct moe_routes routes; int32_t room_routes; int32_t *to, *replica; int64_t room_to; };
 
 struct run {
     json_t *spec;              /* what it was opened from */
@@ -41,6 +41,7 @@ struct run {
     struct dense_layers dense;
     int32_t vocab;             /* 0: no embedding and no head */
     int32_t tp;                /* neighbouring devices that split attention, dense layers and head */
+    int32_t ep, etp, edp;      /* edp groups with all experts each, of ep slots, of etp devices that split experts */
     struct topology *topology;
     struct machine machine;
     bool machine_open;
@@ -63,7 +64,7 @@ struct run {
     float *scores;             /* [T][E] room for a router's */
     const float *gate_scores;  /* [T][E] what selection looked at: those, the trace's logits, or NULL */
     struct moe_bias bias;      /* [E] */
-    int32_t *to, *replica;     /* [n routes] */
+    int32_t *to, *replica;     /* [n routes]; replica: in `placed`, the first shard of those that are the expert */
     int64_t room_to;
     int64_t *load;             /* [E] tokens routed to each expert */
     int64_t *device_load;      /* [D] routes computed on each device */
@@ -72,13 +73,16 @@ struct run {
     int32_t *leaves;           /* [T] device after the layer */
     struct layer_needs *needs_of; /* [N_PASSES][L][D] of this step */
     double *placed_bytes;      /* [D] experts that a device holds, or caches at most */
-    uint32_t *turn;            /* [L*E] which replica is next */
+    uint32_t *turn;            /* [groups][L*E] which replica is next */
     int32_t *near_first, *near;/* [E*N + 2], [replicas of a layer]: by (expert, node), placement_stage.c */
 
     struct trained_layer *trained; /* [L] decisions of the forward pass, kept for the backward; NULL: no training */
     int32_t reduced;           /* task after which the last gradients were reduced; -1 */
 
     struct placement placed;
+    struct policy_context slots; /* devices in groups: one group as placement sees it, a slot as a device; else unset */
+    struct placement chosen;   /* and what it made of that, of which `placed` has a copy per group */
+    int32_t *token_slot;       /* [T] where a token is, in that sense; NULL: as in the batch */
     struct statistics window;  /* since the last placement; kept when the placement has a due hook */
     int32_t window_steps;
     struct moe_part *migration;/* what the next step must move first */
@@ -117,6 +121,34 @@ void run_close(struct run *);
 static inline double run_expert_bytes(const struct run *r)
 {
     return moe_expert_bytes(&r->model);
+}
+
+static inline bool run_grouped(const struct run *r)
+{
+    return r->edp > 1 || r->etp > 1;
+}
+
+static inline const struct policy_context *run_placing(const struct run *r)
+{
+    return run_grouped(r) ? &r->slots : &r->context;
+}
+
+static inline const struct placement *run_chosen(const struct run *r)
+{
+    return run_grouped(r) ? &r->chosen : &r->placed;
+}
+
+/* Of every expert's width, as placements and tasks say it. */
+static inline float run_shard(const struct run *r)
+{
+    return 1.0f / (float)r->etp;
+}
+
+/* How many devices compute route i, *first and those after it; 0: it costs nothing. */
+static inline int32_t run_holders(const struct run *r, int64_t i, int32_t *first)
+{
+    *first = r->to[i] == MOE_SHARDED ? r->placed.replica[r->replica[i]].device : r->to[i];
+    return r->to[i] == MOE_SHARDED ? r->etp : r->to[i] >= 0;
 }
 
 /* A specification's numbers, with defaults (NAN: required): run_model.c */
@@ -173,6 +205,17 @@ int64_t device_memory_objects(const struct run *); /* experts that fit beside th
 int device_memory_check(struct run *, const struct moe_placement *);
 /* That devices hold what plans of the layer (r->moves) send them as well; `who` planned last. */
 int device_memory_moves(struct run *, const char *who);
+/* Groups of devices that hold all experts each, and experts in shards: expert_groups.c. `open` once there is a context,
+ * `check` once there are policies. */
+int groups_open(struct run *);
+int groups_check(struct run *);
+void groups_close(struct run *);
+/* `chosen` in every group, shard after shard. */
+int groups_expand(struct run *, struct placement *out, const char *who);
+/* The batch as a placement's select sees it; devices in token_slot. */
+void groups_batch(struct run *, const struct moe_batch *, struct moe_batch *out);
+/* A replica of `chosen` as the group of `device` has it: in `placed`, its first shard. */
+int32_t groups_replica(const struct run *, int32_t chosen, int32_t device);
 int placement_start(struct run *);                     /* placement_stage.c */
 int placement_assign(struct run *, const struct moe_batch *, struct moe_cost *own);
 int placement_observe(struct run *, int32_t step);

@@ -4,7 +4,7 @@
  *   model      sizes of MoE layers; attention {kind, ...} or n_heads, n_kv_heads, d_head; vocab; dense {layers,
  *              interleave, d_ff}; precision, weight_bytes; dispatch and combine (precisions on the wire) or act_bytes
  *              and combine_bytes (bytes of a value)
- *   layout     attention {dp, tp}, experts {ep, etp} */
+ *   layout     attention {dp, tp}, experts {ep, etp}: expert_groups.c */
 #include "config.h"
 
 #include "layer.h"
@@ -193,12 +193,35 @@ int run_read_model(struct run *r, const json_t *m)
     return 0;
 }
 
+/* Experts in edp groups of ep x etp devices. One group of whole experts is what there always is: placement makes what
+ * replicas it likes, and devices may hold none. */
+static int read_groups(struct run *r)
+{
+    const int32_t n = r->topology->n_devices;
+    const int64_t group = (int64_t)r->ep * r->etp;
+    if (group > n || n % group)
+        return err_set(r->err, ERR_INPUT, "%s: layout.experts: ep x etp = %d x %d = %lld, and machine %s has %d "
+                       "devices: expected ep x etp x edp = %d, edp being a whole number of groups that hold all "
+                       "experts each", r->where, r->ep, r->etp, (long long)group, r->topology->name, n, n);
+    r->edp = (int32_t)(n / group);
+    if (r->ep > r->model.n_experts && (r->edp > 1 || r->etp > 1))
+        return err_set(r->err, ERR_INPUT, "%s: layout.experts.ep: %d is more than the model's %d experts (etp %d, edp "
+                       "%d)", r->where, r->ep, r->model.n_experts, r->etp, r->edp);
+    if (r->model.d_expert % r->etp)
+        return err_set(r->err, ERR_INPUT, "%s: layout.experts.etp: %d does not divide model.d_expert, %d", r->where,
+                       r->etp, r->model.d_expert);
+    if (r->etp > 1 && r->graph.keep_items)
+        return err_set(r->err, ERR_INPUT, "%s: layout.experts.etp: %d, and machine host computes whole experts: "
+                       "expected 1", r->where, r->etp);
+    return 0;
+}
+
 int run_read_layout(struct run *r, const json_t *layout)
 {
     static const char *const known[] = { "attention", "experts", NULL };
     static const char *const attention[] = { "dp", "tp", NULL }, *const experts[] = { "ep", "etp", NULL };
     const json_t *a, *x;
-    int32_t dp, ep, etp;
+    int32_t dp;
     const int32_t n = r->topology->n_devices;
     r->tp = 1;
     if (check_table(r, layout, "layout", known) < 0 ||
@@ -206,19 +229,14 @@ int run_read_layout(struct run *r, const json_t *layout)
         get_table(r, layout, "layout", "experts", experts, &x) < 0 ||
         run_whole(r, a, "layout.attention", "tp", 1, 1, 1 << 20, &r->tp) < 0 ||
         run_whole(r, a, "layout.attention", "dp", fmax(1, n / r->tp), 1, 1 << 20, &dp) < 0 ||
-        run_whole(r, x, "layout.experts", "etp", 1, 1, 1 << 20, &etp) < 0 ||
-        run_whole(r, x, "layout.experts", "ep", fmax(1, n / etp), 1, 1 << 20, &ep) < 0)
+        run_whole(r, x, "layout.experts", "etp", 1, 1, 1 << 20, &r->etp) < 0 ||
+        run_whole(r, x, "layout.experts", "ep", fmax(1, n / r->etp), 1, 1 << 20, &r->ep) < 0)
         return r->err->code;
     if ((int64_t)dp * r->tp != n)
         return err_set(r->err, ERR_INPUT, "%s: layout.attention: dp x tp = %d x %d = %lld, and machine %s has %d "
                        "devices", r->where, dp, r->tp, (long long)dp * r->tp, r->topology->name, n);
-    if (etp > 1)
-        return err_set(r->err, ERR_INPUT, "%s: layout.experts.etp: %d devices that split every expert are not "
-                       "modelled: expected 1", r->where, etp);
-    if (ep != n)
-        return err_set(r->err, ERR_INPUT, "%s: layout.experts.ep: %d, and machine %s has %d devices: placement spreads "
-                       "the experts over all of them, and makes what replicas there are", r->where, ep,
-                       r->topology->name, n);
+    if (read_groups(r) < 0)
+        return r->err->code;
     if (r->tp > r->attention.n_heads)
         return err_set(r->err, ERR_INPUT, "%s: layout.attention.tp: %d is more than the model's %d heads", r->where,
                        r->tp, r->attention.n_heads);

@@ -10,7 +10,7 @@
  *               each neighbour its share, 1 / m), rings across nodes for each share ((n - 1) / n of it), the same back.
  *               Groups that lie unevenly on nodes go around one ring. Adding up hides behind sending; a ring's latency
  *               is one hop's
- *   experts     replicas of one expert: a ring among their devices
+ *   experts     replicas of one expert, of all groups: a ring among their devices; of shards, one for each place
  *   optimiser   gradients, state and master weights read, state, master and working weights written
  *
  * With sharded state (ZeRO-1) gradients are scattered in the backward pass, each device updates its share, and the new
@@ -41,6 +41,7 @@ void train_close(struct run *r)
     for (int32_t l = 0; r->trained && l < r->model.n_layers; l++) {
         routes_free(&r->trained[l].routes);
         free(r->trained[l].to);
+        free(r->trained[l].replica);
     }
     free(r->trained);
     r->trained = NULL;
@@ -58,9 +59,11 @@ int train_keep(struct run *r, int32_t layer)
         return r->err->code;
     if (t->room_to < now->n) {
         free(t->to);
+        free(t->replica);
         t->to = malloc(sizeof *t->to * (size_t)now->n);
-        t->room_to = t->to ? now->n : 0;
-        if (!t->to)
+        t->replica = malloc(sizeof *t->replica * (size_t)now->n);
+        t->room_to = t->to && t->replica ? now->n : 0;
+        if (t->room_to == 0)
             return err_set(r->err, ERR_MEMORY, "out of memory for a layer's routes");
     }
     t->routes.n = now->n;
@@ -69,16 +72,18 @@ int train_keep(struct run *r, int32_t layer)
     memcpy(t->routes.expert, now->expert, sizeof *now->expert * (size_t)now->n);
     memcpy(t->routes.weight, now->weight, sizeof *now->weight * (size_t)now->n);
     memcpy(t->to, r->to, sizeof *r->to * (size_t)now->n);
+    memcpy(t->replica, r->replica, sizeof *r->replica * (size_t)now->n);
     return 0;
 }
 
 /* The routes of a kept layer take the place of the current ones; calling it again changes them back. */
 static void change_routes(struct run *r, int32_t layer)
 {
-    struct trained_layer *t = &r->trained[layer], now = { r->routes, r->room_routes, r->to, r->room_to };
+    struct trained_layer *t = &r->trained[layer], now = { r->routes, r->room_routes, r->to, r->replica, r->room_to };
     r->routes = t->routes;
     r->room_routes = t->room_routes;
     r->to = t->to;
+    r->replica = t->replica;
     r->room_to = t->room_to;
     *t = now;
 }
@@ -180,18 +185,21 @@ static int reduce_copies(struct run *r, struct list *l, const struct copies *c)
     return r->workload.shard_optimizer ? 0 : gather(r, l, c, NULL);
 }
 
-/* Gradients of experts with several whole replicas; what is sharded has one holder for each of its parts. */
+/* Gradients of experts with several replicas, in one group or one in each; shards with those of the same place. */
 static int reduce_replicas(struct run *r, struct list *l, int32_t layer)
 {
     const struct moe_placement *p = &r->placed.view;
     const double bytes = run_expert_bytes(r) / r->model.weight_bytes * r->workload.gradient_bytes;
     for (int32_t e = 0; e < r->model.n_experts; e++) {
         const int32_t *at = &p->expert_first[(size_t)layer * (size_t)r->model.n_experts + (size_t)e];
-        const int32_t n = at[1] - at[0];
-        for (int32_t i = 0; i < n; i++) {
-            const struct moe_replica *src = &p->replica[p->by_expert[at[0] + i]],
-                                     *dst = &p->replica[p->by_expert[at[0] + (i + 1) % n]];
-            if (src->fraction >= 1 && add_part(r, l, src->device, dst->device, 2 * bytes * (n - 1) / n) < 0)
+        const int32_t n = at[1] - at[0], copies = n / r->etp;
+        for (int32_t i = 0, j; i < n; i++) {
+            const struct moe_replica *src = &p->replica[p->by_expert[at[0] + i]], *dst;
+            for (j = (i + 1) % n; (dst = &p->replica[p->by_expert[at[0] + j]])->device % r->etp !=
+                                  src->device % r->etp; j = (j + 1) % n)
+                ;
+            const double of_shard = bytes * (double)src->fraction;
+            if (add_part(r, l, src->device, dst->device, 2 * of_shard * (copies - 1) / copies) < 0)
                 return r->err->code;
         }
     }

@@ -40,10 +40,10 @@ static void see_matrix(struct extremes *x, double columns, double rows)
     see(x, GEMM_SUM, rows);
 }
 
-static void see_experts(struct extremes *x, const struct moe_model *m)
+static void see_experts(struct extremes *x, const struct moe_model *m, int32_t n_shards)
 {
-    see_matrix(x, 2.0 * m->d_expert, m->d_model);
-    see_matrix(x, m->d_model, m->d_expert);
+    see_matrix(x, 2.0 * m->d_expert / n_shards, m->d_model);
+    see_matrix(x, m->d_model, (double)m->d_expert / n_shards);
 }
 
 static void see_all(struct extremes *x, const struct run *r)
@@ -61,7 +61,7 @@ static void see_all(struct extremes *x, const struct run *r)
     for (int32_t i = 0; i < all.n; i++)
         if (all.kernel[i].groups > 0)
             see_matrix(x, (double)all.kernel[i].shape.n, (double)all.kernel[i].shape.k);
-    see_experts(x, m);
+    see_experts(x, m, r->etp);
     see(x, ATTENTION_WIDTH, a->kind == ATTENTION_MLA ? a->nope + a->rope : a->d_head);
     see(x, ATTENTION_CONTEXT, r->workload.context);
     see(x, ROW_BYTES, m->d_model * m->act_bytes);
@@ -91,7 +91,7 @@ json_t *models_extrapolated(const struct moe_model *m, const double row_bytes[2]
     char text[300];
     json_t *list = NULL;
     see_nothing(&x);
-    see_experts(&x, m);
+    see_experts(&x, m, 1);
     for (int i = 0; i < 2; i++)
         if (row_bytes[i] > 0)
             see(&x, ROW_BYTES, row_bytes[i]);

@@ -50,6 +50,12 @@ struct kernel_cost cost_kernel(const struct device_spec *d, const struct kernel 
     return cost_gemm(d, k->precision, k->groups, group, &k->bytes);
 }
 
+/* A share is a float: a third of 999 is 333, not 334. */
+static int64_t whole_width(double hidden)
+{
+    return (int64_t)ceil(hidden * (1 - 1e-7));
+}
+
 struct kernel_cost cost_experts(const struct device_spec *d, enum precision p, const struct moe_model *m, int32_t n,
                                 const int64_t *rows, const double *width)
 {
@@ -59,7 +65,7 @@ struct kernel_cost cost_experts(const struct device_spec *d, enum precision p, c
     double activation = 0, any = 0;
     for (int32_t i = 0; i < n; i++) {
         const double hidden = (double)m->d_expert * (width ? width[i] : 1);
-        const int64_t h = (int64_t)ceil(hidden);
+        const int64_t h = whole_width(hidden);
         if (rows[i] > 0 && any > 0 && between.n != h) /* of several widths */
             between.op = LATENCY_NONE;
         between.n = rows[i] > 0 ? h : between.n;
@@ -90,7 +96,7 @@ struct kernel_cost cost_experts_backward(const struct device_spec *d, enum preci
     double activation = 0;
     for (int32_t i = 0; i < n; i++) {
         const double hidden = (double)m->d_expert * (width ? width[i] : 1);
-        const int64_t h = (int64_t)ceil(hidden), t = rows[i], some = t > 0;
+        const int64_t h = whole_width(hidden), t = rows[i], some = t > 0;
         group[DOWN_INPUT][i] = (struct gemm_group){ t, h, m->d_model };
         group[DOWN_WEIGHT][i] = (struct gemm_group){ some * m->d_model, h, t };
         group[UP_INPUT][i] = (struct gemm_group){ t, m->d_model, 2 * h };

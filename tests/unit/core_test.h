@@ -233,8 +233,9 @@ static inline struct run *test_open_run(json_t *spec, struct err *e)
 /* The run's policy of a kind gives way to one of the test's own. */
 static inline void test_swap_policy(struct run *r, struct policy *p, const struct moe_plugin *plugin)
 {
+    struct policy_context *context = p->context;
     policy_close(p);
-    test_ok(policy_open(p, &r->context, plugin, NULL, "test", r->err), r->err);
+    test_ok(policy_open(p, context, plugin, NULL, "test", r->err), r->err);
 }
 
 static inline void test_close_run(struct run *r)

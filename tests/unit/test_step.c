@@ -267,8 +267,6 @@ static void bad_tables(void **state)
         { "model", "dense", "3", "model.dense", "expected a table" },
         { NULL, "layout", "{\"attention\": {\"tp\": 3}}", "layout.attention", "1 x 3 = 3" },
         { NULL, "layout", "{\"attention\": {\"dp\": 2, \"tp\": 2}}", "2 x 2 = 4", "2 devices" },
-        { NULL, "layout", "{\"experts\": {\"etp\": 2}}", "layout.experts.etp", "not modelled" },
-        { NULL, "layout", "{\"experts\": {\"ep\": 1}}", "layout.experts.ep", "2 devices" },
         { NULL, "layout", "{\"atention\": {}}", "layout: unknown key", "\"attention\"" },
         { "workload", "recompute", "1", "workload.recompute", "true or false" },
         { "workload", "optimizer_bytes", "-1", "workload.optimizer_bytes", "bytes of one weight" },
