@@ -303,6 +303,8 @@ static int sharded_experts(const struct moe_env *env, struct layout *l, int32_t 
                                               rows * (n_shards + 1) * l->in->combine_bytes, here);
         if (l->sum[d] < 0 || (rc = env->host->task_after(env, g, back, l->sum[d])) < 0)
             return l->sum[d] < 0 ? l->sum[d] : rc;
+        if (l->in->entry[d] >= 0 && (rc = env->host->task_after(env, g, l->sum[d], l->in->entry[d])) < 0)
+            return rc; /* it may be all that a device without tokens does */
     }
     return MOE_OK;
 }

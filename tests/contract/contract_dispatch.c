@@ -12,6 +12,7 @@ struct layer {
     struct moe_traffic traffic;
     struct moe_graph graph;
     int32_t *to, *token; /* [n] of each route */
+    int32_t *holders;    /* [n] likewise; NULL: experts are whole */
     int32_t *entry, *exit;
     int32_t *order;      /* tasks in an order that respects every edge */
     uint8_t *before;     /* [n][n] before[a * n + b]: b has to end before a starts */
@@ -97,9 +98,10 @@ static void check_exchange(const struct layer *l, const struct moe_exchange *x)
         for (int64_t i = 0; i < part->n_items; i++) {
             int64_t item = part->items[i];
             assert_true(item >= 0 && item < l->batch.recorded.n);
-            if (l->to[item] < 0)
+            if (l->to[item] == MOE_NOWHERE)
                 fail_msg("route %lld costs nothing and travels all the same", (long long)item);
-            if (seen[part->dst * l->batch.recorded.n + item]++)
+            const bool parts_of_a_sum = l->holders != NULL && x->payload == MOE_PAY_OUTPUT; /* one from each holder */
+            if (seen[part->dst * l->batch.recorded.n + item]++ && !parts_of_a_sum)
                 fail_msg("route %lld gets to device %d twice in one exchange", (long long)item, part->dst);
         }
     }
@@ -121,9 +123,12 @@ static void check_experts(const struct layer *l, int32_t task, double *computed)
             if (l->batch.recorded.expert[item] != work->expert[i])
                 fail_msg("route %lld goes to expert %d and is computed by %d", (long long)item,
                          l->batch.recorded.expert[item], work->expert[i]);
-            if (work->fraction >= 1 && l->to[item] != work->device)
-                fail_msg("route %lld belongs to device %d and is computed on %d", (long long)item, l->to[item],
-                         work->device);
+            const int32_t first = l->to[item] == MOE_SHARDED ? l->placement.replica[l->holders[item]].device : -1;
+            if (first >= 0 ? work->device < first || work->device >= first + l->traffic.n_shards ||
+                             fabs((double)work->fraction * l->traffic.n_shards - 1) > 1e-5
+                           : work->fraction >= 1 && l->to[item] != work->device)
+                fail_msg("route %lld belongs to device %d and is computed on %d (fraction %g)", (long long)item,
+                         first >= 0 ? first : l->to[item], work->device, (double)work->fraction);
             if (!precedes(l, l->entry[home], task))
                 fail_msg("route %lld is computed before its token is ready", (long long)item);
             if (!travels(l, MOE_PAY_HIDDEN, l->token[item], home, -1, work->device, task))
@@ -137,24 +142,36 @@ static void check_experts(const struct layer *l, int32_t task, double *computed)
     }
 }
 
-/* Contiguous experts; every seventh route costs nothing. */
-static void layer_make(struct layer *l, const struct contract_size *size, struct policy_host *host)
+/* Contiguous experts, in every group and shard after shard; every seventh route costs nothing. */
+static void layer_make(struct layer *l, const struct contract_size *size, struct policy_host *host, int32_t n_groups,
+                       int32_t n_shards)
 {
+    const int32_t slots = size->n_devices / n_groups / n_shards;
     memset(l, 0, sizeof *l);
     l->size = size;
     contract_batch_make(&l->batch, size, 0, size->n_layers - 1, 5, -1);
     policy_placement_init(&l->placement);
     for (int32_t layer = 0; layer < size->n_layers; layer++)
-        for (int32_t e = 0; e < size->n_experts; e++)
-            host->host.place(&host->env, &l->placement.view, layer, e, e * size->n_devices / size->n_experts, 1);
+        for (int32_t i = 0; i < n_groups * size->n_experts * n_shards; i++) {
+            const int32_t e = i / n_shards % size->n_experts, group = i / n_shards / size->n_experts;
+            const int32_t slot = group * slots + e * slots / size->n_experts;
+            host->host.place(&host->env, &l->placement.view, layer, e, slot * n_shards + i % n_shards,
+                             1.0f / (float)n_shards);
+        }
     policy_placement_seal(&l->placement, &host->model);
     const struct moe_routes *r = &l->batch.recorded;
     l->to = calloc((size_t)r->n + 1, sizeof *l->to);
     l->token = calloc((size_t)r->n + 1, sizeof *l->token);
+    l->holders = n_shards > 1 ? calloc((size_t)r->n + 1, sizeof *l->holders) : NULL;
     for (int32_t t = 0; t < r->n_tokens; t++) {
         for (int64_t i = r->offset[t]; i < r->offset[t + 1]; i++) {
             l->token[i] = t;
-            l->to[i] = i % 7 == 6 ? -1 : r->expert[i] * size->n_devices / size->n_experts;
+            const int32_t group = l->batch.device[t] / (slots * n_shards);
+            const int32_t holder = (size->n_layers - 1) * n_groups * size->n_experts * n_shards +
+                                   (group * size->n_experts + r->expert[i]) * n_shards;
+            if (l->holders != NULL)
+                l->holders[i] = holder;
+            l->to[i] = i % 7 == 6 ? MOE_NOWHERE : n_shards > 1 ? MOE_SHARDED : l->placement.replica[holder].device;
         }
     }
     l->entry = calloc((size_t)size->n_devices, sizeof *l->entry);
@@ -167,7 +184,7 @@ static void layer_make(struct layer *l, const struct contract_size *size, struct
     l->traffic = (struct moe_traffic){
         .layer = size->n_layers - 1, .n_micro = 1, .routes = r, .device = l->batch.device, .to = l->to,
         .placement = &l->placement.view, .dispatch_bytes = 128, .combine_bytes = 256, .entry = l->entry,
-        .exit = l->exit,
+        .exit = l->exit, .holders = l->holders, .n_shards = n_shards, .n_groups = n_groups,
     };
 }
 
@@ -178,6 +195,7 @@ static void layer_free(struct layer *l)
     policy_graph_free(&l->graph);
     free(l->to);
     free(l->token);
+    free(l->holders);
     free(l->entry);
     free(l->exit);
     free(l->order);
@@ -230,15 +248,17 @@ static void check_layer(struct layer *l)
             n_rows += t->experts.rows[e];
     }
     for (int64_t i = 0; i < r->n; i++) {
-        n_wanted += l->to[i] >= 0;
-        if (known && fabs(computed[i] - (l->to[i] >= 0)) > 1e-5)
+        n_wanted += l->to[i] != MOE_NOWHERE;
+        if (known && fabs(computed[i] - (l->to[i] != MOE_NOWHERE)) > 1e-5)
             fail_msg("route %lld to device %d is computed %g times", (long long)i, l->to[i], computed[i]);
     }
-    assert_true(known || n_rows == n_wanted);
+    assert_true(known || l->holders != NULL || n_rows == n_wanted);
     free(computed);
 }
 
-static void lay_out_run(const struct moe_plugin *plugin, const struct contract_size *size, struct contract_notes *notes)
+/* May refuse shards, by name. */
+static void lay_out_run(const struct moe_plugin *plugin, const struct contract_size *size, int32_t n_groups,
+                        int32_t n_shards, struct contract_notes *notes)
 {
     struct policy_host host;
     struct policy policy;
@@ -247,10 +267,14 @@ static void lay_out_run(const struct moe_plugin *plugin, const struct contract_s
     const double seconds[] = {1e-3, 2e-3};
     contract_start(&policy, &host, plugin, size, 0);
     for (int32_t step = 0; step < 2; step++) {
-        layer_make(&l, size, &host);
+        layer_make(&l, size, &host, n_groups, n_shards);
         l.traffic.step = step;
         int rc = plugin->ops.dispatch.lay_out(policy.state, &l.traffic, &l.graph);
         policy_host_end_hook(&host);
+        if (n_shards > 1 && rc == MOE_EUNSUPPORTED && strstr(host.failure, "is sharded")) {
+            layer_free(&l);
+            break;
+        }
         if (rc != MOE_OK || host.n_failures > 0)
             fail_msg("%d tokens on %d devices: %s", size->n_tokens, size->n_devices, host.failure);
         check_layer(&l);
@@ -270,13 +294,27 @@ static void dispatch_computes_every_route_once(void **state)
 {
     for (int i = 0; i < contract_n_sizes; i++) {
         struct contract_notes a = {0}, b = {0};
-        lay_out_run(*state, &contract_sizes[i], &a);
-        lay_out_run(*state, &contract_sizes[i], &b);
+        lay_out_run(*state, &contract_sizes[i], 1, 1, &a);
+        lay_out_run(*state, &contract_sizes[i], 1, 1, &b);
         contract_same(&a, &b);
     }
 }
 
+static void dispatch_knows_groups_and_shards(void **state)
+{
+    for (int i = 0; i < contract_n_sizes; i++)
+        for (int32_t groups = 1; groups <= 4; groups++)
+            for (int32_t shards = 1; shards <= 4; shards++)
+                if (groups * shards > 1 && contract_sizes[i].n_devices % (groups * shards) == 0) {
+                    struct contract_notes a = {0}, b = {0};
+                    lay_out_run(*state, &contract_sizes[i], groups, shards, &a);
+                    lay_out_run(*state, &contract_sizes[i], groups, shards, &b);
+                    contract_same(&a, &b);
+                }
+}
+
 const struct contract_check contract_dispatch[] = {
     {"computes every route once, repeatably", dispatch_computes_every_route_once},
+    {"knows groups of devices, and shards or refuses them", dispatch_knows_groups_and_shards},
     {NULL, NULL},
 };
