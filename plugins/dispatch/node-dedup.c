@@ -4,7 +4,8 @@
  * Source:  DeepEP, normal kernels (C. Zhao et al. 2025, github.com/deepseek-ai/DeepEP); DeepSeek-V3 technical report,
  *          arXiv 2412.19437, section 3.2.2
  * Differs: queues and their flow control are a pipeline of `chunks` equal slices of every device's tokens; outputs are
- *          summed on each device and each node before they travel, as there
+ *          summed on each device and each node before they travel, as there. Experts in shards (fraction < 1) are
+ *          refused; groups of devices that hold all experts each share one kernel, so each waits for the slowest
  * Cost:    O(n k + D) for n routes of k per token, scratch only
  *
  *   permute none (kernels read tokens where they lie); per slice i of `chunks`, one after another:

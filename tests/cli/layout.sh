@@ -32,7 +32,8 @@ for layout in "4 1 1" "2 1 2" "2 2 1" "1 2 2" "1 4 1"; do
          awk '\$1 < 1 { bad = 1 } END { exit !bad }'"
 done
 "$moelab" run a.lua --quiet --out again --set layout.experts.ep=2 --set layout.experts.etp=2 2>/dev/null
-ok "the same decisions when it runs again" test "$(field r22/runs.jsonl decisions)" = "$(field again/runs.jsonl decisions)"
+ok "the same decisions when it runs again" test "$(field r22/runs.jsonl decisions)" = \
+    "$(field again/runs.jsonl decisions)"
 # Two groups hold two copies of everything; a shard is half of an expert.
 ok "experts on a device: twice as many in half as many places" awk -v a="$(field r41/runs.jsonl experts | head -1)" \
     -v b="$(field r21/runs.jsonl experts | head -1)" -v c="$(field r22/runs.jsonl experts | head -1)" \
