@@ -248,9 +248,10 @@ static int lay_out_once(struct eval_job *j, struct work *w)
         w->entry[d] = graph_join(&w->graph, j->err);
         w->exit[d] = -1;
     }
-    struct moe_traffic traffic = { .n_micro = 1, .n_shards = 1, .n_groups = 1, .routes = &w->routes, .device = w->device, .to = w->to,
-                                   .placement = &w->placed.view, .dispatch_bytes = w->row_bytes[0],
-                                   .combine_bytes = w->row_bytes[1], .entry = w->entry, .exit = w->exit };
+    struct moe_traffic traffic = { .n_micro = 1, .n_shards = 1, .n_groups = 1, .routes = &w->routes,
+                                   .device = w->device, .to = w->to, .placement = &w->placed.view,
+                                   .dispatch_bytes = w->row_bytes[0], .combine_bytes = w->row_bytes[1],
+                                   .entry = w->entry, .exit = w->exit };
     if (job_open_policy(j, &p) == 0) {
         double start = job_clock();
         HOOK(&p, dispatch, lay_out, &traffic, &w->graph);

@@ -217,7 +217,8 @@ local function override(t, where)
         elseif parts[i] == "model" then v = moe.model(v)
         elseif policy_hooks[parts[i]] or parts[i] == "dispatch" then v = moe.plugin(v) end
       end
-      if v == nil and (parts[1] == "machine" and i > 1 or parts[1] == "layout") then v = {} end -- its file's; all have one
+      -- keys of the machine's file; every experiment has a layout
+      if v == nil and (parts[1] == "machine" and i > 1 or parts[1] == "layout") then v = {} end
       if type(v) ~= "table" or is(v, Each) then
         fail("--set " .. path, "\"%s\" has no keys to set here (it is %s)", parts[i],
              is(v, Each) and "an axis" or "a " .. type(v))

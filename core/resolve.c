@@ -132,7 +132,8 @@ static json_t *derive(const struct run *r)
     const struct workload *w = &r->workload;
     json_t *o = json_pack("{s:i, s:i, s:i, s:i, s:i, s:i, s:f}", "nodes", r->topology->n_nodes, "devices",
                           r->topology->n_devices, "expert_groups", r->edp, "tokens_per_step", w->n_tokens,
-                          "requests_played", w->n_played, "requests_profiled", w->n_profiled, "expert_bytes", run_expert_bytes(r));
+                          "requests_played", w->n_played, "requests_profiled", w->n_profiled,
+                          "expert_bytes", run_expert_bytes(r));
     if (r->offloading) { /* per device */
         json_object_set_new(o, "cache_experts", json_integer(r->context.cache_objects));
         json_object_set_new(o, "cache_bytes", json_real((double)r->context.cache_objects * run_expert_bytes(r)));
