@@ -25,6 +25,7 @@
 /* Slack, by what an exchange still has to go: many flows are under way at first, and few when it matters most. */
 static const double tolerance[N_NET_TIERS] = { [NET_FLOW] = 2e-3, [NET_EXACT] = 1e-12 };
 static const double least_left = 0.3; /* of what it takes alone */
+static const double many_receivers = 256;
 
 /* Bytes that are as good as none, far below NET_LEAST_BYTES: rounding may leave them. */
 static const double nothing = 1e-9;
@@ -128,8 +129,11 @@ static double time_left(const struct flow *s, int32_t f)
 static double slack_of(const struct net *net, const struct flow *s, int32_t f)
 {
     struct span x = s->span[s->part[f].slot];
-    /* A link that narrows stretches what a batch was wrong by before: such machines get smaller batches. */
-    const double finer = net->topology->n_changes > 0 ? 0.1 : 1;
+    /* A link that narrows stretches what a batch was wrong by before: such machines get smaller batches. So do exchanges
+     * with few receivers, where errors do not average out. */
+    double finer = net->topology->n_changes > 0 ? 0.1 : 1;
+    if (net->exchange[s->part[f].slot].n_receivers < many_receivers)
+        finer *= larger(net->exchange[s->part[f].slot].n_receivers / many_receivers, 0.125);
     return finer * tolerance[net->tier] * larger(x.start + x.alone - s->now, least_left * x.alone);
 }
 
