@@ -129,8 +129,8 @@ static double time_left(const struct flow *s, int32_t f)
 static double slack_of(const struct net *net, const struct flow *s, int32_t f)
 {
     struct span x = s->span[s->part[f].slot];
-    /* A link that narrows stretches what a batch was wrong by before: such machines get smaller batches. So do exchanges
-     * with few receivers, where errors do not average out. */
+    /* A link that narrows stretches what a batch was wrong by before: such machines get smaller batches. So do
+     * exchanges with few receivers, where errors do not average out. */
     double finer = net->topology->n_changes > 0 ? 0.1 : 1;
     if (net->exchange[s->part[f].slot].n_receivers < many_receivers)
         finer *= larger(net->exchange[s->part[f].slot].n_receivers / many_receivers, 0.125);
