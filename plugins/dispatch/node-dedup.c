@@ -54,31 +54,50 @@ struct layout {
     int64_t *route, *first;               /* routes by (device, expert); [D + 1] */
 };
 
-/* Stable counting sort by one field. */
-static void sort_hops(const struct hops *h, struct hop *to, size_t field, int32_t n_keys, int64_t *first)
+/* Stable sort of hop[0..n) by dst, a byte at a time: few at once, which stay in the cache. other: [n]. */
+static void sort_by_dst(struct hop *hop, int64_t n, struct hop *other)
 {
-    memset(first, 0, ((size_t)n_keys + 1) * sizeof *first);
-    for (int64_t i = 0; i < h->n; i++)
-        first[*(const int32_t *)((const char *)&h->hop[i] + field) + 1]++;
-    for (int32_t k = 0; k < n_keys; k++)
-        first[k + 1] += first[k];
-    for (int64_t i = 0; i < h->n; i++)
-        to[first[*(const int32_t *)((const char *)&h->hop[i] + field)]++] = h->hop[i];
+    struct hop *from = hop, *to = other;
+    int32_t differ = 0;
+    for (int64_t i = 1; i < n; i++)
+        differ |= hop[i].dst ^ hop[0].dst;
+    for (int shift = 0; differ >> shift != 0; shift += 8) {
+        int64_t at[257] = {0};
+        if ((differ >> shift & 255) == 0)
+            continue;
+        for (int64_t i = 0; i < n; i++)
+            at[(from[i].dst >> shift & 255) + 1]++;
+        for (int b = 0; b < 256; b++)
+            at[b + 1] += at[b];
+        for (int64_t i = 0; i < n; i++)
+            to[at[from[i].dst >> shift & 255]++] = from[i];
+        struct hop *swap = from;
+        from = to;
+        to = swap;
+    }
+    if (from != hop)
+        memcpy(hop, from, (size_t)n * sizeof *hop);
 }
 
-static int order(const struct moe_env *env, struct hops *h, int32_t chunks)
+/* Sorts by (chunk, src, dst), stable. *spare: as long; it and h->hop change places. */
+static int order(const struct moe_env *env, struct hops *h, int32_t chunks, struct hop **spare)
 {
-    const int32_t n_devices = env->topology->n_devices, n_keys = n_devices > chunks ? n_devices : chunks;
-    struct hop *swap = env->host->scratch(env, ((size_t)h->n + 1) * sizeof *swap), *own = h->hop;
-    int64_t *first = env->host->scratch(env, ((size_t)n_keys + 1) * sizeof *first);
-    if (swap == NULL || first == NULL)
+    const int64_t n_devices = env->topology->n_devices, n_keys = chunks * n_devices;
+    struct hop *to = *spare, *from = h->hop;
+    int64_t *first = env->host->scratch(env, ((size_t)n_keys + 2) * sizeof *first);
+    if (first == NULL)
         return MOE_ENOMEM;
-    sort_hops(h, swap, offsetof(struct hop, dst), n_devices, first);
-    h->hop = swap;
-    sort_hops(h, own, offsetof(struct hop, src), n_devices, first);
-    h->hop = own;
-    sort_hops(h, swap, offsetof(struct hop, chunk), chunks, first);
-    h->hop = swap;
+    memset(first, 0, ((size_t)n_keys + 2) * sizeof *first);
+    for (int64_t i = 0; i < h->n; i++)
+        first[from[i].chunk * n_devices + from[i].src + 2]++;
+    for (int64_t k = 2; k < n_keys + 2; k++)
+        first[k] += first[k - 1];
+    for (int64_t i = 0; i < h->n; i++)
+        to[first[from[i].chunk * n_devices + from[i].src + 1]++] = from[i];
+    for (int64_t k = 0; k < n_keys; k++)
+        sort_by_dst(to + first[k], first[k + 1] - first[k], from);
+    h->hop = to;
+    *spare = from;
     return MOE_OK;
 }
 
@@ -182,8 +201,9 @@ static int find_hops(const struct state *s, const struct moe_traffic *in, struct
         int32_t home = in->device[t];
         hops_of(s, l, t, (int32_t)((int64_t)seen[home]++ * chunks / l->n_tokens[home]));
     }
+    struct hop *spare = env->host->scratch(env, n * sizeof *spare);
     for (int i = 0; i < 4; i++)
-        if (order(env, all[i], chunks) < 0)
+        if (spare == NULL || order(env, all[i], chunks, &spare) < 0)
             return MOE_ENOMEM;
     return sort_routes(env, l);
 }
