@@ -20,7 +20,7 @@ struct job { /* what one exchange has for one link */
     double end, bytes; /* done when `served` is at end */
     double latency;    /* the least among its flows */
     int32_t slot;
-    int32_t only, row; /* whom it concerns, of the exchange's load: one receiver, or, if it is -1, a row of bits */
+    int32_t of; /* of the exchange's load, its link: whom that concerns */
     int32_t next;      /* by (end, job), or free; -1 ends */
 };
 
@@ -194,20 +194,19 @@ static void job_end(struct net *net, struct bound *s, int32_t l)
     int32_t j = k->first;
     struct job job = s->job[j];
     struct crowd *c = &s->crowd[job.slot];
+    const struct load_link *load = &c->load->link[job.of];
     k->first = job.next;
     k->n--;
     k->served = job.end; /* as counted, but for rounding */
     s->job[j].next = s->free_job;
     s->free_job = j;
     net->carrying[l] += job.bytes;
-    if (job.only >= 0) {
-        net_part_end(net, job.slot, job.only, s->now + k->latency);
-    } else {
-        const uint64_t *row = c->load->bits + (size_t)job.row * (size_t)c->load->words;
-        for (int32_t w = 0; w < c->load->words; w++)
-            for (uint64_t bits = row[w]; bits; bits &= bits - 1)
-                net_part_end(net, job.slot, 64 * w + __builtin_ctzll(bits), s->now + k->latency);
-    }
+    if (load->only >= 0)
+        net_part_end(net, job.slot, load->only, s->now + k->latency);
+    else
+        for (int32_t w = 0; w < load->n_words; w++)
+            for (uint64_t bits = c->load->bits[load->at + w]; bits; bits &= bits - 1)
+                net_part_end(net, job.slot, 64 * (load->first_word + w) + __builtin_ctzll(bits), s->now + k->latency);
     if (--c->n_links == 0) {
         net_load_free(c->load);
         c->load = NULL;
@@ -229,14 +228,11 @@ static void change_links(struct net *net, struct bound *s)
 static int stuck(const struct net *net, const struct bound *s, int32_t l, struct err *err)
 {
     const struct job *job = &s->job[s->link[l].first];
-    const struct net_load *load = s->crowd[job->slot].load;
-    if (job->only >= 0)
-        return net_stuck(net, l, -1, job->slot, job->only, err);
-    const uint64_t *row = load->bits + (size_t)job->row * (size_t)load->words;
-    int32_t w = 0;
-    while (!row[w])
-        w++;
-    return net_stuck(net, l, -1, job->slot, 64 * w + __builtin_ctzll(row[w]), err);
+    const struct net_load *x = s->crowd[job->slot].load;
+    const struct load_link *load = &x->link[job->of];
+    const int32_t receiver = load->only >= 0 ? load->only
+                                             : 64 * load->first_word + __builtin_ctzll(x->bits[load->at]);
+    return net_stuck(net, l, -1, job->slot, receiver, err);
 }
 
 static int bound_advance(struct net *net, double until, bool *any, struct err *err)
@@ -293,11 +289,11 @@ static int concern(struct net_load *x, struct load_link *l, int32_t r, struct er
     if (l->only >= 0) {
         if (row_add(x, err))
             return ERR_MEMORY;
-        l->row = x->n_rows - 1;
-        x->bits[(size_t)l->row * (size_t)x->words + (size_t)(l->only / 64)] |= (uint64_t)1 << (l->only % 64);
+        l->at = x->n_rows - 1;
+        x->bits[(size_t)l->at * (size_t)x->words + (size_t)(l->only / 64)] |= (uint64_t)1 << (l->only % 64);
         l->only = -1;
     }
-    uint64_t *word = &x->bits[(size_t)l->row * (size_t)x->words + (size_t)(r / 64)], bit = (uint64_t)1 << (r % 64);
+    uint64_t *word = &x->bits[(size_t)l->at * (size_t)x->words + (size_t)(r / 64)], bit = (uint64_t)1 << (r % 64);
     x->receiver[r].n_left += !(*word & bit);
     *word |= bit;
     return 0;
@@ -334,10 +330,43 @@ static int bound_reduce(struct net *net, const struct net_flow *flow, size_t n, 
     return 0;
 }
 
+/* Of every link's row, the words from the first to the last that are not 0: receivers that are numbered one after
+ * another, as those of a node are, have one or two. */
+static int keep_words(struct net_load *x, struct err *err)
+{
+    int64_t n = 0;
+    for (int32_t i = 0; i < x->n_links; i++) {
+        struct load_link *l = &x->link[i];
+        const uint64_t *row = x->bits + (size_t)l->at * (size_t)x->words;
+        int32_t first = 0, end = l->only >= 0 ? 0 : x->words;
+        while (first < end && !row[first])
+            first++;
+        while (first < end && !row[end - 1])
+            end--;
+        l->first_word = first;
+        l->n_words = end - first;
+        n += l->n_words;
+    }
+    uint64_t *bits = n > 0 ? malloc((size_t)n * sizeof *bits) : NULL;
+    if (n > 0 && !bits)
+        return err_set(err, ERR_MEMORY, "net: out of memory for %d receivers", x->n_receivers);
+    n = 0;
+    for (int32_t i = 0; i < x->n_links; i++) {
+        struct load_link *l = &x->link[i];
+        if (l->n_words > 0)
+            memcpy(bits + n, x->bits + (size_t)l->at * (size_t)x->words + (size_t)l->first_word,
+                   (size_t)l->n_words * sizeof *bits);
+        l->at = n;
+        n += l->n_words;
+    }
+    free(x->bits);
+    x->bits = bits;
+    return 0;
+}
+
 static int bound_reduced(struct net *net, struct net_load *x, struct err *err)
 {
     struct bound *s = net->priv;
-    const int32_t words = (x->n_receivers + 63) / 64; /* no more than they were while receivers came in */
     for (int32_t i = 0; i < s->n_fresh; i++)
         s->fresh_of[s->fresh[i].link] = -1;
     x->n_links = s->n_fresh;
@@ -346,15 +375,7 @@ static int bound_reduced(struct net *net, struct net_load *x, struct err *err)
         return err_set(err, ERR_MEMORY, "net: out of memory for %d links", x->n_links);
     if (x->n_links > 0)
         memcpy(x->link, s->fresh, (size_t)x->n_links * sizeof *x->link);
-    for (int32_t row = 1; row < x->n_rows; row++)
-        memmove(x->bits + (size_t)row * (size_t)words, x->bits + (size_t)row * (size_t)x->words,
-                (size_t)words * sizeof *x->bits);
-    x->words = words;
-    if (x->n_rows > 0) { /* without the room that doubling left over */
-        uint64_t *bits = realloc(x->bits, (size_t)x->n_rows * (size_t)words * sizeof *bits);
-        x->bits = bits ? bits : x->bits;
-    }
-    return 0;
+    return keep_words(x, err);
 }
 
 static int bound_start_load(struct net *net, double now, int32_t slot, struct net_load *x, struct err *err)
@@ -382,8 +403,7 @@ static int bound_start_load(struct net *net, double now, int32_t slot, struct ne
         if (j < 0)
             return err_set(err, ERR_MEMORY, "net: out of memory for jobs");
         bring_up(net, s, l->link);
-        s->job[j] = (struct job){ .bytes = l->bytes, .latency = l->latency, .slot = slot, .only = l->only,
-                                  .row = l->row };
+        s->job[j] = (struct job){ .bytes = l->bytes, .latency = l->latency, .slot = slot, .of = i };
         job_add(s, l->link, j);
         schedule(net, s, l->link);
     }

@@ -28,7 +28,8 @@ struct net_exchange {
 /* An exchange without its flows (bound.c). */
 struct load_link {
     int32_t link, only; /* only: the receiver (index), if it is one; else -1 */
-    int32_t row;        /* of bits: receivers */
+    int64_t at;         /* its row of bits while flows are added; afterwards where n_words of that lie, which begin */
+    int32_t first_word, n_words; /* with first_word: the others are 0 */
     double bytes, payload;
     double latency; /* the least among its flows */
 };
@@ -36,7 +37,7 @@ struct load_link {
 struct net_load {
     struct net_receiver *receiver; /* n_left: links; arrival: s after the start that it takes anyway, -1: none */
     struct load_link *link;
-    uint64_t *bits; /* [n_rows * words] a bit for each receiver */
+    uint64_t *bits; /* [n_rows * words] a bit for each receiver, while flows are added */
     int32_t n_receivers, n_links, n_rows, words;
 };
 

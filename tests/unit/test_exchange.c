@@ -186,11 +186,42 @@ static void on_another_machine(void **state)
     topology_free(t);
 }
 
+/* Of a link's receivers only the words that are not 0 are kept. Device 0 sends 1 MB to each of 192 others, device 1 40
+ * MB to six whose bits are in the third word: they have theirs after 240 MB over one NIC, the others after 192 MB. */
+static void receivers_far_apart(void **state)
+{
+    (void)state;
+    struct topology *t = test_machine("dgx-h100", 25);
+    struct moe_graph g = { .n_devices = 200 };
+    struct moe_part part[198];
+    struct err e = { 0 };
+    int32_t arrival[200], link[TOPOLOGY_MAX_HOPS], x, n = 0;
+    t->exchange = (struct exchange_costs){ 0 };
+    for (int32_t d = 8; d < 200; d++)
+        part[n++] = (struct moe_part){ .src = 0, .dst = d, .bytes = 1e6 };
+    for (int32_t d = 138; d < 144; d++)
+        part[n++] = (struct moe_part){ .src = 1, .dst = d, .bytes = 40e6 };
+    test_ok(x = graph_exchange(&g, &(struct moe_exchange){ MOE_PAY_HIDDEN, n, part }, &e), &e);
+    for (int32_t d = 8; d < 200; d++)
+        arrival[d] = test_arrival(&g, x, d);
+    test_run_graph(t, NET_BOUND, &g);
+    double latency;
+    test_ok(topology_route(t, 0, 8, 0, link, &latency), &e);
+    for (int32_t d = 8; d < 200; d++) {
+        const double bytes = d >= 138 && d < 144 ? 240e6 : 192e6;
+        const double expected = latency + bytes / t->link[link[0]].bandwidth;
+        assert_true(fabs(g.task[arrival[d]].end - expected) < 1e-9 * expected);
+    }
+    graph_free(&g);
+    topology_free(t);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = { cmocka_unit_test(sums), cmocka_unit_test(without_parts),
                                         cmocka_unit_test(counts), cmocka_unit_test(refused),
-                                        cmocka_unit_test(on_another_machine) };
+                                        cmocka_unit_test(on_another_machine),
+                                        cmocka_unit_test(receivers_far_apart) };
     cmocka_set_message_output(CM_OUTPUT_TAP);
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
