@@ -82,6 +82,9 @@ struct topology {
     struct energy_figures *energy; /* or NULL: nobody knows */
     struct platform *platform;   /* links and routes that are written down one by one; or NULL */
     void *priv;                  /* what topology_route.c needs to answer routes */
+    /* [D] links to other nodes and back, with their latency, where there is nothing between the NICs, and nothing
+     * between them and their devices; else NULL. */
+    struct direct_links { int32_t out, in; double out_latency, in_latency; } *direct;
     json_t *description;         /* as written, defaults filled in: for the manifest */
 };
 
@@ -92,8 +95,19 @@ int topology_build(struct topology **, const json_t *description, const char *fi
 void topology_free(struct topology *);
 /* Links from src to dst in order; path: 0 as the network chooses, p the p-th of several. Returns their number, 0 for
  * src == dst, < 0 if there is no way. Cheap: called per flow. latency (may be NULL): the sum, in seconds. */
-int topology_route(const struct topology *, int32_t src, int32_t dst, int32_t path, int32_t link[TOPOLOGY_MAX_HOPS],
-                   double *latency);
+int topology_route_any(const struct topology *, int32_t src, int32_t dst, int32_t path,
+                       int32_t link[TOPOLOGY_MAX_HOPS], double *latency);
+static inline int topology_route(const struct topology *t, int32_t src, int32_t dst, int32_t path,
+                                 int32_t link[TOPOLOGY_MAX_HOPS], double *latency)
+{
+    if (!t->direct || src >= t->n_devices || dst >= t->n_devices || t->node[src] == t->node[dst])
+        return topology_route_any(t, src, dst, path, link, latency);
+    link[0] = t->direct[src].out; /* by far the most frequent, and looked at for every part of every exchange */
+    link[1] = t->direct[dst].in;
+    if (latency)
+        *latency = t->direct[src].out_latency + t->direct[dst].in_latency;
+    return 2;
+}
 /* Parallel ways between two endpoints, `path` of topology_route counts from 1 to here; 0: there is none. */
 int32_t topology_paths(const struct topology *, int32_t src, int32_t dst);
 /* Links that a copy crosses which a kernel pushes through its own device's port to the NVLink switch; 0: none. */

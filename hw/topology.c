@@ -165,6 +165,7 @@ void topology_free(struct topology *t)
     free(t->host_flops);
     free(t->unified);
     free(t->link);
+    free(t->direct);
     free(t->change);
     free(t->slow);
     free(t);

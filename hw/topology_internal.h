@@ -81,9 +81,8 @@ struct layout {
     struct group_links *group;
     int32_t *group_of; /* [N] */
     /* [D] of each device, so that a route is look-ups: its NIC's way out, that NIC's place in the node, its leaf, the
-     * way out of its PCIe switch, -1: none; and the latency of its NIC's links, out and in. */
-    struct wiring { int32_t nic, rail, leaf, uplink; double latency[2]; } *wiring;
-    bool direct;       /* NICs beside their devices, and nothing above them */
+     * way out of its PCIe switch, -1: none. */
+    struct wiring { int32_t nic, rail, leaf, uplink; } *wiring;
     struct fabric fabric;
     struct strand_change *strand_change; /* [n_strand_changes] in order of (at, link, strand) */
     int32_t n_strand_changes;

@@ -255,7 +255,6 @@ static void add_fabric(struct topology *t, struct fabric *f, const json_t *netwo
 static void wire_devices(const struct topology *t, struct layout *lay)
 {
     const struct fabric *f = &lay->fabric;
-    lay->direct = f->kind == FABRIC_IDEAL;
     for (int32_t d = 0; d < t->n_devices; d++) {
         const int32_t node = t->node[d], local = d - t->first_device[node];
         const struct group_links *l = links_of(t, node);
@@ -266,10 +265,24 @@ static void wire_devices(const struct topology *t, struct layout *lay)
         w->leaf = f->kind == FABRIC_IDEAL ? -1 : node / f->nodes_per_leaf * f->n_rails + (f->n_rails > 1 ? w->rail : 0);
         w->uplink =
             l->uplink < 0 ? -1 : l->uplink + 2 * (before * (l->n_devices / l->per_switch) + local / l->per_switch);
-        lay->direct &= !l->nic_over_pcie;
-        for (int way = 0; way < 2 && w->nic >= 0; way++)
-            w->latency[way] = t->link[w->nic + way].latency;
     }
+}
+
+/* Links are there. */
+static int list_direct(struct topology *t, const struct layout *lay, const char *file, struct err *err)
+{
+    bool direct = lay->fabric.kind == FABRIC_IDEAL && t->n_nodes > 1;
+    for (int32_t d = 0; d < t->n_devices; d++)
+        direct &= lay->wiring[d].nic >= 0 && !links_of(t, t->node[d])->nic_over_pcie;
+    if (!direct)
+        return 0;
+    if (!(t->direct = malloc((size_t)t->n_devices * sizeof *t->direct)))
+        return err_set(err, ERR_MEMORY, "%s: out of memory", file);
+    for (int32_t d = 0; d < t->n_devices; d++) {
+        const int32_t out = lay->wiring[d].nic, in = out + 1;
+        t->direct[d] = (struct direct_links){ out, in, t->link[out].latency, t->link[in].latency };
+    }
+    return 0;
 }
 
 int topology_links(struct topology *t, const struct parts *p, const char *file, struct err *err)
@@ -310,7 +323,7 @@ int topology_links(struct topology *t, const struct parts *p, const char *file, 
     if (p->network && t->n_nodes > 1)
         add_fabric(t, &lay->fabric, p->network);
     wire_devices(t, lay);
-    return 0;
+    return list_direct(t, lay, file, err);
 }
 
 void topology_layout_free(struct layout *lay)

@@ -202,8 +202,8 @@ static int32_t choose(int32_t src, int32_t dst, int32_t path, int32_t n)
     return n == 1 ? 0 : (int32_t)(moe_mix(moe_mix((uint64_t)src) + (uint64_t)dst) % (uint64_t)n);
 }
 
-int topology_route(const struct topology *t, int32_t src, int32_t dst, int32_t path, int32_t link[TOPOLOGY_MAX_HOPS],
-                   double *latency)
+int topology_route_any(const struct topology *t, int32_t src, int32_t dst, int32_t path,
+                       int32_t link[TOPOLOGY_MAX_HOPS], double *latency)
 {
     assert(src >= 0 && src < t->n_devices + 2 * t->n_nodes);
     assert(dst >= 0 && dst < t->n_devices + 2 * t->n_nodes);
@@ -216,14 +216,6 @@ int topology_route(const struct topology *t, int32_t src, int32_t dst, int32_t p
 
     const struct layout *lay = t->priv;
     const struct fabric *f = &lay->fabric;
-    if (lay->direct && src < t->n_devices && dst < t->n_devices && t->node[src] != t->node[dst]) {
-        const struct wiring *out = &lay->wiring[src], *in = &lay->wiring[dst];
-        link[0] = out->nic; /* by far the most frequent: called for every flow of every exchange */
-        link[1] = in->nic + 1;
-        if (latency)
-            *latency = out->latency[0] + in->latency[1];
-        return 2;
-    }
     const enum endpoint from = endpoint_kind(t, &src), to = endpoint_kind(t, &dst);
     int n = 0;
     if (from == AT_DEVICE && to == AT_DEVICE && t->node[src] == t->node[dst]) {
