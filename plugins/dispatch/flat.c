@@ -74,6 +74,7 @@ static int64_t route_of(int64_t word)
 /* Stable sort of word[0..n) by key, a byte at a time: few at once, which stay in the cache. other: [n]. */
 static void sort_words(int64_t *word, int64_t n, int64_t *other)
 {
+    int64_t *from = word, *to = other;
     int32_t differ = 0;
     for (int64_t i = 1; i < n; i++)
         differ |= key_of(word[i]) ^ key_of(word[0]);
@@ -82,13 +83,17 @@ static void sort_words(int64_t *word, int64_t n, int64_t *other)
         if ((differ >> shift & 255) == 0)
             continue;
         for (int64_t i = 0; i < n; i++)
-            at[(key_of(word[i]) >> shift & 255) + 1]++;
+            at[(key_of(from[i]) >> shift & 255) + 1]++;
         for (int b = 0; b < 256; b++)
             at[b + 1] += at[b];
         for (int64_t i = 0; i < n; i++)
-            other[at[key_of(word[i]) >> shift & 255]++] = word[i];
-        memcpy(word, other, (size_t)n * sizeof *word);
+            to[at[key_of(from[i]) >> shift & 255]++] = from[i];
+        int64_t *swap = from;
+        from = to;
+        to = swap;
     }
+    if (from != word)
+        memcpy(word, from, (size_t)n * sizeof *word);
 }
 
 /* Where each device's routes begin, from counts at first[device + 1]. */
