@@ -112,11 +112,13 @@ static uint8_t side_of(double sent, double got, bool named)
 
 void exchange_sides(const struct moe_graph *g, const struct task *x, uint8_t *side)
 {
+    memset(side, 0, (size_t)g->n_devices);
     if (x->sum >= 0) {
-        memcpy(side, g->side + (size_t)x->sum * (size_t)g->n_devices, (size_t)g->n_devices);
+        const struct exchange_sum *sum = &g->sum[x->sum];
+        for (int64_t i = sum->first_side; i < sum->first_side + sum->n_sides; i++)
+            side[g->side[i].device] = g->side[i].is;
         return;
     }
-    memset(side, 0, (size_t)g->n_devices);
     for (int32_t i = x->first; i < x->first + x->n; i++) {
         const struct moe_part *p = &g->part[i];
         const double bytes = p->src != p->dst ? p->bytes : 0;
@@ -125,108 +127,136 @@ void exchange_sides(const struct moe_graph *g, const struct task *x, uint8_t *si
     }
 }
 
-static int count_parts(struct moe_graph *g, const struct topology *t, const struct moe_exchange *x,
-                       struct exchange_count *c, struct err *e)
+static inline void count_device(struct tally *all, int32_t d)
 {
+    if (!all->is_named[d]) {
+        all->is_named[d] = true;
+        all->named[all->n_named++] = d;
+    }
+}
+
+static int count_parts(struct tally *all, struct moe_graph *g, const struct moe_exchange *x, struct err *e)
+{
+    const struct topology *t = all->evening.topology;
     const int32_t *node = t->node;
+    double *into = x->payload == MOE_PAY_HIDDEN ? all->moved[MOE_PAY_HIDDEN][MOVED_NODE] : NULL;
+    double *from = x->payload == MOE_PAY_OUTPUT ? all->moved[MOE_PAY_OUTPUT][MOVED_NODE] : NULL;
     for (int32_t i = 0; i < x->n_parts; i++) {
         const struct moe_part *p = &x->part[i];
         if (!graph_part_fits(g, p))
             return graph_check_part(g, p, e);
         g->names_paths |= p->path > 1;
-        const int32_t src = p->src, dst = p->dst, from = node[src], to = node[dst];
+        const int32_t src = p->src, dst = p->dst;
         const double bytes = p->bytes;
-        c->side[src] = c->side[dst] = SIDE_NAMED;
-        message_add(t, c->message, src, dst, bytes, x->message_bytes);
+        count_device(all, src);
+        count_device(all, dst);
+        message_add(t, all->message, src, dst, bytes, x->message_bytes);
         if (src == dst)
             continue;
-        c->out[src] += bytes;
-        c->in[dst] += bytes;
-        if (from == to) {
-            c->intra += bytes;
+        all->out[src] += bytes;
+        all->in[dst] += bytes;
+        if (node[src] == node[dst]) {
+            all->intra += bytes;
             continue;
         }
-        c->inter += bytes;
-        c->node_out[from] += bytes;
-        c->node_in[to] += bytes;
+        all->inter += bytes;
+        if (into)
+            into[node[dst]] += bytes;
+        if (from)
+            from[node[src]] += bytes;
     }
-    for (int32_t d = 0; d < t->n_devices; d++)
-        c->side[d] = side_of(c->out[d], c->in[d], c->side[d]);
     return 0;
 }
 
-/* One more, of zeros. */
-static struct exchange_count *count_next(struct tally *all, const struct topology *t, struct err *e)
+/* Of devices and nodes, d and n of them. */
+static int allocate(struct tally *all, size_t d, size_t n)
 {
-    const size_t d = (size_t)t->n_devices, n = (size_t)t->n_nodes;
-    if (all->n == all->room) {
-        const int32_t room = all->room ? 2 * all->room : 4;
-        struct exchange_count *of = realloc(all->of, sizeof *of * (size_t)room);
-        if (!of) {
-            err_set(e, ERR_MEMORY, "out of memory for an exchange");
-            return NULL;
-        }
-        memset(of + all->room, 0, sizeof *of * (size_t)(room - all->room));
-        all->of = of;
-        all->room = room;
+    double *figures = all->out = calloc(2 * d + 2 * (2 * d + n), sizeof *figures);
+    all->message = calloc(d, sizeof *all->message);
+    all->named = malloc(d * sizeof *all->named);
+    all->is_named = calloc(d, sizeof *all->is_named);
+    if (!figures || !all->message || !all->named || !all->is_named)
+        return -1;
+    all->in = figures + d;
+    figures += 2 * d;
+    for (int payload = 0; payload < 2; payload++, figures += 2 * d + n) {
+        all->moved[payload][MOVED_IN] = figures;
+        all->moved[payload][MOVED_OUT] = figures + d;
+        all->moved[payload][MOVED_NODE] = figures + 2 * d;
     }
-    struct exchange_count *c = &all->of[all->n];
-    double *figures = c->out ? c->out : malloc(sizeof *figures * 2 * (d + n));
-    struct message_count *message = c->message ? c->message : malloc(sizeof *message * d);
-    uint8_t *side = c->side ? c->side : malloc(d);
-    *c = (struct exchange_count){ figures, figures + d, figures + 2 * d, figures + 2 * d + n, side, message, 0, 0 };
-    if (!figures || !message || !side) {
-        err_set(e, ERR_MEMORY, "out of memory for %zu devices", d);
-        return NULL;
-    }
-    memset(figures, 0, sizeof *figures * 2 * (d + n));
-    memset(message, 0, sizeof *message * d);
-    memset(side, 0, d);
-    all->n++;
-    return c;
+    return 0;
 }
 
 int tally_open(struct tally *all, const struct topology *t, struct err *e)
 {
     memset(all, 0, sizeof *all);
+    if (allocate(all, (size_t)t->n_devices, (size_t)t->n_nodes) < 0)
+        return err_set(e, ERR_MEMORY, "out of memory for %d devices", t->n_devices);
     return evening_open(&all->evening, t, e);
 }
 
 void tally_close(struct tally *all)
 {
     evening_close(&all->evening);
-    for (int32_t i = 0; i < all->room; i++) {
-        free(all->of[i].out);
-        free(all->of[i].side);
-        free(all->of[i].message);
-    }
-    free(all->of);
+    free(all->out);
+    free(all->message);
+    free(all->named);
+    free(all->is_named);
     memset(all, 0, sizeof *all);
 }
 
 void tally_layer(struct tally *all, struct machine *m)
 {
+    const struct topology *t = all->evening.topology;
     all->machine = m;
-    all->n = 0;
+    for (int payload = 0; payload < 2; payload++) /* one array: allocate */
+        memset(all->moved[payload][MOVED_IN], 0, sizeof(double) * (2 * (size_t)t->n_devices + (size_t)t->n_nodes));
+}
+
+/* Adds what devices sent and got to the layer's, and forgets it. */
+static void count_end(struct tally *all, enum moe_payload payload)
+{
+    for (int32_t i = 0; i < all->n_named; i++) {
+        const int32_t d = all->named[i];
+        if (payload != MOE_PAY_BYTES) {
+            all->moved[payload][MOVED_IN][d] += all->in[d];
+            all->moved[payload][MOVED_OUT][d] += all->out[d];
+        }
+        all->in[d] = all->out[d] = 0;
+        all->message[d] = (struct message_count){ 0 };
+        all->is_named[d] = false;
+    }
+    all->n_named = 0;
+    all->intra = all->inter = 0;
+}
+
+/* Into the graph without its parts, of which the machine keeps its share. */
+static int32_t put_alone(struct tally *all, struct moe_graph *g, const struct moe_exchange *x, struct err *e)
+{
+    struct evening *v = &all->evening;
+    const int32_t task = graph_exchange_alone(g, x, all->intra + all->inter, e);
+    if (task < 0 || all->machine->ops->reduce(all->machine, g, task, x, all->message, v->link_bytes, e) < 0)
+        return e->code;
+    struct exchange_sum *sum = graph_sum(g, all->n_named, e);
+    if (!sum)
+        return e->code;
+    sum->intra = all->intra;
+    sum->inter = all->inter;
+    sum->even_s = even_links(v);
+    g->task[task].sum = g->n_sums - 1;
+    for (int32_t i = 0; i < all->n_named; i++) {
+        const int32_t d = all->named[i];
+        g->side[sum->first_side + i] = (struct exchange_side){ d, side_of(all->out[d], all->in[d], true) };
+    }
+    return task;
 }
 
 int32_t tally_exchange(struct tally *all, struct moe_graph *g, const struct moe_exchange *x, struct err *e)
 {
-    struct evening *v = &all->evening;
     if (graph_check_exchange(x, e) < 0)
         return e->code;
-    struct exchange_count *c = count_next(all, v->topology, e);
-    if (!c || count_parts(g, v->topology, x, c, e) < 0)
-        return e->code;
-    if (!all->machine)
-        return graph_exchange(g, x, e);
-    const int32_t task = graph_exchange_alone(g, x, c->intra + c->inter, e);
-    struct exchange_sum *sum;
-    if (task < 0 || all->machine->ops->reduce(all->machine, g, task, x, c->message, v->link_bytes, e) < 0 ||
-        !(sum = graph_sum(g, e)))
-        return e->code;
-    *sum = (struct exchange_sum){ c->intra, c->inter, even_links(v) };
-    g->task[task].sum = g->n_sums - 1;
-    memcpy(g->side + (size_t)(g->n_sums - 1) * (size_t)g->n_devices, c->side, (size_t)g->n_devices);
+    const int rc = count_parts(all, g, x, e);
+    const int32_t task = rc < 0 ? rc : all->machine ? put_alone(all, g, x, e) : graph_exchange(g, x, e);
+    count_end(all, x->payload);
     return task;
 }

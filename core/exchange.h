@@ -3,7 +3,8 @@
  *
  * Between D devices an exchange has up to D^2 parts, and a step of 58 layers has 116 of them: on 4,096 devices half a
  * billion, which no memory holds. Where the machine needs no single part either (machine_ops.reduce), they are summed
- * up as they come, and O(D) is kept of an exchange. Elsewhere they stay in the graph until the next step. */
+ * up as they come, and of an exchange O(devices that it names) is kept. Elsewhere they stay in the graph until the next
+ * step. */
 #ifndef EXCHANGE_H
 #define EXCHANGE_H
 
@@ -30,22 +31,21 @@ void exchange_bytes(const struct moe_graph *, const struct topology *, const str
 /* side: [D], out: SIDE_ bits. */
 void exchange_sides(const struct moe_graph *, const struct task *exchange, uint8_t *side);
 
-/* What devices and nodes have to do with one exchange. All that the core wants to know of parts is counted in one go:
- * reading millions of them takes longer than adding them up. */
-struct exchange_count {
-    double *out, *in;              /* [D] bytes to and from other devices */
-    double *node_out, *node_in;    /* [N] bytes to and from other nodes */
-    uint8_t *side;                 /* [D] SIDE_ bits */
-    struct message_count *message; /* [D] */
-    double intra, inter;           /* bytes between devices of one node, and of different ones */
-};
+/* What a layer's exchanges of one payload move, bytes to and from other devices, or nodes. */
+enum moved { MOVED_IN, MOVED_OUT, MOVED_NODE /* into a node: hidden states; out of it: outputs */, N_MOVED };
 
-/* Exchanges as dispatch lays them out. */
+/* Exchanges as dispatch lays them out. All that the core wants to know of parts is counted in one go: reading millions
+ * of them takes longer than adding them up. */
 struct tally {
     struct evening evening;
-    struct machine *machine;   /* keeps its share of each, and no part goes into the graph; NULL: parts do */
-    struct exchange_count *of; /* [n] in the order of their tasks, of one layer */
-    int32_t n, room;
+    struct machine *machine;     /* keeps its share of each, and no part goes into the graph; NULL: parts do */
+    double *moved[2][N_MOVED];   /* of a layer, MOE_PAY_HIDDEN and MOE_PAY_OUTPUT; [D], [D], [N] */
+    /* Of the exchange that is counted, all 0 between two. */
+    double *out, *in;              /* [D] bytes to and from other devices */
+    double intra, inter;           /* bytes between devices of one node, and of different ones */
+    struct message_count *message; /* [D] */
+    bool *is_named;                /* [D] by a part */
+    int32_t *named, n_named;       /* those, in the order in which they came */
 };
 
 int tally_open(struct tally *, const struct topology *, struct err *);

@@ -12,7 +12,7 @@
 void graph_reset(struct moe_graph *g)
 {
     g->n_tasks = g->n_parts = g->n_experts = g->n_kernels = g->n_sums = 0;
-    g->n_edges = g->n_items = 0;
+    g->n_edges = g->n_items = g->n_sides = 0;
     g->layer = g->micro = 0;
     g->pass = PASS_FORWARD;
     g->names_paths = false;
@@ -260,17 +260,21 @@ int graph_after(struct moe_graph *g, int32_t task, int32_t before, struct err *e
     return 0;
 }
 
-static int reserve_sum(struct moe_graph *g, struct err *e)
+static int reserve_sum(struct moe_graph *g, int32_t n_sides, struct err *e)
 {
-    const int64_t n = (int64_t)g->n_sums + 1;
-    RESERVE(g->sum, g->room_sums, n, e);
-    RESERVE(g->side, g->room_sides, n * g->n_devices, e);
+    RESERVE(g->sum, g->room_sums, (int64_t)g->n_sums + 1, e);
+    RESERVE(g->side, g->room_sides, g->n_sides + n_sides, e);
     return 0;
 }
 
-struct exchange_sum *graph_sum(struct moe_graph *g, struct err *e)
+struct exchange_sum *graph_sum(struct moe_graph *g, int32_t n_sides, struct err *e)
 {
-    return reserve_sum(g, e) < 0 ? NULL : &g->sum[g->n_sums++];
+    if (reserve_sum(g, n_sides, e) < 0)
+        return NULL;
+    struct exchange_sum *sum = &g->sum[g->n_sums++];
+    *sum = (struct exchange_sum){ .first_side = g->n_sides, .n_sides = n_sides };
+    g->n_sides += n_sides;
+    return sum;
 }
 
 int graph_keep_routes(struct moe_graph *g, const struct moe_routes *r, const int32_t *device, struct err *e)

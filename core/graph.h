@@ -56,10 +56,11 @@ struct edge { int32_t before, task; };
 /* What items index, kept with them: route i of layer l is route[route_first[l] + i]. */
 struct graph_route { int32_t token, expert; float weight; };
 
-/* Of an exchange that has given its parts back: exchange.c. */
-struct exchange_sum { double intra, inter, even_s; };
-/* What a device is to it: sends bytes to others, gets some, is named in a part at all. */
+/* What a device is to an exchange: sends bytes to others, gets some, is named in a part at all. */
 enum { SIDE_SENDS = 1, SIDE_GETS = 2, SIDE_NAMED = 4 };
+struct exchange_side { int32_t device; uint8_t is; };
+/* Of an exchange that has given its parts back: exchange.c. */
+struct exchange_sum { double intra, inter, even_s; int64_t first_side; int32_t n_sides; };
 
 struct moe_graph {
     struct task *task;
@@ -79,9 +80,9 @@ struct moe_graph {
     int64_t *part_item; /* [n_parts] first item of a part in `item`; where items are kept */
     int32_t room_part_item;
     struct exchange_sum *sum;
-    uint8_t *side; /* [n_sums][D] SIDE_ bits */
+    struct exchange_side *side; /* of each sum, every device that is named, once */
     int32_t n_sums, room_sums;
-    int64_t room_sides;
+    int64_t n_sides, room_sides;
     int32_t n_devices;
     int32_t layer, micro; /* stamped on new tasks */
     enum graph_pass pass; /* so is this */
@@ -117,8 +118,8 @@ int32_t graph_arrival(struct moe_graph *, int32_t exchange, int32_t device, stru
 int32_t graph_load(struct moe_graph *, int32_t device, int32_t source, uint32_t object, double bytes, struct err *);
 int32_t graph_join(struct moe_graph *, struct err *);
 int graph_after(struct moe_graph *, int32_t task, int32_t before, struct err *);
-/* Room for one more sum and its sides; the sum, or NULL. */
-struct exchange_sum *graph_sum(struct moe_graph *, struct err *);
+/* One more sum, with so many sides to be filled in; NULL: no memory. */
+struct exchange_sum *graph_sum(struct moe_graph *, int32_t n_sides, struct err *);
 /* Routes of the next layer, 0 first; device: [T]. Only tokens that go to experts: a mix of tokens is no item. */
 int graph_keep_routes(struct moe_graph *, const struct moe_routes *, const int32_t *device, struct err *);
 

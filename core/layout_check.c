@@ -19,11 +19,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { IN, OUT, NODE, N_WAYS };
-
 struct need {
     double *rows;              /* [D][E] */
-    double *moved[2][N_WAYS];  /* hidden states, outputs: [D] into and out of a device; [N] into, out of a node */
+    double *moved[2][N_MOVED]; /* hidden states, outputs: [D] into and out of a device; [N] into, out of a node */
     bool *served;              /* [D] has tokens that are computed */
     int32_t *seen[2];          /* [D], [N] scratch: the last token that one of its experts is on, or on whose node */
 };
@@ -44,28 +42,15 @@ static void count_needs(const struct run *r, const struct moe_batch *b, struct n
                 const bool same_node = node[d] == node[home] || n->seen[1][node[d]] == t;
                 n->seen[0][d] = n->seen[1][node[d]] = t;
                 away |= d != home;
-                n->moved[MOE_PAY_HIDDEN][IN][d] += !again;
-                n->moved[MOE_PAY_OUTPUT][OUT][d] += !again;
-                n->moved[MOE_PAY_HIDDEN][NODE][node[d]] += !same_node;
-                n->moved[MOE_PAY_OUTPUT][NODE][node[d]] += !same_node;
+                n->moved[MOE_PAY_HIDDEN][MOVED_IN][d] += !again;
+                n->moved[MOE_PAY_OUTPUT][MOVED_OUT][d] += !again;
+                n->moved[MOE_PAY_HIDDEN][MOVED_NODE][node[d]] += !same_node;
+                n->moved[MOE_PAY_OUTPUT][MOVED_NODE][node[d]] += !same_node;
             }
         }
-        n->moved[MOE_PAY_HIDDEN][OUT][home] += away;
-        n->moved[MOE_PAY_OUTPUT][IN][home] += away;
+        n->moved[MOE_PAY_HIDDEN][MOVED_OUT][home] += away;
+        n->moved[MOE_PAY_OUTPUT][MOVED_IN][home] += away;
     }
-}
-
-static void take_exchange(const struct run *r, const struct exchange_count *c, enum moe_payload payload,
-                          struct need *need)
-{
-    const double row = r->model.d_model * (payload == MOE_PAY_HIDDEN ? r->model.act_bytes : r->model.combine_bytes);
-    const double *node = payload == MOE_PAY_HIDDEN ? c->node_in : c->node_out;
-    for (int32_t d = 0; d < r->topology->n_devices; d++) {
-        need->moved[payload][IN][d] -= c->in[d] / row;
-        need->moved[payload][OUT][d] -= c->out[d] / row;
-    }
-    for (int32_t n = 0; n < r->topology->n_nodes; n++)
-        need->moved[payload][NODE][n] -= node[n] / row;
 }
 
 /* Takes what the layout does off what is needed. */
@@ -73,7 +58,6 @@ static int subtract(struct run *r, const struct moe_batch *b, int32_t first_task
 {
     const struct moe_graph *g = &r->graph;
     const int32_t n_experts = moe_experts_of(&r->model, b->layer);
-    const struct exchange_count *count = r->tally.of;
     for (int32_t t = first_task; t < g->n_tasks; t++) {
         const struct task *x = &g->task[t];
         for (int32_t i = x->first; x->kind == TASK_EXPERTS && i < x->first + x->n; i++) {
@@ -83,11 +67,12 @@ static int subtract(struct run *r, const struct moe_batch *b, int32_t first_task
             need->rows[(size_t)x->device * (size_t)r->model.n_experts + (size_t)g->expert[i]] -=
                 (double)g->rows[i] * (double)x->fraction;
         }
-        if (x->kind != TASK_EXCHANGE)
-            continue;
-        if (x->payload != MOE_PAY_BYTES)
-            take_exchange(r, count, x->payload, need);
-        count++;
+    }
+    for (int k = 0; k < 2; k++) {
+        const double row = r->model.d_model * (k == MOE_PAY_HIDDEN ? r->model.act_bytes : r->model.combine_bytes);
+        for (int way = 0; way < N_MOVED; way++)
+            for (int32_t d = 0; d < (way == MOVED_NODE ? r->topology->n_nodes : r->topology->n_devices); d++)
+                need->moved[k][way][d] -= r->tally.moved[k][way][d] / row;
     }
     return 0;
 }
@@ -95,8 +80,8 @@ static int subtract(struct run *r, const struct moe_batch *b, int32_t first_task
 static int check_amounts(struct run *r, const struct moe_batch *b, int32_t first_task, struct need *need)
 {
     static const char *const what[2] = { "hidden states", "outputs" };
-    static const char *const of[N_WAYS] = { "device", "device", "node" };
-    static const char *const does[2][N_WAYS] = { { "receives", "sends", "receives" },
+    static const char *const of[N_MOVED] = { "device", "device", "node" };
+    static const char *const does[2][N_MOVED] = { { "receives", "sends", "receives" },
                                                  { "receives", "sends", "sends" } };
     const char *name = r->dispatch.plugin->name;
     if (subtract(r, b, first_task, need) < 0)
@@ -110,8 +95,8 @@ static int check_amounts(struct run *r, const struct moe_batch *b, int32_t first
                                "few", name, b->layer, d, lacks, x);
         }
     for (int k = 0; k < 2; k++)
-        for (int way = 0; way < N_WAYS; way++)
-            for (int32_t d = 0; d < (way == NODE ? r->topology->n_nodes : n_devices); d++)
+        for (int way = 0; way < N_MOVED; way++)
+            for (int32_t d = 0; d < (way == MOVED_NODE ? r->topology->n_nodes : n_devices); d++)
                 if (need->moved[k][way][d] > 1e-3)
                     return err_set(r->err, ERR_RUN, "dispatch %s, layer %d: %s %d %s the %s of %g tokens too few", name,
                                    b->layer, of[way], d, does[k][way], what[k], need->moved[k][way][d]);
@@ -200,12 +185,12 @@ out:
 int layout_check(struct run *r, const struct moe_batch *b, int32_t first_task, int64_t first_edge)
 {
     const size_t n = (size_t)r->topology->n_devices, n_rows = n * (size_t)r->model.n_experts;
-    double *figures = calloc(n_rows + 2 * N_WAYS * n, sizeof *figures);
+    double *figures = calloc(n_rows + 2 * N_MOVED * n, sizeof *figures);
     int32_t *seen = malloc(sizeof *seen * 2 * n);
     struct need need = { .rows = figures, .served = calloc(n, sizeof *need.served), .seen = { seen, seen + n } };
     for (int k = 0; figures && k < 2; k++)
-        for (int way = 0; way < N_WAYS; way++)
-            need.moved[k][way] = figures + n_rows + (size_t)(k * N_WAYS + way) * n;
+        for (int way = 0; way < N_MOVED; way++)
+            need.moved[k][way] = figures + n_rows + (size_t)(k * N_MOVED + way) * n;
     if (!figures || !seen || !need.served)
         err_set(r->err, ERR_MEMORY, "out of memory for %zu devices", n);
     else {

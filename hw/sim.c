@@ -159,12 +159,14 @@ static void take_sms(struct walk *w, const struct task *t, int sign)
     uint8_t *takes = sms > 0 ? calloc((size_t)n_devices, 1) : NULL;
     if (sms > 0 && !takes)
         err_set(w->e, ERR_MEMORY, "out of memory for an exchange");
-    if (takes && t->sum >= 0) /* the parts have been given back */
-        for (int32_t d = 0; d < n_devices; d++)
-            takes[d] = w->g->side[(size_t)t->sum * (size_t)n_devices + (size_t)d] & SIDE_NAMED;
-    else
+    if (takes && t->sum >= 0) { /* the parts have been given back */
+        const struct exchange_sum *sum = &w->g->sum[t->sum];
+        for (int64_t i = sum->first_side; i < sum->first_side + sum->n_sides; i++)
+            takes[w->g->side[i].device] = 1;
+    } else {
         for (int32_t i = t->first; takes && i < t->first + t->n; i++)
             takes[w->g->part[i].src] = takes[w->g->part[i].dst] = 1;
+    }
     for (int32_t d = 0, n; takes && d < n_devices; d++)
         if (takes[d]) {
             const struct kernel_end *end = sharing_take(w->s->sharing, w->now, d, sign * sms, &n);
