@@ -50,7 +50,7 @@ static double plain_updated(const struct run *r)
 
 double memory_updated(const struct run *r, int32_t device)
 {
-    return plain_updated(r) + r->placed_bytes[device] / r->model.weight_bytes;
+    return plain_updated(r) + r->placed_updated[device];
 }
 
 /* As attention reads them: per request when decoding, of one prompt when prefilling; 2 bytes each. */
@@ -120,24 +120,19 @@ double device_memory_fixed(const struct run *r)
            (plain_weights(r) + memory_vocabulary(r)) * gradient_bytes(r);
 }
 
-/* What an expert takes beside its weights, as a multiple of them. */
-static double expert_factor(const struct run *r)
-{
-    return 1 + (state_bytes(r) + gradient_bytes(r)) / r->model.weight_bytes;
-}
-
 json_t *device_memory_json(const struct run *r)
 {
-    double experts = 0, capacity = INFINITY;
+    double experts = 0, updated = 0, capacity = INFINITY;
     for (int32_t d = 0; d < r->topology->n_devices; d++) {
         experts = fmax(experts, r->placed_bytes[d]);
+        updated = fmax(updated, r->placed_updated[d]);
         capacity = fmin(capacity, r->context.view.memory[d]);
     }
     const double elements = experts / r->model.weight_bytes;
     return json_pack("{s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f}", "weights", weight_bytes(r), "experts", experts,
                      "kv_cache", cache_bytes(r), "activations", activations(r), "gradients",
                      (plain_weights(r) + memory_vocabulary(r) + elements) * gradient_bytes(r), "optimizer",
-                     (plain_updated(r) + elements) * state_bytes(r), "dispatch_buffers", dispatch_buffers(r),
+                     (plain_updated(r) + updated) * state_bytes(r), "dispatch_buffers", dispatch_buffers(r),
                      "capacity", capacity);
 }
 
@@ -196,9 +191,11 @@ static void what_fits(const struct run *r, int32_t device, double over, char *te
             n += snprintf(text + n, room - (size_t)n, ", or batch_per_device %.0f",
                           floor(w->n_tokens * keeps / w->n_devices));
     }
+    const double copies = r->workload.shard_optimizer ? r->edp : 1;
+    const double trained = 1 + (state_bytes(r) / copies + gradient_bytes(r)) / r->model.weight_bytes;
     if (!r->offloading && free_bytes > 0)
         snprintf(text + n, room - (size_t)n, "; one copy of every expert%s fits on %.0f such devices",
-                 r->edp > 1 ? " and group" : "", r->edp * ceil(all * expert_factor(r) / free_bytes));
+                 r->edp > 1 ? " and group" : "", r->edp * ceil(all * trained / free_bytes));
 }
 
 static int does_not_fit(struct run *r, int32_t device, const char *what, double experts)
@@ -225,24 +222,39 @@ static int check_rest(struct run *r, int32_t device)
                    floor((double)r->workload.n_tokens / r->topology->n_devices * rest / (active + buffers)));
 }
 
+/* Weights of experts on each device, and how many of them its optimiser updates: all, or its share among the copies. */
+static void place_bytes(struct run *r, const struct moe_placement *p)
+{
+    const size_t n = (size_t)r->topology->n_devices;
+    memset(r->placed_bytes, 0, sizeof *r->placed_bytes * n);
+    memset(r->placed_updated, 0, sizeof *r->placed_updated * n);
+    for (int32_t i = 0; i < p->n; i++) {
+        const struct moe_replica *x = &p->replica[i];
+        const int32_t *at = &p->expert_first[x->layer * r->model.n_experts + x->expert];
+        const double bytes = (double)x->fraction * run_expert_bytes(r), copies = (double)(at[1] - at[0]) / r->etp;
+        r->placed_bytes[x->device] += bytes;
+        r->placed_updated[x->device] += bytes / r->model.weight_bytes / (r->workload.shard_optimizer ? copies : 1);
+    }
+}
+
 int device_memory_check(struct run *r, const struct moe_placement *p)
 {
     const int32_t n_devices = r->topology->n_devices;
     if (r->graph.keep_items) /* a real machine: what its processes hold is its own to check */
         return 0;
     double *bytes = r->placed_bytes;
-    memset(bytes, 0, sizeof *bytes * (size_t)n_devices);
-    for (int32_t i = 0; i < p->n; i++)
-        bytes[p->replica[i].device] += (double)p->replica[i].fraction * run_expert_bytes(r);
+    place_bytes(r, p);
     if (r->offloading && r->context.cache_objects < 1)
         return does_not_fit(r, 0, "a cache of one expert would", run_expert_bytes(r));
     for (int32_t d = 0; d < n_devices; d++) {
         if (r->offloading) /* a cache holds nothing that its device does not compute */
             bytes[d] = fmin(bytes[d], (double)r->context.cache_objects * run_expert_bytes(r));
-        if (bytes[d] * expert_factor(r) > r->context.view.expert_room[d])
+        const double all = bytes[d] + bytes[d] / r->model.weight_bytes * gradient_bytes(r) +
+                           r->placed_updated[d] * state_bytes(r);
+        if (all > r->context.view.expert_room[d])
             return does_not_fit(r, d, r->offloading ? "the cached experts"
                                       : r->trained ? "its experts, their gradients and optimiser state" : "its experts",
-                                bytes[d] * expert_factor(r));
+                                all);
         if (check_rest(r, d) < 0)
             return r->err->code;
     }

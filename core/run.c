@@ -176,10 +176,11 @@ static int allocate(struct run *r)
     r->exit = calloc(n_devices, sizeof *r->exit);
     r->leaves = calloc((size_t)r->workload.n_tokens, sizeof *r->leaves);
     r->placed_bytes = calloc(n_devices, sizeof *r->placed_bytes);
+    r->placed_updated = calloc(n_devices, sizeof *r->placed_updated);
     r->needs_of = calloc((size_t)r->model.n_layers * N_PASSES * n_devices, sizeof *r->needs_of);
     r->turn = calloc((size_t)r->edp * r->context.n_objects, sizeof *r->turn);
     if (!r->scores || !r->bias.add || !r->bias.scale || !r->load || !r->device_load || !r->device_tokens ||
-        !r->entry || !r->exit || !r->leaves || !r->needs_of || !r->placed_bytes || !r->turn)
+        !r->entry || !r->exit || !r->leaves || !r->needs_of || !r->placed_bytes || !r->placed_updated || !r->turn)
         return err_set(r->err, ERR_MEMORY, "out of memory for %d tokens x %d experts", r->workload.n_tokens,
                        r->model.n_experts);
     return 0;
@@ -331,6 +332,7 @@ void run_close(struct run *r)
     free(r->leaves);
     free(r->needs_of);
     free(r->placed_bytes);
+    free(r->placed_updated);
     free(r->turn);
     free(r->near_first);
     free(r->near);

@@ -73,6 +73,7 @@ struct run {
     int32_t *leaves;           /* [T] device after the layer */
     struct layer_needs *needs_of; /* [N_PASSES][L][D] of this step */
     double *placed_bytes;      /* [D] experts that a device holds, or caches at most */
+    double *placed_updated;    /* [D] weights of them that its optimiser updates */
     uint32_t *turn;            /* [groups][L*E] which replica is next */
     int32_t *near_first, *near;/* [E*N + 2], [replicas of a layer]: by (expert, node), placement_stage.c */
 

@@ -185,11 +185,12 @@ static int reduce_copies(struct run *r, struct list *l, const struct copies *c)
     return r->workload.shard_optimizer ? 0 : gather(r, l, c, NULL);
 }
 
-/* Gradients of experts with several replicas, in one group or one in each; shards with those of the same place. */
-static int reduce_replicas(struct run *r, struct list *l, int32_t layer)
+/* Of experts with several replicas, in one group or one in each (shards with those of the same place): around a ring,
+ * once for a sum of which everybody keeps a share or for shares that everybody gets, twice for a sum that all keep. */
+static int around_replicas(struct run *r, struct list *l, int32_t layer, double bytes_per_weight, int times)
 {
     const struct moe_placement *p = &r->placed.view;
-    const double bytes = run_expert_bytes(r) / r->model.weight_bytes * r->workload.gradient_bytes;
+    const double bytes = run_expert_bytes(r) / r->model.weight_bytes * bytes_per_weight;
     for (int32_t e = 0; e < r->model.n_experts; e++) {
         const int32_t *at = &p->expert_first[(size_t)layer * (size_t)r->model.n_experts + (size_t)e];
         const int32_t n = at[1] - at[0], copies = n / r->etp;
@@ -199,10 +200,17 @@ static int reduce_replicas(struct run *r, struct list *l, int32_t layer)
                                   src->device % r->etp; j = (j + 1) % n)
                 ;
             const double of_shard = bytes * (double)src->fraction;
-            if (add_part(r, l, src->device, dst->device, 2 * of_shard * (copies - 1) / copies) < 0)
+            if (add_part(r, l, src->device, dst->device, times * of_shard * (copies - 1) / copies) < 0)
                 return r->err->code;
         }
     }
+    return 0;
+}
+
+static int reduce_replicas(struct run *r, struct list *l, int32_t layer)
+{
+    if (around_replicas(r, l, layer, r->workload.gradient_bytes, r->workload.shard_optimizer ? 1 : 2) < 0)
+        return r->err->code;
     return reduce_exchange(r, l, r->entry);
 }
 
@@ -274,10 +282,15 @@ static int gather_weights(struct run *r, struct list *l)
     const double split = memory_split_weights(r, step_dense_all(r), r->model.n_layers) + memory_vocabulary(r);
     const double whole = memory_whole_weights(r) * r->model.n_layers;
     const double w = r->model.weight_bytes;
-    if (r->tp == 1)
-        return gather(r, l, &(struct copies){ 1, (split + whole) * w }, r->entry);
-    return gather(r, l, &(struct copies){ r->tp, split * w }, r->entry) < 0 ||
-           gather(r, l, &(struct copies){ 1, whole * w }, r->entry) < 0 ? r->err->code : 0;
+    if (r->tp == 1 && gather(r, l, &(struct copies){ 1, (split + whole) * w }, r->entry) < 0)
+        return r->err->code;
+    if (r->tp > 1 && (gather(r, l, &(struct copies){ r->tp, split * w }, r->entry) < 0 ||
+                      gather(r, l, &(struct copies){ 1, whole * w }, r->entry) < 0))
+        return r->err->code;
+    for (int32_t layer = 0; layer < r->model.n_layers; layer++)
+        if (around_replicas(r, l, layer, w, 1) < 0)
+            return r->err->code;
+    return reduce_exchange(r, l, r->entry);
 }
 
 static int lay_out(struct run *r, struct list *l, int32_t step)

@@ -152,7 +152,8 @@ static void shards(void **state)
     struct moe_replica half[9];
     for (int i = 0; i < 9; i++)
         half[i] = (struct moe_replica){ .layer = 0, .expert = i / 2, .device = 0, .fraction = 0.5f };
-    struct moe_placement p = { .n = 8, .replica = half };
+    static const int32_t first[] = { 0, 2, 4, 6, 8, 9 };
+    struct moe_placement p = { .n = 8, .replica = half, .expert_first = first };
     test_ok(device_memory_check(r, &p), &e);
     p.n = 9;
     assert_says(&e, device_memory_check(r, &p), "its experts take 0.0135 GB", NULL);

@@ -159,21 +159,33 @@ static void thirds_are_thirds(void **state)
     test_close_run(r);
 }
 
-/* Two groups of one slot: halves of both experts' gradients, on a ring of two for each place. */
+/* Two groups of one slot: halves of both experts' gradients, on a ring of two for each place. With the optimiser's
+ * state in shares, half of the 4-byte gradients once, half of the 1-byte weights later; a device updates half. */
 static void gradients_of_shards_are_reduced(void **state)
 {
-    json_t *spec = spec_of(*state, 4, 1, 2);
-    training(spec);
-    struct run *r = run_of(spec);
-    assert_int_equal(r->edp, 2);
-    for (int32_t d = 0; d < 4; d++) {
-        assert_near(r->placed_bytes[d], 2 * 3e6 / 2, 1e-12);
-        assert_near(bytes_of(r, true, MOE_PAY_BYTES, d, (d + 2) % 4), 4 * 2 * 3e6 / 2, 1e-12);
+    double attention = 0;
+    for (int share = 0; share < 2; share++) {
+        json_t *spec = spec_of(*state, 4, 1, 2);
+        training(spec);
+        test_set(spec, "workload", "shard_optimizer", json_boolean(share));
+        struct run *r = run_of(spec);
+        assert_int_equal(r->edp, 2);
+        for (int32_t d = 0; d < 4; d++) {
+            const double here = 2 * 3e6 / 2;
+            assert_near(r->placed_bytes[d], here, 1e-12);
+            assert_near(bytes_of(r, true, MOE_PAY_BYTES, d, (d + 2) % 4), share ? 4 * here / 2 + here / 2 : 4 * here,
+                        1e-12);
+            attention = share ? attention : memory_updated(r, d) - here;
+            assert_near(memory_updated(r, d), share ? attention / 4 + here / 2 : attention + here, 1e-12);
+        }
+        /* A row to the neighbour and a part of a sum back, of each token, there and backwards. */
+        assert_near(sent(r, MOE_PAY_HIDDEN, -1, -1), 2 * 4 * 1000, 1e-12);
+        assert_near(sent(r, MOE_PAY_OUTPUT, -1, -1), 2 * 4 * 1000, 1e-12);
+        json_t *memory = device_memory_json(r);
+        assert_near(json_real_value(json_object_get(memory, "optimizer")), 12 * memory_updated(r, 0), 1e-12);
+        json_decref(memory);
+        test_close_run(r);
     }
-    /* A row to the neighbour and a part of a sum back, of each token, there and backwards. */
-    assert_near(sent(r, MOE_PAY_HIDDEN, -1, -1), 2 * 4 * 1000, 1e-12);
-    assert_near(sent(r, MOE_PAY_OUTPUT, -1, -1), 2 * 4 * 1000, 1e-12);
-    test_close_run(r);
 }
 
 /* ---- placements ---- */

@@ -173,17 +173,25 @@ static const struct moe_plugin everywhere =
     TEST_POLICY(MOE_PLACEMENT, "everywhere", .state_size = sizeof(struct test_env), .init = test_keep_env,
                 .ops.placement = { .place = place_everywhere });
 
-/* Two experts of 3e6 weights: halves of their gradients, twice, each way. */
+/* Two experts of 3e6 weights: halves of their gradients, twice, each way; with the optimiser's state in shares once,
+ * and halves of their weights at the end, after attention's. */
 static void replicas_are_reduced(void **state)
 {
     struct err e = { 0 };
-    json_t *spec = training(*state);
-    struct run *r = test_open_run(spec, &e);
-    test_swap_policy(r, &r->placement, &everywhere);
-    test_ok(run_go(r), &e);
-    assert_near(test_metric(r, METRIC_collective_s, 0), 2 * nic(4 * copied / 2) + nic(2 * 4 * 3e6), 1e-9);
-    test_close_run(r);
-    json_decref(spec);
+    for (int share = 0; share < 2; share++) {
+        json_t *spec = training(*state);
+        test_set(spec, "workload", "shard_optimizer", json_boolean(share));
+        struct run *r = test_open_run(spec, &e);
+        test_swap_policy(r, &r->placement, &everywhere);
+        test_ok(run_go(r), &e);
+        const double by_hand_s = share ? nic(4 * copied / 2) + nic(4 * 3e6) + nic(copied / 2) + nic(3e6)
+                                       : 2 * nic(4 * copied / 2) + nic(2 * 4 * 3e6);
+        assert_near(test_metric(r, METRIC_collective_s, 0), by_hand_s, 1e-9);
+        assert_near(test_metric(r, METRIC_other_s, 0),
+                    by_hand(&h100, 0, (share ? copied / 2 + 3e6 : copied + 6e6) * 29), 1e-9);
+        test_close_run(r);
+        json_decref(spec);
+    }
 }
 
 /* Two nodes of four: scattered inside, around rings of two for each quarter, and back. */
