@@ -240,7 +240,7 @@ int32_t graph_arrival(struct moe_graph *g, int32_t exchange, int32_t device, str
 int32_t graph_load(struct moe_graph *g, int32_t device, int32_t source, uint32_t object, double bytes, struct err *e)
 {
     return add(g, &(struct task){ .kind = TASK_LOAD, .device = device, .stream = STREAM_COPY, .source = source,
-                                  .object = object, .bytes = bytes }, e);
+                                  .object = object, .victim = NO_OBJECT, .bytes = bytes }, e);
 }
 
 int32_t graph_join(struct moe_graph *g, struct err *e)

@@ -22,6 +22,9 @@ enum task_kind {
     TASK_JOIN      /* ends when everything before it has ended */
 };
 
+/* An expert as offload knows it is layer x E + expert. */
+#define NO_OBJECT UINT32_MAX
+
 /* Streams of a device. Dispatch uses those below STREAM_COPY freely. */
 enum { STREAM_COPY = 14, STREAM_HOST = 15, N_STREAMS = 16 };
 
@@ -36,7 +39,8 @@ struct task {
     enum graph_pass pass;
     int32_t exchange;             /* TASK_ARRIVAL */
     int32_t source;               /* TASK_LOAD: an endpoint of the topology */
-    uint32_t object;              /* TASK_LOAD: what arrives */
+    uint32_t object, victim;      /* TASK_LOAD: what arrives, and whose slot it takes; NO_OBJECT: a free one */
+    bool passes;                  /* TASK_LOAD: it is used and not kept, so it needs room beside the cache */
     int32_t first, n;             /* TASK_EXCHANGE: parts; TASK_EXPERTS: experts and rows; TASK_COMPUTE: kernels */
     int64_t first_item, n_items;  /* TASK_EXPERTS */
     float fraction;               /* TASK_EXPERTS */

@@ -184,7 +184,9 @@ static int fetch(struct run *r, struct split *split, const struct moe_batch *b, 
     *load = known < 0 ? known : graph_load(&r->graph, device, host, object, bytes, r->err);
     if (*load < 0 || graph_after(&r->graph, *load, known, r->err) < 0)
         return r->err->code;
-    if (victim != UINT32_MAX && last[victim] >= 0)
+    r->graph.task[*load].victim = victim;
+    r->graph.task[*load].passes = hit == CACHE_BYPASSED;
+    if (victim != NO_OBJECT && last[victim] >= 0)
         graph_after(&r->graph, *load, last[victim], r->err);
     return r->err->code;
 }

@@ -29,7 +29,8 @@ uint64_t host_graph_hash(const struct moe_graph *g)
     for (int32_t i = 0; i < g->n_tasks; i++) {
         const struct task *t = &g->task[i];
         const int64_t whole[] = { t->kind, t->op, t->payload, t->device, t->stream, t->layer, t->micro, t->exchange,
-                                  t->source, t->object, t->first, t->n, t->first_item, t->n_items };
+                                  t->source, t->object, t->victim, t->passes, t->first, t->n, t->first_item,
+                                  t->n_items };
         for (size_t j = 0; j < sizeof whole / sizeof *whole; j++)
             h = mix(h, (uint64_t)whole[j]);
         h = mix_real(mix_real(mix_real(h, t->flops), t->bytes), (double)t->fraction);

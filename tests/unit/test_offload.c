@@ -136,7 +136,14 @@ static void slots_are_free_after_their_last_use(void **state)
     test_ok(pipeline_step(r, 0), &e);
     /* Nothing to wait for: no victims. */
     assert_near(test_metric(r, METRIC_step_s, 0), before + 4 * load + padded, 1e-9);
+    for (int i = 0; i < 4; i++) {
+        assert_int_equal(nth(r, TASK_LOAD, i / 2, i % 2)->victim, NO_OBJECT);
+        assert_true(nth(r, TASK_LOAD, i / 2, i % 2)->passes == (i >= 2));
+    }
     test_ok(pipeline_step(r, 1), &e);
+    assert_int_equal(nth(r, TASK_LOAD, 1, 0)->victim, 1);
+    assert_int_equal(nth(r, TASK_LOAD, 1, 1)->victim, 6);
+    assert_false(nth(r, TASK_LOAD, 1, 0)->passes || nth(r, TASK_LOAD, 1, 1)->passes);
     assert_near(test_metric(r, METRIC_hit_rate, 1), 0.5, 1e-12);
     const double began = nth(r, TASK_COMPUTE, 0, 0)->start;
     assert_near(nth(r, TASK_EXPERTS, 0, 0)->start - began, before, 1e-9);
