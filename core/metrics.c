@@ -206,22 +206,24 @@ static int by_start(const void *a, const void *b)
     return (x[0] > y[0]) - (x[0] < y[0]);
 }
 
-enum traffic { OF_TOKENS, OF_WEIGHTS, COLLECTIVE };
+enum traffic { THERE = 1, BACK = 2, NEITHER = 4, OF_TOKENS = THERE | BACK | NEITHER, OF_WEIGHTS = 8, COLLECTIVE = 16 };
 
 static enum traffic traffic_of(const struct task *x)
 {
-    return x->moves_weights ? OF_WEIGHTS : x->collective ? COLLECTIVE : OF_TOKENS;
+    if (x->moves_weights || x->collective)
+        return x->moves_weights ? OF_WEIGHTS : COLLECTIVE;
+    return x->payload == MOE_PAY_HIDDEN ? THERE : x->payload == MOE_PAY_OUTPUT ? BACK : NEITHER;
 }
 
-/* Time in which any exchange of a kind was under way: what overlaps counts once. */
-static int time_under_way(const struct moe_graph *g, enum traffic kind, double *seconds, struct err *e)
+/* Time in which any exchange of some kinds was under way: what overlaps counts once. */
+static int time_under_way(const struct moe_graph *g, enum traffic kinds, double *seconds, struct err *e)
 {
     double (*span)[2] = malloc(sizeof *span * ((size_t)g->n_tasks + 1));
     size_t n = 0;
     if (!span)
         return err_set(e, ERR_MEMORY, "out of memory for metrics");
     for (int32_t i = 0; i < g->n_tasks; i++)
-        if (g->task[i].kind == TASK_EXCHANGE && traffic_of(&g->task[i]) == kind) {
+        if (g->task[i].kind == TASK_EXCHANGE && (traffic_of(&g->task[i]) & kinds)) {
             span[n][0] = g->task[i].start;
             span[n++][1] = g->task[i].end;
         }
@@ -254,8 +256,9 @@ int metrics_step(struct metrics *m, const struct moe_graph *g, const struct topo
         free(s.load);
         return err_set(e, ERR_MEMORY, "out of memory for metrics");
     }
-    double a2a = 0, migration = 0, collective = 0;
-    if (time_under_way(g, OF_TOKENS, &a2a, e) < 0 || time_under_way(g, OF_WEIGHTS, &migration, e) < 0 ||
+    double a2a = 0, there = 0, back = 0, migration = 0, collective = 0;
+    if (time_under_way(g, OF_TOKENS, &a2a, e) < 0 || time_under_way(g, THERE, &there, e) < 0 ||
+        time_under_way(g, BACK, &back, e) < 0 || time_under_way(g, OF_WEIGHTS, &migration, e) < 0 ||
         time_under_way(g, COLLECTIVE, &collective, e) < 0) {
         free(s.layer_op);
         free(s.load);
@@ -279,7 +282,7 @@ int metrics_step(struct metrics *m, const struct moe_graph *g, const struct topo
     for (int32_t d = 0; d < t->n_devices; d++)
         load = fmax(load, s.load[d]);
     metrics_bound(g, t, &bound, e);
-    const double other = slowest(&s, MOE_OP_OTHER);
+    const double other = slowest(&s, MOE_OP_OTHER), shared = slowest(&s, MOE_OP_SHARED);
     double *const *v = m->value;
     const int32_t at = m->n_steps++;
     v[METRIC_step_s][at] = seconds;
@@ -287,8 +290,14 @@ int metrics_step(struct metrics *m, const struct moe_graph *g, const struct topo
     v[METRIC_over_bound][at] = bound > 0 ? seconds / bound : NAN;
     v[METRIC_tokens_per_s][at] = seconds > 0 ? n_tokens / seconds : NAN;
     v[METRIC_a2a_s][at] = a2a;
+    v[METRIC_dispatch_s][at] = there;
+    v[METRIC_combine_s][at] = back;
     v[METRIC_experts_s][at] = slowest(&s, MOE_OP_EXPERTS);
     v[METRIC_attention_s][at] = slowest(&s, MOE_OP_ATTENTION);
+    v[METRIC_gate_s][at] = slowest(&s, MOE_OP_GATE);
+    v[METRIC_permute_s][at] = slowest(&s, MOE_OP_PERMUTE);
+    v[METRIC_unpermute_s][at] = slowest(&s, MOE_OP_COMBINE);
+    v[METRIC_shared_s][at] = shared > 0 ? shared : NAN;
     v[METRIC_load_s][at] = m->accesses > 0 ? load : NAN;
     v[METRIC_migration_s][at] = migration;
     v[METRIC_collective_s][at] = collective > 0 ? collective : NAN;
@@ -304,9 +313,6 @@ int metrics_step(struct metrics *m, const struct moe_graph *g, const struct topo
     v[METRIC_loaded_bytes][at] = m->accesses > 0 ? m->loaded_bytes : NAN;
     v[METRIC_energy_j][at] = joules > 0 ? joules : NAN;
     v[METRIC_j_per_token][at] = joules > 0 && n_tokens > 0 ? joules / n_tokens : NAN;
-    m->imbalance_sum = m->max_vio_sum = m->loaded_bytes = 0;
-    m->n_layers = 0;
-    m->routed = m->kept = m->accesses = m->hits = 0;
     free(s.layer_op);
     free(s.load);
     return e->code;
@@ -324,6 +330,28 @@ static double quantile(const double *sorted, int n, double q)
     double at = q * (n - 1);
     int low = (int)at;
     return low + 1 < n ? sorted[low] + (at - low) * (sorted[low + 1] - sorted[low]) : sorted[low];
+}
+
+int metrics_end_step(struct metrics *m, int32_t n, struct err *e)
+{
+    double *sorted = malloc(sizeof *sorted * ((size_t)n + 1));
+    if (!sorted)
+        return err_set(e, ERR_MEMORY, "out of memory for metrics");
+    m->n_steps -= n;
+    for (int i = 0; n > 0 && i < N_METRICS; i++) {
+        double *value = m->value[i] + m->n_steps - 1;
+        memcpy(sorted, value + 1, sizeof *sorted * (size_t)n);
+        qsort(sorted, (size_t)n, sizeof *sorted, by_value);
+        *value = quantile(sorted, n, 0.5); /* of all or none NaN */
+        if (*value > 0)
+            m->spread[i] += (quantile(sorted, n, 0.75) - quantile(sorted, n, 0.25)) / *value;
+        m->n_spread += i == 0;
+    }
+    m->imbalance_sum = m->max_vio_sum = m->loaded_bytes = 0;
+    m->n_layers = 0;
+    m->routed = m->kept = m->accesses = m->hits = 0;
+    free(sorted);
+    return 0;
 }
 
 /* What a ratio divides by; N_METRICS for figures that are no ratio of two others. */
@@ -375,6 +403,8 @@ json_t *metrics_json(const struct metrics *m)
         json_t *figures = json_pack("{s:f, s:f, s:f, s:f, s:f}", "mean", mean_of(m, i), "p50",
                                     quantile(sorted, n, 0.5), "p99", quantile(sorted, n, 0.99), "min", sorted[0],
                                     "max", sorted[n - 1]);
+        if (m->n_spread > 0)
+            json_object_set_new(figures, "spread", json_real(m->spread[i] / m->n_spread));
         json_object_set_new(all, metric_info[i].name, figures);
     }
     free(sorted);

@@ -13,8 +13,14 @@
     M(over_bound, "", "step_s / bound_s")                                                                             \
     M(tokens_per_s, "token/s", "tokens of a step / step_s")                                                           \
     M(a2a_s, "s", "time in which tokens or their outputs were on their way")                                          \
+    M(dispatch_s, "s", "time in which tokens were on their way to experts")                                           \
+    M(combine_s, "s", "time in which experts' outputs were on their way back")                                        \
     M(experts_s, "s", "time of the slowest device's expert FFNs, summed over layers")                                 \
     M(attention_s, "s", "time of the slowest device's attention, summed over layers")                                 \
+    M(gate_s, "s", "time of the slowest device's gate, summed over layers")                                           \
+    M(permute_s, "s", "time of the slowest device's putting rows in order for sending, summed over layers")           \
+    M(shared_s, "s", "time of the slowest device's shared experts, summed over layers")                               \
+    M(unpermute_s, "s", "time of the slowest device's adding up of outputs, summed over layers")                      \
     M(other_s, "s", "time of the slowest device's dense FFNs, embedding, head and optimiser, summed over layers")     \
     M(collective_s, "s", "time in which partial sums or gradients of what devices share were on their way")           \
     M(load_s, "s", "time that expert weights were on their way, summed over the busiest device's loads")              \
@@ -43,7 +49,8 @@ extern const struct metric_info metric_info[N_METRICS];
 
 struct metrics {
     double *value[N_METRICS]; /* [n_steps], NaN where a figure does not apply */
-    int32_t n_steps, room;
+    double spread[N_METRICS]; /* between quartiles of what was measured several times / its median, summed over steps */
+    int32_t n_steps, room, n_spread; /* n_spread: steps that were */
     /* added up by the stages while a step is built */
     double imbalance_sum, max_vio_sum;
     int32_t n_layers;
@@ -52,10 +59,14 @@ struct metrics {
 };
 
 void metrics_free(struct metrics *);
-/* Reads a graph that has run. joules 0: not known. */
+/* Reads a graph that has run: one more step, or the same once more. joules 0: not known. */
 int metrics_step(struct metrics *, const struct moe_graph *, const struct topology *, int32_t n_tokens,
                  double seconds, double joules, struct err *);
-/* {"step_s": {"mean":..., "p50":..., "p99":..., "min":..., "max":...}, ...}; figures that never applied left out. */
+/* After metrics_step(): the step is over. n > 0: it was run n + 1 times, of which the first does not count; of the
+ * others' figures the medians stay. */
+int metrics_end_step(struct metrics *, int32_t n, struct err *);
+/* {"step_s": {"mean":..., "p50":..., "p99":..., "min":..., "max":...}, ...}; figures that never applied left out. Of
+ * what was measured several times also "spread". */
 json_t *metrics_json(const struct metrics *);
 
 /* Longest path through the graph if no device had more of a (layer, op) than the mean of all, and

@@ -171,12 +171,13 @@ local label_of, unfold, cross = axes_part.label_of, axes_part.unfold, axes_part.
 
 local experiment_keys = {
   name = 1, model = 1, machine = 1, executor = 1, tier = 1, workload = 1, router = 1, balancer = 1, placement = 1,
-  dispatch = 1, offload = 1, cache = 1, warmup = 1, seed = 1, verify = 1, layout = 1,
+  dispatch = 1, offload = 1, cache = 1, warmup = 1, repetitions = 1, seed = 1, verify = 1, layout = 1,
   allow_extrapolation = 1,
 }
 -- The order in which axes unfold: the last varies fastest.
 local axis_order = { "model", "machine", "layout", "executor", "tier", "workload", "router", "balancer", "placement",
-                     "dispatch", "offload", "cache", "warmup", "seed", "verify", "allow_extrapolation" }
+                     "dispatch", "offload", "cache", "warmup", "repetitions", "seed", "verify",
+                     "allow_extrapolation" }
 local kinds = { "router", "balancer", "placement", "dispatch", "offload" }
 local defaults = { router = "replay", placement = "contiguous", dispatch = "flat", offload = "none", seed = 1,
                    executor = "flow", name = "experiment" }
@@ -353,7 +354,7 @@ local function run_spec(run, where)
     where = text_of(where), seed = run.seed, model = model_spec(run.model, where),
     machine = machine_spec(run.machine, run, where), workload = workload_spec(run.workload, where),
     layout = run.layout, policies = policies, cache = run.cache, warmup = run.warmup, verify = run.verify,
-    allow_extrapolation = run.allow_extrapolation,
+    repetitions = run.repetitions, allow_extrapolation = run.allow_extrapolation,
   }
 end
 

@@ -297,6 +297,27 @@ static int observe_step(struct run *r, int32_t step)
     return HOOK(&r->dispatch, dispatch, observe, &timings);
 }
 
+static int run_once(struct run *r, int32_t step, int (*run)(struct machine *, struct moe_graph *, struct err *))
+{
+    const double began = r->machine.now;
+    if (run(&r->machine, &r->graph, r->err) < 0)
+        return err_prefix(r->err, "machine %s, step %d", r->machine.ops->name, step);
+    if (!r->graph.keep_items && layout_times(r) < 0)
+        return r->err->code;
+    return metrics_step(&r->metrics, &r->graph, r->topology, r->workload.n_tokens, r->machine.now - began,
+                        r->machine.joules, r->err);
+}
+
+/* Where times are real the first does not count: pages, caches and connections are new to it. */
+static int run_graph(struct run *r, int32_t step)
+{
+    const struct machine_ops *ops = r->machine.ops;
+    int rc = run_once(r, step, ops->run);
+    for (int32_t i = 0; ops->again && i < r->n_repetitions && rc == 0; i++)
+        rc = run_once(r, step, ops->again);
+    return rc < 0 ? rc : metrics_end_step(&r->metrics, ops->again ? r->n_repetitions : 0, r->err);
+}
+
 int pipeline_step(struct run *r, int32_t step)
 {
     graph_reset(&r->graph);
@@ -327,14 +348,5 @@ int pipeline_step(struct run *r, int32_t step)
         return r->err->code;
     if (r->recording)
         return placement_observe(r, step);
-    double began = r->machine.now;
-    if (machine_run(&r->machine, &r->graph, r->err) < 0)
-        return err_prefix(r->err, "machine %s, step %d", r->machine.ops->name, step);
-    if (!r->graph.keep_items && layout_times(r) < 0)
-        return r->err->code;
-    if (metrics_step(&r->metrics, &r->graph, r->topology, r->workload.n_tokens, r->machine.now - began,
-                     r->machine.joules, r->err) < 0 ||
-        observe_step(r, step) < 0)
-        return r->err->code;
-    return placement_observe(r, step);
+    return run_graph(r, step) < 0 || observe_step(r, step) < 0 ? r->err->code : placement_observe(r, step);
 }

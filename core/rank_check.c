@@ -114,7 +114,8 @@ static int count_steps(struct run *r, struct host_need *n, const struct memory_l
     for (int32_t step = 0; step < r->workload.n_steps; step++) {
         if (pipeline_step(r, step) < 0)
             return e->code;
-        host_need_step(n, &r->graph);
+        if (host_need_step(n, &r->graph, e) < 0)
+            return e->code;
         host_need_bytes(n, fmax(memory_own() - before, 0), b);
         if (!fits(b, left))
             return too_large(r, n, b, step + 1, left, e);

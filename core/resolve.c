@@ -162,6 +162,10 @@ json_t *run_resolve(const struct run *r)
     json_object_set_new(spec, "policies", resolve_policies(r, json_object_get(r->spec, "policies")));
     json_object_set_new(spec, "seed", json_integer((json_int_t)r->seed));
     json_object_set_new(spec, "warmup", json_integer(r->n_warmup));
+    if (r->machine.ops->again)
+        json_object_set_new(spec, "repetitions", json_integer(r->n_repetitions));
+    else
+        json_object_del(spec, "repetitions"); /* would be the same to the last digit */
     if (!json_object_get(spec, "allow_extrapolation"))
         json_object_set_new(spec, "allow_extrapolation", json_false());
     if (!json_object_get(spec, "verify"))

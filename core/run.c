@@ -209,6 +209,8 @@ int run_open(struct run *r, json_t *spec, struct err *e)
     if (run_whole(r, spec, "run", "warmup", 0, 0, r->workload.n_steps - 1, &warmup) < 0)
         return e->code;
     r->n_warmup = warmup;
+    if (run_whole(r, spec, "run", "repetitions", 5, 1, 1000, &r->n_repetitions) < 0)
+        return e->code;
     return 0;
 }
 

@@ -98,6 +98,7 @@ struct run {
     struct sequence *sequence; /* [D] */
     bool recording;            /* first pass: decisions only */
     int32_t n_warmup;          /* steps left out of the figures */
+    int32_t n_repetitions;     /* of a step where its time is real, after one that does not count */
 
     json_t *extrapolated;      /* what models were asked outside of their ranges; NULL: nothing */
     struct run_progress *progress; /* written as steps end, for whoever watches; NULL: nobody */

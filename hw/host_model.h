@@ -14,7 +14,7 @@
 #include "moelab.h"
 
 /* Outputs that differ by more than this, relative to the token's largest element, fail a verified run. */
-#define HOST_TOLERANCE 1e-4
+#define HOST_TOLERANCE 1e-5
 
 /* Columns of an expert's first two matrices. */
 int32_t host_width(const struct moe_model *, int32_t layer, int32_t expert);

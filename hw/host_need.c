@@ -4,6 +4,7 @@
 
 #include "host_need.h"
 #include "host_model.h"
+#include "host_order.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -28,36 +29,52 @@ static double expert_bytes(const struct moe_model *m, int32_t layer, int32_t exp
     return 3.0 * sizeof(float) * m->d_model * host_width(m, layer, expert);
 }
 
-static void count_exchange(const struct moe_graph *g, const struct task *t, int32_t n_ranks, struct host_step *count)
+static void count_exchange(const struct moe_graph *g, const struct task *t, struct host_step *count)
 {
-    size_t sent[n_ranks];
-    memset(sent, 0, sizeof sent);
     for (int32_t i = t->first; i < t->first + t->n; i++) {
         const struct moe_part *p = &g->part[i];
         if (p->src == p->dst)
             continue;
-        if (t->payload == MOE_PAY_BYTES) {
+        if (t->payload == MOE_PAY_BYTES)
             count[p->dst].piece += fmin(p->bytes, HOST_PIECE);
-            continue;
-        }
-        sent[p->src] += (size_t)p->n_items;
-        count[p->dst].rows += (size_t)p->n_items;
+        else
+            count[p->dst].rows += (size_t)p->n_items;
     }
-    for (int32_t r = 0; r < n_ranks; r++)
-        count[r].sent = larger(count[r].sent, sent[r]);
 }
 
-void host_count(const struct moe_model *m, const struct moe_graph *g, int32_t n_ranks, struct host_step *count)
+static int count_sends(const struct moe_graph *g, int32_t n_ranks, struct host_step *count, struct err *e)
+{
+    const size_t n = (size_t)g->n_tasks + 1;
+    struct graph_order order = { 0 };
+    int32_t *sequence = malloc(n * sizeof *sequence);
+    bool *packed = malloc(n * sizeof *packed);
+    if (!sequence || !packed)
+        err_set(e, ERR_MEMORY, "out of memory for %zu tasks", n);
+    else if (graph_order(g, &order, e) == 0) {
+        host_sequence(g, &order, sequence);
+        for (int32_t r = 0; r < n_ranks; r++)
+            count[r].sent = host_place_sends(g, &order, sequence, r, NULL, packed);
+    }
+    graph_order_free(&order);
+    free(sequence);
+    free(packed);
+    return e->code;
+}
+
+int host_count(const struct moe_model *m, const struct moe_graph *g, int32_t n_ranks, struct host_step *count,
+               struct err *e)
 {
     memset(count, 0, sizeof *count * (size_t)n_ranks);
     for (int32_t t = 0; t < g->n_tokens; t++)
         count[g->token_device[t]].n_own++;
-    for (int32_t r = 0; r < n_ranks; r++)
+    for (int32_t r = 0; r < n_ranks; r++) {
         count[r].rows = count[r].n_own * ((size_t)m->n_layers + 1);
+        count[r].rings = host_rings_room(g, r);
+    }
     for (int32_t id = 0; id < g->n_tasks; id++) {
         const struct task *t = &g->task[id];
         if (t->kind == TASK_EXCHANGE)
-            count_exchange(g, t, n_ranks, count);
+            count_exchange(g, t, count);
         for (int32_t i = 0; t->kind == TASK_EXPERTS && i < t->n; i++) {
             struct host_step *c = &count[t->device];
             size_t rows = (size_t)g->rows[t->first + i];
@@ -68,6 +85,7 @@ void host_count(const struct moe_model *m, const struct moe_graph *g, int32_t n_
     }
     for (int32_t r = 0; r < n_ranks; r++)
         count[r].piece = fmin(count[r].piece, (double)HOST_PIECE * n_ranks);
+    return count_sends(g, n_ranks, count, e);
 }
 
 int host_need_open(struct host_need *n, const struct moe_model *m, int32_t n_ranks, int32_t n_tokens, bool verify,
@@ -78,7 +96,9 @@ int host_need_open(struct host_need *n, const struct moe_model *m, int32_t n_ran
     n->held = calloc(ranks * n_objects / 8 + 1, 1);
     n->most = calloc(ranks, sizeof *n->most);
     n->step = calloc(ranks, sizeof *n->step);
-    if (!n->held || !n->most || !n->step)
+    n->kept = calloc(ranks, sizeof *n->kept);
+    n->passing = calloc(ranks, sizeof *n->passing);
+    if (!n->held || !n->most || !n->step || !n->kept || !n->passing)
         return err_set(e, ERR_MEMORY, "out of memory for %zu ranks", ranks);
     for (size_t r = 0; r < ranks; r++) {
         n->most[r].n_own = (size_t)n_tokens * (r + 1) / ranks - (size_t)n_tokens * r / ranks;
@@ -107,20 +127,43 @@ static void count_weights(struct host_need *n, const struct moe_graph *g, const 
     }
 }
 
-/* Tables by token, by route and by task: token_row, route_of, place; route_row; order, time and graph_order(). */
+/* Tables by token, by route and by task: token_row, route_of, place; route_row; sequence, time, brings, send_at, packed
+ * and graph_order(); by entry of experts. */
 static double table_bytes(const struct moe_model *m, const struct moe_graph *g)
 {
     double layers = m->n_layers, tokens = g->n_tokens, tasks = g->n_tasks;
     return 8 * ((2 * layers + 1) * tokens + layers + tokens) + 8.0 * (double)g->route_first[g->n_route_layers] +
-           (4 + 16 + 8 + 4) * tasks + 4.0 * ((double)g->n_edges + tasks) + 8 * layers * m->n_experts;
+           (4 + 16 + 4 + 8 + 1 + 8 + 4) * tasks + 8.0 * g->n_experts + 4.0 * ((double)g->n_edges + tasks) +
+           8 * layers * m->n_experts;
 }
 
-void host_need_step(struct host_need *n, const struct moe_graph *g)
+/* A load without a victim takes one more slot for good; what passes has one until its layer is over. */
+static void count_loads(struct host_need *n, const struct moe_graph *g)
+{
+    int64_t in_layer[n->n_ranks];
+    int32_t layer = -1;
+    for (int32_t id = 0; id < g->n_tasks; id++) {
+        const struct task *t = &g->task[id];
+        if (t->kind != TASK_LOAD)
+            continue;
+        if (t->layer != layer)
+            memset(in_layer, 0, sizeof in_layer);
+        layer = t->layer;
+        n->offloads = true;
+        n->kept[t->device] += t->victim == NO_OBJECT && !t->passes;
+        in_layer[t->device] += t->passes;
+        if (in_layer[t->device] > n->passing[t->device])
+            n->passing[t->device] = in_layer[t->device];
+    }
+}
+
+int host_need_step(struct host_need *n, const struct moe_graph *g, struct err *e)
 {
     if (!n->counted) /* what was there is a first idea of this */
         memset(n->most, 0, sizeof *n->most * (size_t)n->n_ranks);
     n->counted = true;
-    host_count(n->model, g, n->n_ranks, n->step);
+    if (host_count(n->model, g, n->n_ranks, n->step, e) < 0)
+        return e->code;
     for (int32_t r = 0; r < n->n_ranks; r++) {
         struct host_step *most = &n->most[r];
         const struct host_step *s = &n->step[r];
@@ -130,21 +173,26 @@ void host_need_step(struct host_need *n, const struct moe_graph *g)
         most->gathered = larger(most->gathered, s->gathered);
         most->hidden = larger(most->hidden, s->hidden);
         most->piece = fmax(most->piece, s->piece);
+        most->rings = (struct host_room){ larger(most->rings.in, s->rings.in), larger(most->rings.out, s->rings.out) };
     }
+    count_loads(n, g);
     for (int32_t id = 0; id < g->n_tasks; id++)
         if (g->task[id].kind == TASK_EXPERTS)
             count_weights(n, g, &g->task[id]);
     n->tables = fmax(n->tables, table_bytes(n->model, g));
+    return 0;
 }
 
 void host_need_bytes(const struct host_need *n, double own, struct host_bytes *b)
 {
     const double row = (double)sizeof(float) * n->model->d_model, ranks = n->n_ranks;
-    *b = (struct host_bytes){ .weights = n->weights };
+    *b = (struct host_bytes){ .weights = n->offloads ? ranks * n->widest : n->weights };
     for (int32_t r = 0; r < n->n_ranks; r++) {
         const struct host_step *s = &n->most[r];
+        b->weights += n->offloads ? (double)(n->kept[r] + n->passing[r]) * n->widest : 0;
         b->rows += (double)s->rows * row;
         b->buffers += (double)(s->sent + s->gathered) * row + 2.0 * sizeof(float) * (double)s->hidden;
+        b->buffers += sizeof(float) * (double)(s->rings.in + s->rings.out);
         b->buffers += s->piece > 0 ? s->piece + HOST_PIECE : 0;
         if (n->verify) /* inputs as floats, outputs as doubles, one expert's weights made anew */
             b->buffers += 3 * row * (double)s->n_own + n->widest;
@@ -156,6 +204,8 @@ void host_need_bytes(const struct host_need *n, double own, struct host_bytes *b
 void host_need_close(struct host_need *n)
 {
     free(n->held);
+    free(n->kept);
+    free(n->passing);
     free(n->most);
     free(n->step);
     *n = (struct host_need){ 0 };

@@ -5,6 +5,7 @@
 #include "host_rank.h"
 #include "host_model.h"
 #include "host_need.h"
+#include "host_order.h"
 
 #include <limits.h>
 #include <stdlib.h>
@@ -113,22 +114,39 @@ static void reserve(struct pool *p, size_t need, struct err *e)
         err_set(e, ERR_MEMORY, "out of memory for %zu bytes of rows", sizeof *p->data * need);
 }
 
-/* Makes sure that everything this rank will touch is there: weights, rows, buffers. */
-static int reserve_step(struct host *h, const struct moe_graph *g, struct err *e)
+/* Where each of this rank's experts is: offloaded, or made and kept. */
+static int find_weights(struct host *h, const struct moe_graph *g, bool offloads, struct err *e)
 {
-    const size_t d = (size_t)h->model->d_model;
-    struct host_step all[h->n_ranks], *need = &all[h->rank];
-    host_count(h->model, g, h->n_ranks, all);
+    for (int32_t i = 0; i < g->n_experts; i++)
+        h->expert_weights[i] = NULL;
+    if (offloads && !h->store) {
+        const char *tmp = getenv("TMPDIR");
+        if (host_store_open(&h->store, h->model, h->rank, tmp && *tmp ? tmp : "/tmp", e) < 0)
+            return e->code;
+    }
+    if (h->store)
+        return host_store_prepare(h->store, g, h->expert_weights, e);
     for (int32_t id = 0; id < g->n_tasks; id++) {
         const struct task *t = &g->task[id];
-        for (int32_t i = 0; t->kind == TASK_EXPERTS && t->device == h->rank && i < t->n; i++) {
-            int32_t expert = g->expert[t->first + i];
+        for (int32_t i = t->first; t->kind == TASK_EXPERTS && t->device == h->rank && i < t->first + t->n; i++) {
+            const int32_t expert = g->expert[i];
             float **w = &h->weights[(size_t)t->layer * (size_t)h->model->n_experts + (size_t)expert];
             if (!*w && !(*w = host_weights(h->model, t->layer, expert)))
                 return err_set(e, ERR_MEMORY, "rank %d: out of memory for the weights of layer %d, expert %d",
                                h->rank, t->layer, expert);
+            h->expert_weights[i] = *w;
         }
     }
+    return 0;
+}
+
+/* Makes sure that everything this rank will touch is there: weights, rows, buffers. */
+static int reserve_step(struct host *h, const struct moe_graph *g, bool offloads, struct err *e)
+{
+    const size_t d = (size_t)h->model->d_model;
+    struct host_step all[h->n_ranks], *need = &all[h->rank];
+    if (host_count(h->model, g, h->n_ranks, all, e) < 0 || find_weights(h, g, offloads, e) < 0)
+        return e->code;
     if (need->rows > INT_MAX) /* MPI counts rows in int */
         return err_set(e, ERR_INPUT, "rank %d: %zu rows in one step, expected at most %d", h->rank, need->rows,
                        INT_MAX);
@@ -137,30 +155,43 @@ static int reserve_step(struct host *h, const struct moe_graph *g, struct err *e
     reserve(&h->gathered, need->gathered * d, e);
     reserve(&h->gate, need->hidden, e);
     reserve(&h->up, need->hidden, e);
-    return e->code;
+    return e->code ? e->code : host_rings_open(&h->rings, need->rings, e);
 }
 
-static int64_t *absent(int64_t *old, size_t n, struct err *e)
+static void *again(void *old, size_t n, size_t size, struct err *e)
 {
     free(old);
-    int64_t *p = malloc(sizeof *p * (n + 1));
-    if (p)
-        memset(p, 0xff, sizeof *p * (n + 1));
-    else
-        err_set(e, ERR_MEMORY, "out of memory for %zu rows", n);
+    void *p = malloc((n + 1) * size);
+    if (!p)
+        err_set(e, ERR_MEMORY, "out of memory for %zu tasks", n);
     return p;
 }
 
-static int reset_tables(struct host *h, const struct moe_graph *g, struct err *e)
+/* The order of the tasks, and room for what is known of each. */
+static int order_tasks(struct host *h, const struct moe_graph *g, struct err *e)
+{
+    const size_t n = (size_t)g->n_tasks;
+    graph_order_free(&h->order);
+    h->sequence = again(h->sequence, n, sizeof *h->sequence, e);
+    h->time = again(h->time, 2 * n, sizeof *h->time, e);
+    h->brings = again(h->brings, n, sizeof *h->brings, e);
+    h->send_at = again(h->send_at, n, sizeof *h->send_at, e);
+    h->packed = again(h->packed, n, sizeof *h->packed, e);
+    h->expert_weights = again(h->expert_weights, (size_t)g->n_experts, sizeof *h->expert_weights, e);
+    if (e->code || graph_order(g, &h->order, e) < 0)
+        return e->code;
+    host_sequence(g, &h->order, h->sequence);
+    host_place_sends(g, &h->order, h->sequence, h->rank, h->send_at, h->packed);
+    return 0;
+}
+
+static int make_tables(struct host *h, const struct moe_graph *g, struct err *e)
 {
     size_t n_tokens = (size_t)g->n_tokens, n_layers = (size_t)g->n_route_layers;
-    h->token_row = absent(h->token_row, (n_layers + 1) * n_tokens, e);
-    h->route_row = absent(h->route_row, (size_t)g->route_first[n_layers], e);
-    h->route_of = absent(h->route_of, n_layers * (n_tokens + 1), e);
-    free(h->place);
-    h->place = malloc(sizeof *h->place * (2 * n_tokens + 1));
-    if (!h->place)
-        err_set(e, ERR_MEMORY, "out of memory for %zu tokens", n_tokens);
+    h->token_row = again(h->token_row, (n_layers + 1) * n_tokens, sizeof *h->token_row, e);
+    h->route_row = again(h->route_row, (size_t)g->route_first[n_layers], sizeof *h->route_row, e);
+    h->route_of = again(h->route_of, n_layers * (n_tokens + 1), sizeof *h->route_of, e);
+    h->place = again(h->place, 2 * n_tokens, sizeof *h->place, e);
     if (e->code)
         return e->code;
     for (size_t l = 0; l < n_layers; l++) {
@@ -183,22 +214,31 @@ static int reset_tables(struct host *h, const struct moe_graph *g, struct err *e
 
 int host_prepare(struct host *h, const struct moe_graph *g, struct err *e)
 {
+    bool offloads = false;
     for (int32_t i = 0; i < g->n_tasks && !e->code; i++) {
         const struct task *t = &g->task[i];
-        if (t->kind == TASK_LOAD)
-            err_set(e, ERR_INPUT, "machine host has no slower memory to load experts from: expected offload none");
-        else if (t->kind == TASK_EXPERTS)
+        offloads |= t->kind == TASK_LOAD;
+        if (t->kind == TASK_EXPERTS)
             check_experts(h, g, t, e);
         else if (t->kind == TASK_EXCHANGE)
             check_parts(g, t, e);
     }
+    return e->code || order_tasks(h, g, e) < 0 || make_tables(h, g, e) < 0 ? e->code : reserve_step(h, g, offloads, e);
+}
+
+void host_begin(struct host *h, const struct moe_graph *g)
+{
+    const size_t n_tokens = (size_t)g->n_tokens, n_layers = (size_t)g->n_route_layers;
+    memset(h->token_row, 0xff, sizeof *h->token_row * (n_layers + 1) * n_tokens);
+    memset(h->route_row, 0xff, sizeof *h->route_row * (size_t)g->route_first[n_layers]);
+    memset(h->packed, 0, sizeof *h->packed * (size_t)g->n_tasks);
+    memset(h->rows.data, 0xff, sizeof *h->rows.data * h->rows.room); /* not numbers: nothing is left of the last time */
     h->n_rows = 0;
-    if (e->code || reset_tables(h, g, e) < 0 || reserve_step(h, g, e) < 0)
-        return e->code;
     for (int32_t i = 0; i < h->n_own; i++) {
         int64_t row = (int64_t)h->n_rows++;
         *token_row(h, g, 0, h->own[i]) = row;
-        host_input(h->model, h->step, h->own[i], row_at(h, row));
+        host_input(h->model, h->draw, h->own[i], row_at(h, row));
     }
-    return 0;
+    if (h->store)
+        host_store_rewind(h->store);
 }

@@ -9,8 +9,11 @@
 
 #include "err.h"
 #include "graph.h"
+#include "host_kernels.h"
+#include "host_store.h"
 
 #include <mpi.h>
+#include <time.h>
 
 struct pool { float *data; size_t room; };
 
@@ -18,8 +21,10 @@ struct host {
     const struct moe_model *model;
     int rank, n_ranks;
     MPI_Datatype row;            /* d_model floats */
-    int32_t step;
-    float **weights;             /* [L * E] of experts that ran here, kept */
+    int32_t draw;                /* of inputs, so far */
+    float **weights;             /* [L * E] of experts that ran here and are not offloaded, kept */
+    struct host_store *store;    /* of those that are; NULL: none */
+    struct host_rings rings;     /* operands of what has no real ones */
     struct pool rows, send, gathered, gate, up;
     size_t n_rows;
     int64_t *token_row;          /* [(L + 1) * T] */
@@ -28,7 +33,24 @@ struct host {
     int32_t *place, *own, n_own; /* [T] index among this rank's tokens or -1; [n_own] tokens */
     int *count;                  /* [4 * n_ranks] send counts and displacements, receive counts and displacements */
     char *piece;                 /* what exchange_bytes sends and receives, once it ran */
+
+    /* of the step's graph */
+    struct graph_order order;    /* successors */
+    int32_t *sequence;           /* [tasks] the order in which every rank goes through them */
+    double *time;                /* [tasks][2] */
+    int32_t *brings;             /* [tasks] a load's number; of what waits, the number of the last load that it needs */
+    size_t *send_at;             /* [tasks] row of `send` from where an exchange's are */
+    bool *packed;                /* [tasks] they are there */
+    const float **expert_weights;/* [experts of all tasks] */
 };
+
+/* On the clock of every time here, s. */
+static inline double host_now(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
 
 static inline float *row_at(const struct host *h, int64_t row)
 {
@@ -47,7 +69,11 @@ static inline int64_t route_of(const struct host *h, const struct moe_graph *g, 
 
 /* Over everything that a rank acts on. The graph keeps at least one layer's routes. */
 uint64_t host_graph_hash(const struct moe_graph *);
-/* Checks that the graph can be run here, makes room for all that this rank will touch, and places the inputs. */
+/* Checks that the graph can be run here and makes room for all that this rank will touch. */
 int host_prepare(struct host *, const struct moe_graph *, struct err *);
+/* Before each time it runs: rows are poisoned and the inputs placed. */
+void host_begin(struct host *, const struct moe_graph *);
+bool host_combine(struct host *, const struct moe_graph *, int32_t layer, int32_t token);
+int host_run_task(struct host *, const struct moe_graph *, int32_t id, struct err *);
 
 #endif

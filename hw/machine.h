@@ -300,6 +300,8 @@ struct machine_ops {
      * parts between different devices put on each link. NULL: run() needs all parts. */
     int (*reduce)(struct machine *, struct moe_graph *, int32_t task, const struct moe_exchange *,
                   const struct message_count *sends, double *link_bytes, struct err *);
+    /* The graph of the last run() once more, with other inputs; NULL: it would take just as long. */
+    int (*again)(struct machine *, struct moe_graph *, struct err *);
     void (*close)(struct machine *);
 };
 

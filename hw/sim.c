@@ -453,9 +453,10 @@ static void sim_close(struct machine *m)
     m->priv = NULL;
 }
 
-static const struct machine_ops bound_ops = { "flow", sim_run, sim_reduce, sim_close };
-static const struct machine_ops flow_ops = { "flow", sim_run, NULL, sim_close };
-static const struct machine_ops simgrid_ops = { "simgrid", sim_run, NULL, sim_close };
+static const struct machine_ops bound_ops = { .name = "flow", .run = sim_run, .reduce = sim_reduce,
+                                              .close = sim_close };
+static const struct machine_ops flow_ops = { .name = "flow", .run = sim_run, .close = sim_close };
+static const struct machine_ops simgrid_ops = { .name = "simgrid", .run = sim_run, .close = sim_close };
 
 int machine_open_sim(struct machine *m, const struct topology *t, const struct moe_model *model, enum precision p,
                      enum net_tier tier, struct err *e)

@@ -52,8 +52,13 @@ ok "three ranks" "$moelab" run three.lua
 one nodes 'machine = moe.machine "h800-ib" { nodes = 2, devices = 2 }, dispatch = "node-dedup",'
 ok "tokens passed on within nodes" "$moelab" run nodes.lua --out nodes
 ok "... arrive as they were" test "$(figures nodes '"verified":[1-9][0-9.]*e-[0-9]+' | wc -l)" = 1
-one offload 'offload = "lru", cache = 0.25,'
-run_expect 2 'no slower memory to load experts from: expected offload none' "$moelab" run offload.lua
+one offload 'offload = moe.each { "lru", "belady" }, cache = moe.each { 0.125, 0.5 },'
+ok "experts loaded from files, in the slots of others" "$moelab" run offload.lua --out offload
+ok "... are what they are" test "$(figures offload '"verified":[1-9][0-9.]*e-[0-9]+' | wc -l)" = 4
+ok "... and their way is timed" test "$(figures offload '"load_s":\{"max":[0-9.e-]*[1-9]' | wc -l)" = 4
+ok "several times" test "$(figures offload '"step_s":\{[^}]*"spread":[0-9.]+' | wc -l)" = 4
+ok "no file is left" test -z "$(ls "${TMPDIR:-/tmp}" | grep moelab-experts)"
+run_expect 2 'cannot make /nowhere/moelab-' env TMPDIR=/nowhere "$moelab" run offload.lua
 one lua 'placement = moe.policy { kind = "placement", name = "mine", place = function() end },'
 run_expect 2 'lua\.lua:2: machine host: placement mine is written in Lua' "$moelab" run lua.lua
 one many 'machine = moe.machine "star-50GBps" { nodes = 300 },'

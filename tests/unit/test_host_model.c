@@ -104,13 +104,13 @@ static void a_wrong_output_is_noticed(void **state)
 {
     (void)state;
     double expected[] = { 1, -4, 0.5 };
-    float same[] = { 1, -4, 0.5f }, near[] = { 1, -4.0001f, 0.5f }, wrong[] = { 1, -4, 0.501f },
+    float same[] = { 1, -4, 0.5f }, near[] = { 1, -4.00001f, 0.5f }, wrong[] = { 1, -4, 0.5001f },
           broken[] = { 1, NAN, 0.5f }, large[] = { 1, -4, INFINITY };
     int32_t at;
     assert_true(host_error(same, expected, 3, &at) == 0);
     assert_true(host_error(near, expected, 3, &at) < HOST_TOLERANCE);
     assert_int_equal(at, 1);
-    assert_true(host_error(wrong, expected, 3, &at) > HOST_TOLERANCE); /* 0.001 of the largest, 4 */
+    assert_true(host_error(wrong, expected, 3, &at) > HOST_TOLERANCE); /* 0.0001 of the largest, 4 */
     assert_int_equal(at, 2);
     assert_true(isinf(host_error(broken, expected, 3, &at)));
     assert_int_equal(at, 1);

@@ -3,6 +3,7 @@
 #include "core_test.h"
 
 #include "host_need.h"
+#include "host_order.h"
 
 /* A row is 40 B, an expert 3 x 10 x 6 floats: 720 B. */
 static const struct moe_model small = { .n_layers = 1, .n_experts = 4, .top_k = 2, .d_model = 10, .d_expert = 6 };
@@ -14,10 +15,12 @@ static void lay_experts(struct moe_graph *g, int32_t device, int32_t n, const in
     test_ok(graph_experts(g, &w, &e), &e);
 }
 
-static void lay_exchange(struct moe_graph *g, enum moe_payload payload, int n, const struct moe_part *part)
+static int32_t lay_exchange(struct moe_graph *g, enum moe_payload payload, int n, const struct moe_part *part)
 {
     struct err e = { 0 };
-    test_ok(graph_exchange(g, &(struct moe_exchange){ payload, n, part }, &e), &e);
+    const int32_t id = graph_exchange(g, &(struct moe_exchange){ payload, n, part }, &e);
+    test_ok(id, &e);
+    return id;
 }
 
 static void keep_routes(struct moe_graph *g)
@@ -52,8 +55,9 @@ static void one_step_of_two_ranks(void **state)
     (void)state;
     struct moe_graph g = { .n_devices = 2, .keep_items = true };
     struct host_step c[2];
+    struct err e = { 0 };
     first_step(&g);
-    host_count(&small, &g, 2, c);
+    test_ok(host_count(&small, &g, 2, c, &e), &e);
     assert_int_equal(c[0].n_own, 2);
     assert_int_equal(c[0].rows, 2 * 2 + 1 + 3 + 1); /* own entering and leaving, received, computed, received back */
     assert_int_equal(c[0].sent, 1);
@@ -89,15 +93,15 @@ static void steps_add_up(void **state)
     struct moe_graph g = { .n_devices = 2, .keep_items = true };
     /* By token 2 layers + 1, and where the layer's and the last entry end; by route; by task; by edge and task; by
      * expert. */
-    const double tables = 8 * (3 * 3 + 1 + 3) + 8 * 4 + 32 * 4 + 4 * 4 + 8 * 4;
+    const double tables = 8 * (3 * 3 + 1 + 3) + 8 * 4 + 45 * 4 + 8 * 3 + 4 * 4 + 8 * 4;
     test_ok(host_need_open(&n, &small, 2, 3, false, &e), &e);
     sum_is(&n, 1000, 0, 3 * 2 * 40, 0, 8 * (3 * 3 + 4));
     first_step(&g);
-    host_need_step(&n, &g);
+    test_ok(host_need_step(&n, &g, &e), &e);
     const double buffers = (1 + 2 + 1 + 1) * 40 + 2 * 4 * (12 + 6);
     sum_is(&n, 1000, 3 * 720, (9 + 5) * 40, buffers, tables);
     assert_int_equal(n.n_experts, 3);
-    host_need_step(&n, &g); /* the same again takes nothing more */
+    test_ok(host_need_step(&n, &g, &e), &e); /* the same again takes nothing more */
     sum_is(&n, 1000, 3 * 720, (9 + 5) * 40, buffers, tables);
     /* Expert 0 moves to device 1, and its weights stay on device 0 too. Rows and buffers are those of the larger step:
      * 2 x 2 + 1 of device 0 are less than its 9, 1 x 2 + 3 of device 1 as many as its 5, 3 gathered there more. */
@@ -105,7 +109,7 @@ static void steps_add_up(void **state)
     keep_routes(&g);
     lay_experts(&g, 0, 1, (int32_t[]){ 1 }, (int64_t[]){ 1 });
     lay_experts(&g, 1, 1, (int32_t[]){ 0 }, (int64_t[]){ 3 });
-    host_need_step(&n, &g);
+    test_ok(host_need_step(&n, &g, &e), &e);
     sum_is(&n, 0, 4 * 720, (9 + 5) * 40, (1 + 2 + 1 + 3) * 40 + 2 * 4 * (12 + 18), tables);
     host_need_close(&n);
     graph_free(&g);
@@ -122,7 +126,7 @@ static void verifying_takes_room(void **state)
     first_step(&g);
     for (int verify = 0; verify < 2; verify++) {
         test_ok(host_need_open(&n, &small, 2, 3, verify, &e), &e);
-        host_need_step(&n, &g);
+        test_ok(host_need_step(&n, &g, &e), &e);
         host_need_bytes(&n, 0, verify ? &verified : &plain);
         host_need_close(&n);
     }
@@ -135,24 +139,101 @@ static void pieces(void **state)
 {
     (void)state;
     struct host_step c[2];
+    struct err e = { 0 };
     struct moe_graph g = { .n_devices = 2, .keep_items = true };
     keep_routes(&g);
     lay_exchange(&g, MOE_PAY_BYTES, 3, (struct moe_part[]){ { 0, 1, 1e6, 0, NULL, 0 }, { 1, 0, 1e9, 0, NULL, 0 },
                                                             { 0, 0, 1e9, 0, NULL, 0 } });
-    host_count(&small, &g, 2, c);
+    test_ok(host_count(&small, &g, 2, c, &e), &e);
     assert_true(c[0].piece == HOST_PIECE && c[1].piece == 1e6);
     for (int i = 0; i < 3; i++)
         lay_exchange(&g, MOE_PAY_BYTES, 1, (struct moe_part[]){ { 1, 0, 1e9, 0, NULL, 0 } });
-    host_count(&small, &g, 2, c);
+    test_ok(host_count(&small, &g, 2, c, &e), &e);
     assert_true(c[0].piece == 2.0 * HOST_PIECE && c[1].piece == 1e6);
-    struct err e = { 0 };
     struct host_need n;
     struct host_bytes b;
     test_ok(host_need_open(&n, &small, 2, 3, false, &e), &e);
-    host_need_step(&n, &g);
+    test_ok(host_need_step(&n, &g, &e), &e);
     host_need_bytes(&n, 0, &b);
     assert_near(b.buffers, 2.0 * HOST_PIECE + 1e6 + 2.0 * HOST_PIECE, 1e-12);
     host_need_close(&n);
+    graph_free(&g);
+}
+
+/* Rows wait from their permute task on, and those of several exchanges at a time lie behind one another: device 0 sends
+ * two rows in the first and one in the second, which wait together; the third has the buffer to itself. */
+static void sends(void **state)
+{
+    (void)state;
+    static const int64_t item[] = { 0, 1 };
+    static const struct moe_part two[] = { { 0, 1, 80, 2, item, 0 }, { 1, 0, 40, 1, item, 0 } };
+    static const struct moe_part one[] = { { 0, 1, 40, 1, item, 0 }, { 0, 0, 40, 2, item, 0 } };
+    struct moe_graph g = { .n_devices = 2, .keep_items = true };
+    struct graph_order order;
+    struct err e = { 0 };
+    int32_t sequence[5];
+    size_t at[5];
+    bool packed[5];
+    keep_routes(&g);
+    const struct moe_work permute = { .device = 0, .op = MOE_OP_PERMUTE };
+    const int32_t task = graph_compute(&g, &permute, &e);
+    const int32_t first = lay_exchange(&g, MOE_PAY_HIDDEN, 2, two), second = lay_exchange(&g, MOE_PAY_HIDDEN, 2, one);
+    const int32_t third = lay_exchange(&g, MOE_PAY_OUTPUT, 2, two);
+    test_ok(graph_after(&g, first, task, &e), &e);
+    test_ok(graph_after(&g, second, task, &e), &e);
+    test_ok(graph_after(&g, second, first, &e), &e);
+    test_ok(graph_after(&g, third, second, &e), &e);
+    test_ok(graph_order(&g, &order, &e), &e);
+    host_sequence(&g, &order, sequence);
+    assert_int_equal(host_place_sends(&g, &order, sequence, 0, at, packed), 3);
+    assert_true(at[first] == 0 && at[second] == 2 && at[third] == 0);
+    assert_int_equal(host_place_sends(&g, &order, sequence, 1, at, packed), 1);
+    graph_order_free(&order);
+    graph_free(&g);
+}
+
+/* Loads: three slots for what stays, of which one is taken over, and two for what only passes in layer 0; weights that
+ * ran are not held beside them, but for one expert while a file is written. */
+static void loads(void **state)
+{
+    (void)state;
+    struct err e = { 0 };
+    struct host_need n;
+    struct host_bytes b;
+    struct moe_graph g = { .n_devices = 2, .keep_items = true };
+    test_ok(host_need_open(&n, &small, 2, 3, false, &e), &e);
+    first_step(&g);
+    static const struct { uint32_t victim; bool passes; int32_t device; } load[] = {
+        { NO_OBJECT, false, 0 }, { NO_OBJECT, false, 0 }, { 0, false, 0 }, { NO_OBJECT, true, 0 },
+        { NO_OBJECT, true, 0 },  { NO_OBJECT, false, 1 },
+    };
+    for (size_t i = 0; i < sizeof load / sizeof *load; i++) {
+        const int32_t id = graph_load(&g, load[i].device, 2, 0, 720, &e);
+        g.task[id].victim = load[i].victim;
+        g.task[id].passes = load[i].passes;
+    }
+    test_ok(host_need_step(&n, &g, &e), &e);
+    host_need_bytes(&n, 0, &b);
+    assert_near(b.weights, (2 + 2 + 1 + 2) * 720, 1e-12);
+    host_need_close(&n);
+    graph_free(&g);
+}
+
+/* What is computed beside experts takes its operands from two rings, or more if a product is larger. */
+static void rings(void **state)
+{
+    (void)state;
+    struct err e = { 0 };
+    struct moe_graph g = { .n_devices = 2 };
+    struct kernel k = { .groups = 1, .shape = { 10, 20, 30 } };
+    assert_int_equal(host_rings_room(&g, 0).in, 0);
+    test_ok(graph_kernels(&g, 0, 0, MOE_OP_ATTENTION, 1, &k, &e), &e);
+    assert_true(host_rings_room(&g, 0).in == HOST_RING && host_rings_room(&g, 0).out == HOST_RING);
+    assert_int_equal(host_rings_room(&g, 1).out, 0);
+    assert_true(host_kernel_room(&k).in == 10 * 30 + 30 * 20 && host_kernel_room(&k).out == 10 * 20);
+    k.shape = (struct gemm_group){ 3000, 4000, 2000 };
+    test_ok(graph_kernels(&g, 1, 0, MOE_OP_ATTENTION, 1, &k, &e), &e);
+    assert_true(host_rings_room(&g, 1).in == 3000 * 2000 + 2000 * 4000 && host_rings_room(&g, 1).out == 3000 * 4000);
     graph_free(&g);
 }
 
@@ -163,6 +244,9 @@ int main(void)
         cmocka_unit_test(steps_add_up),
         cmocka_unit_test(verifying_takes_room),
         cmocka_unit_test(pieces),
+        cmocka_unit_test(sends),
+        cmocka_unit_test(loads),
+        cmocka_unit_test(rings),
     };
     cmocka_set_message_output(CM_OUTPUT_TAP);
     return cmocka_run_group_tests_name("host_need", tests, NULL, NULL);

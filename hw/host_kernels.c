@@ -1,0 +1,174 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * host_kernels.c - see host_kernels.h.
+ *
+ * Attention's core is what it is: for every request and head of keys, scores, their softmax, and the weighted sum of
+ * values. Its keys and values are read from a ring, so a cache larger than that is read as often as it would be, but
+ * not from as many places. Prompts attend to half of the context, as the list's arithmetic says, without a mask. */
+#include "config.h"
+
+#if defined __GNUC__ && !defined __clang__
+#pragma GCC optimize("O3", "no-trapping-math") /* else loops with a choice in them are not vectorised */
+#endif
+
+#include "host_kernels.h"
+
+#include <cblas.h>
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { BLOCK = 64 }; /* edge of the product that stands for plain arithmetic */
+static const double FLOPS_PER_BYTE = 16; /* above it arithmetic is what takes time on any processor */
+
+/* ---- rings ---- */
+
+/* Touches all of it; random, not zeros: arithmetic on those may be faster. */
+static float *ring(size_t floats, struct err *e)
+{
+    float *p = aligned_alloc(64, (floats * sizeof *p + 63) / 64 * 64);
+    if (!p)
+        err_set(e, ERR_MEMORY, "out of memory for %zu bytes of made-up operands", floats * sizeof *p);
+    for (size_t i = 0; p && i < floats; i++)
+        p[i] = (float)(moe_mix(i) >> 40) / (1 << 23) - 1;
+    return p;
+}
+
+int host_rings_open(struct host_rings *r, struct host_room room, struct err *e)
+{
+    if (room.in > r->room_in) {
+        free(r->in);
+        r->in = ring(room.in, e);
+        r->room_in = r->in ? room.in : 0;
+        r->at_in = 0;
+    }
+    if (room.out > r->room_out) {
+        free(r->out);
+        r->out = ring(room.out, e);
+        r->room_out = r->out ? room.out : 0;
+        r->at_out = 0;
+    }
+    return e->code;
+}
+
+void host_rings_close(struct host_rings *r)
+{
+    free(r->in);
+    free(r->out);
+    *r = (struct host_rings){ 0 };
+}
+
+/* The next n floats to read, and to write. */
+static const float *operand(struct host_rings *r, size_t n)
+{
+    const size_t at = r->at_in + n > r->room_in ? 0 : r->at_in;
+    r->at_in = at + n;
+    return r->in + at;
+}
+
+static float *result(struct host_rings *r, size_t n)
+{
+    const size_t at = r->at_out + n > r->room_out ? 0 : r->at_out;
+    r->at_out = at + n;
+    return r->out + at;
+}
+
+/* ---- kernels ---- */
+
+void host_gemm(int64_t m, int64_t n, int64_t k, const float *a, const float *b, float *c)
+{
+    if (m == 1) /* a product with a vector is faster as one */
+        cblas_sgemv(CblasRowMajor, CblasTrans, (int)k, (int)n, 1, b, (int)n, a, 1, 0, c, 1);
+    else
+        cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, (int)m, (int)n, (int)k, 1, a, (int)k, b, (int)n, 0, c,
+                    (int)n);
+}
+
+/* e^x for x <= 0 or moderate x > 0, relative error below 2e-7: 2^(n + f) with a polynomial for 2^f. expf() would take
+ * longer than the products around it, since compilers do not vectorise it. */
+static inline float exp_of(float x)
+{
+    const float clamped = x < -87 ? -87 : x > 88 ? 88 : x;
+    const float y = clamped * 1.44269504f, n = (y + 12582912.0f) - 12582912.0f, f = y - n;
+    const float p = 1 + f * (0.693147182f + f * (0.240226462f + f * (0.0555040956f +
+                    f * (0.00961834099f + f * (0.00133335581f + f * 0.000154035304f)))));
+    union { int32_t i; float f; } scale = { .i = ((int32_t)n + 127) << 23 };
+    return p * scale.f;
+}
+
+void host_activate(float *gate, const float *up, int64_t n)
+{
+    for (int64_t i = 0; i < n; i++)
+        gate[i] = gate[i] / (1 + exp_of(-gate[i])) * up[i];
+}
+
+static void soften(float *score, size_t rows, size_t n)
+{
+    for (size_t r = 0; r < rows; r++, score += n) {
+        float most = score[0], sum = 0;
+        for (size_t i = 1; i < n; i++)
+            most = score[i] > most ? score[i] : most;
+        for (size_t i = 0; i < n; i++)
+            score[i] = exp_of(score[i] - most);
+        for (size_t i = 0; i < n; i++)
+            sum += score[i];
+        cblas_sscal((int)n, 1 / sum, score, 1);
+    }
+}
+
+static void attend(struct host_rings *r, const struct kernel *k)
+{
+    const size_t n = (size_t)host_seen(k), key = (size_t)k->key.n, value = (size_t)k->key.k, q = host_queries(k);
+    const bool prompt = k->key.op == LATENCY_PREFILL;
+    const double sequences = prompt ? fmax(1, k->key.rows / k->key.context) : k->key.rows;
+    const int64_t blocks = prompt ? (int64_t)ceil(fmin(k->key.rows, k->key.context) / HOST_QUERIES) : 1;
+    const int64_t heads = prompt ? k->key.heads : k->key.kv_heads;
+    for (int64_t i = 0; i < (int64_t)sequences * heads; i++) {
+        const float *keys = operand(r, n * (key + value)), *values = keys + n * key;
+        for (int64_t b = 0; b < blocks; b++) {
+            const float *query = operand(r, q * key);
+            float *score = result(r, q * (n + value));
+            cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, (int)q, (int)n, (int)key, 1 / sqrtf((float)key),
+                        query, (int)key, keys, (int)key, 0, score, (int)n);
+            soften(score, q, n);
+            host_gemm((int64_t)q, (int64_t)value, (int64_t)n, score, values, score + q * n);
+        }
+    }
+}
+
+/* As much is read as written. */
+static void move(struct host_rings *r, double bytes)
+{
+    const size_t n = (size_t)(bytes / (2 * sizeof(float)));
+    for (size_t done = 0, some; done < n; done += some) {
+        some = n - done < HOST_MOVED ? n - done : HOST_MOVED;
+        const float *from = operand(r, some);
+        float *to = result(r, some);
+        for (size_t i = 0; i < some; i++)
+            to[i] = 0.5f * from[i];
+    }
+}
+
+void host_run_plain(struct host_rings *r, double flops, double bytes)
+{
+    if (flops <= FLOPS_PER_BYTE * bytes) {
+        move(r, bytes);
+        return;
+    }
+    const float *a = operand(r, 2 * BLOCK * BLOCK);
+    float *c = result(r, BLOCK * BLOCK);
+    for (double done = 0; done < flops; done += 2.0 * BLOCK * BLOCK * BLOCK)
+        host_gemm(BLOCK, BLOCK, BLOCK, a, a + BLOCK * BLOCK, c);
+}
+
+void host_run_kernel(struct host_rings *r, const struct kernel *k)
+{
+    const int64_t m = k->shape.rows, n = k->shape.n, depth = k->shape.k;
+    for (int32_t g = 0; g < k->groups && m > 0; g++) {
+        const float *a = operand(r, (size_t)(m * depth + depth * n));
+        host_gemm(m, n, depth, a, a + m * depth, result(r, (size_t)(m * n)));
+    }
+    if (host_is_attention(k))
+        attend(r, k);
+    else if (k->groups == 0)
+        host_run_plain(r, k->flops, k->traffic);
+}

@@ -1,0 +1,43 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * host_kernels.h - what a rank runs for the kernels that are not routed experts: attention, gates, norms, dense and
+ * shared FFNs, the head. Products have the shapes of the list, everything else moves its bytes; numbers are made up and
+ * results unused. What `moelab calibrate` measures are these functions. */
+#ifndef HOST_KERNELS_H
+#define HOST_KERNELS_H
+
+#include "err.h"
+#include "graph.h"
+
+#include <stdbool.h>
+#include <stddef.h>
+
+/* Operands are taken one after another from a ring that is larger than caches are, so that weights come from memory, as
+ * those of a layer that ran long ago; results go around another. What is in the first never changes. */
+struct host_rings { float *in, *out; size_t room_in, room_out, at_in, at_out; };
+
+/* Floats of each, if no kernel needs more; queries of a prompt that are looked at together; floats that are moved at
+ * once. */
+enum { HOST_RING = 1 << 23, HOST_QUERIES = 64, HOST_MOVED = 1 << 16 };
+
+/* Of all the tasks of a device, the most floats that one wants at a time, read and written; 0: it has no such task. */
+struct host_room { size_t in, out; };
+struct host_room host_kernel_room(const struct kernel *);
+struct host_room host_rings_room(const struct moe_graph *, int32_t device);
+/* Attention's core: tokens of a sequence that it looks at, and queries that do so at a time. */
+bool host_is_attention(const struct kernel *);
+int64_t host_seen(const struct kernel *);
+size_t host_queries(const struct kernel *);
+
+int host_rings_open(struct host_rings *, struct host_room, struct err *);
+void host_rings_close(struct host_rings *);
+
+void host_run_kernel(struct host_rings *, const struct kernel *);
+/* A task that is no list: its FLOPs if they are what takes time, else its bytes. */
+void host_run_plain(struct host_rings *, double flops, double bytes);
+
+/* C (m x n) = A (m x k) B (k x n), row by row, on one thread. */
+void host_gemm(int64_t m, int64_t n, int64_t k, const float *a, const float *b, float *c);
+/* gate[i] = silu(gate[i]) * up[i]. */
+void host_activate(float *gate, const float *up, int64_t n);
+
+#endif

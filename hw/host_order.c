@@ -1,0 +1,68 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * host_order.c - see host_order.h. */
+#include "config.h"
+
+#include "host_order.h"
+
+#include <string.h>
+
+void host_sequence(const struct moe_graph *g, struct graph_order *o, int32_t *sequence)
+{
+    int32_t n = 0;
+    for (int32_t i = 0; i < g->n_tasks; i++)
+        if (o->n_before[i] == 0)
+            sequence[n++] = i;
+    for (int32_t i = 0; i < n; i++)
+        for (int64_t j = o->first[sequence[i]]; j < o->first[sequence[i] + 1]; j++)
+            if (--o->n_before[o->next[j]] == 0)
+                sequence[n++] = o->next[j];
+}
+
+static size_t rows_sent(const struct moe_graph *g, const struct task *t, int32_t rank)
+{
+    size_t n = 0;
+    for (int32_t i = t->first; i < t->first + t->n; i++)
+        n += g->part[i].src == rank && g->part[i].dst != rank ? (size_t)g->part[i].n_items : 0;
+    return n;
+}
+
+/* What waits lies one behind another; when nothing waits, the buffer is empty. */
+struct buffer { size_t end, most; int32_t n_waiting; };
+
+static void put(const struct moe_graph *g, int32_t exchange, int32_t rank, struct buffer *b, size_t *at, bool *packed)
+{
+    if (packed[exchange])
+        return;
+    packed[exchange] = true;
+    if (at)
+        at[exchange] = b->end;
+    b->n_waiting++;
+    b->end += rows_sent(g, &g->task[exchange], rank);
+    b->most = b->end > b->most ? b->end : b->most;
+}
+
+static bool carries_rows(const struct task *t)
+{
+    return t->kind == TASK_EXCHANGE && t->payload != MOE_PAY_BYTES;
+}
+
+size_t host_place_sends(const struct moe_graph *g, const struct graph_order *o, const int32_t *sequence, int32_t rank,
+                        size_t *at, bool *packed)
+{
+    struct buffer b = { 0, 0, 0 };
+    memset(packed, 0, sizeof *packed * (size_t)g->n_tasks);
+    for (int32_t i = 0; i < g->n_tasks; i++) {
+        const int32_t id = sequence[i];
+        const struct task *t = &g->task[id];
+        if (t->kind == TASK_COMPUTE && t->op == MOE_OP_PERMUTE && t->device == rank)
+            for (int64_t j = o->first[id]; j < o->first[id + 1]; j++)
+                if (carries_rows(&g->task[o->next[j]]))
+                    put(g, o->next[j], rank, &b, at, packed);
+        if (!carries_rows(t))
+            continue;
+        put(g, id, rank, &b, at, packed);
+        if (--b.n_waiting == 0)
+            b.end = 0;
+    }
+    return b.most;
+}

@@ -1,0 +1,20 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * host_order.h - in which order ranks go through a graph's tasks, and where rows wait to be sent. Both are worked out
+ * from the graph alone, so that all ranks agree and what they need can be counted before they start. */
+#ifndef HOST_ORDER_H
+#define HOST_ORDER_H
+
+#include "err.h"
+#include "graph.h"
+
+/* sequence: [tasks] out, first those that wait for nothing, then in the order in which the last of what they wait for
+ * is done. Uses up order->n_before. */
+void host_sequence(const struct moe_graph *, struct graph_order *order, int32_t *sequence);
+
+/* Rows of the send buffer that one rank needs in a step. They are put there by a permute task that the exchange waits
+ * for, or by itself, and stay until it has run. at: [tasks] out or NULL: where an exchange's begin. packed: [tasks]
+ * scratch. */
+size_t host_place_sends(const struct moe_graph *, const struct graph_order *, const int32_t *sequence, int32_t rank,
+                        size_t *at, bool *packed);
+
+#endif

@@ -1,0 +1,244 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * host_tasks.c - what a rank does in each task of its own, and in exchanges.
+ *
+ * Rows are put in order for sending by the permute task that an exchange waits for, as on a GPU, or by the exchange
+ * itself where a layout has no such task or passes on what comes in only then. */
+#include "config.h"
+
+#include "host_rank.h"
+#include "host_model.h"
+#include "host_need.h"
+
+#include <cblas.h>
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* The token's hidden state after a layer, if all its experts' outputs are here; entering the next layer, it is one
+ * more row. False: something is still missing. */
+bool host_combine(struct host *h, const struct moe_graph *g, int32_t layer, int32_t token)
+{
+    const int32_t d = h->model->d_model;
+    const int64_t *before = token_row(h, g, layer, token);
+    int64_t *after = token_row(h, g, layer + 1, token);
+    int64_t first = route_of(h, g, layer, token), end = route_of(h, g, layer, token + 1);
+    if (*after >= 0)
+        return true;
+    if (*before < 0 && (layer == 0 || !host_combine(h, g, layer - 1, token)))
+        return false;
+    for (int64_t r = first; r < end; r++)
+        if (g->route[r].expert < h->model->n_experts && h->route_row[r] < 0)
+            return false;
+    *after = (int64_t)h->n_rows++;
+    float *out = row_at(h, *after);
+    memcpy(out, row_at(h, *before), sizeof *out * (size_t)d);
+    for (int64_t r = first; r < end; r++)
+        if (g->route[r].expert < h->model->n_experts)
+            cblas_saxpy(d, g->route[r].weight, row_at(h, h->route_row[r]), 1, out, 1);
+    host_normalise(out, d);
+    return true;
+}
+
+/* The row that an item of a layer means, or -1. */
+static int64_t row_of(const struct host *h, const struct moe_graph *g, const struct task *t, enum moe_payload payload,
+                      int64_t item)
+{
+    int64_t r = g->route_first[t->layer] + item;
+    return payload == MOE_PAY_OUTPUT ? h->route_row[r] : *token_row(h, g, t->layer, g->route[r].token);
+}
+
+/* One expert's FFN over `rows` gathered rows: gate, up, activation, down. */
+static void run_expert(struct host *h, int64_t rows, int32_t width, const float *weights, float *out)
+{
+    const int64_t d = h->model->d_model;
+    const float *w1 = weights, *w3 = w1 + d * width, *w2 = w3 + d * width;
+    host_gemm(rows, width, d, h->gathered.data, w1, h->gate.data);
+    host_gemm(rows, width, d, h->gathered.data, w3, h->up.data);
+    host_activate(h->gate.data, h->up.data, rows * width);
+    host_gemm(rows, d, width, h->gate.data, w2, out);
+}
+
+static int run_experts(struct host *h, const struct moe_graph *g, const struct task *t, struct err *e)
+{
+    const size_t d = (size_t)h->model->d_model;
+    const int64_t *item = g->item + t->first_item;
+    for (int32_t i = t->first; i < t->first + t->n; i++) {
+        const int64_t n = g->rows[i];
+        if (n == 0)
+            continue;
+        float *out = row_at(h, (int64_t)h->n_rows);
+        for (int64_t j = 0; j < n; j++, item++) {
+            int64_t row = row_of(h, g, t, MOE_PAY_HIDDEN, *item);
+            if (row < 0)
+                return err_set(e, ERR_RUN, "rank %d, layer %d: route %lld is computed before its token is here",
+                               h->rank, t->layer, (long long)*item);
+            memcpy(h->gathered.data + (size_t)j * d, row_at(h, row), sizeof(float) * d);
+            h->route_row[g->route_first[t->layer] + *item] = (int64_t)h->n_rows++;
+        }
+        run_expert(h, n, host_width(h->model, t->layer, g->expert[i]), h->expert_weights[i], out);
+    }
+    return 0;
+}
+
+/* Displacements from counts; returns the sum. */
+static int displace(const int *count, int n, int *displacement)
+{
+    int at = 0;
+    for (int i = 0; i < n; i++) {
+        displacement[i] = at;
+        at += count[i];
+    }
+    return at;
+}
+
+/* Rows that an exchange sends from here to each rank, and gets: [n_ranks] each. */
+static void count_rows(const struct host *h, const struct moe_graph *g, const struct task *t, int *n_out, int *n_in)
+{
+    const struct moe_part *part = g->part + t->first;
+    memset(n_out, 0, sizeof *n_out * (size_t)h->n_ranks);
+    memset(n_in, 0, sizeof *n_in * (size_t)h->n_ranks);
+    for (int32_t i = 0; i < t->n; i++) {
+        if (part[i].src == part[i].dst)
+            continue;
+        n_out[part[i].dst] += part[i].src == h->rank ? (int)part[i].n_items : 0;
+        n_in[part[i].src] += part[i].dst == h->rank ? (int)part[i].n_items : 0;
+    }
+}
+
+/* Copies what exchange `id` sends from here into its place in the send buffer, in order of destination and, between a
+ * pair of ranks, of parts and items, which both sides know. The first route whose row is not here yet, or -1. */
+static int64_t pack(struct host *h, const struct moe_graph *g, int32_t id)
+{
+    const struct task *t = &g->task[id];
+    const size_t d = (size_t)h->model->d_model;
+    int *n_out = h->count, *out_at = n_out + h->n_ranks, *n_in = out_at + h->n_ranks;
+    float *to = h->send.data + h->send_at[id] * d;
+    count_rows(h, g, t, n_out, n_in);
+    displace(n_out, h->n_ranks, out_at);
+    for (int32_t i = t->first; i < t->first + t->n; i++) {
+        const struct moe_part *p = &g->part[i];
+        const int64_t *item = g->item + g->part_item[i];
+        for (int64_t j = 0; p->src == h->rank && p->dst != h->rank && j < p->n_items; j++) {
+            int64_t row = row_of(h, g, t, t->payload, item[j]);
+            if (row < 0)
+                return item[j];
+            memcpy(to + (size_t)out_at[p->dst]++ * d, row_at(h, row), sizeof(float) * d);
+        }
+    }
+    h->packed[id] = true;
+    return -1;
+}
+
+static int exchange_rows(struct host *h, const struct moe_graph *g, int32_t id, struct err *e)
+{
+    const struct task *t = &g->task[id];
+    const size_t d = (size_t)h->model->d_model;
+    int *n_out = h->count, *out_at = n_out + h->n_ranks, *n_in = out_at + h->n_ranks, *in_at = n_in + h->n_ranks;
+    const int64_t missing = h->packed[id] ? -1 : pack(h, g, id);
+    if (missing >= 0)
+        return err_set(e, ERR_RUN, "rank %d, layer %d: route %lld is sent before its %s is here", h->rank, t->layer,
+                       (long long)missing, t->payload == MOE_PAY_OUTPUT ? "output" : "token");
+    count_rows(h, g, t, n_out, n_in);
+    displace(n_out, h->n_ranks, out_at);
+    const int n_new = displace(n_in, h->n_ranks, in_at);
+    MPI_Alltoallv(h->send.data + h->send_at[id] * d, n_out, out_at, h->row, row_at(h, (int64_t)h->n_rows), n_in, in_at,
+                  h->row, MPI_COMM_WORLD);
+    for (int32_t i = t->first; i < t->first + t->n; i++) {
+        const struct moe_part *p = &g->part[i];
+        const int64_t *item = g->item + g->part_item[i];
+        for (int64_t j = 0; p->dst == h->rank && p->src != h->rank && j < p->n_items; j++) {
+            int64_t r = g->route_first[t->layer] + item[j], row = (int64_t)h->n_rows + in_at[p->src]++;
+            if (t->payload == MOE_PAY_OUTPUT)
+                h->route_row[r] = row;
+            else
+                *token_row(h, g, t->layer, g->route[r].token) = row;
+        }
+    }
+    h->n_rows += (size_t)n_new;
+    return 0;
+}
+
+static int slice(double left)
+{
+    return left > HOST_PIECE ? HOST_PIECE : left > 0 ? (int)left : 0;
+}
+
+/* As many bytes as the parts of each pair say, in rounds of at most one piece. What arrives is not looked at. */
+static int exchange_bytes(struct host *h, const struct moe_graph *g, const struct task *t, struct err *e)
+{
+    const size_t n = (size_t)h->n_ranks, me = (size_t)h->rank;
+    int *n_out = h->count, *out_at = n_out + n, *n_in = out_at + n, *in_at = n_in + n;
+    double *bytes = calloc(n * n, sizeof *bytes), most = 0; /* [source][destination] */
+    if (!h->piece)
+        h->piece = calloc(n + 1, HOST_PIECE); /* sent, and one from each */
+    if (!bytes || !h->piece) {
+        free(bytes);
+        return err_set(e, ERR_MEMORY, "rank %d: out of memory for an exchange", h->rank);
+    }
+    for (int32_t i = t->first; i < t->first + t->n; i++) {
+        const struct moe_part *p = &g->part[i];
+        double *pair = &bytes[(size_t)p->src * n + (size_t)p->dst];
+        *pair += p->src == p->dst ? 0 : p->bytes;
+        most = fmax(most, *pair);
+    }
+    for (double sent = 0; sent < most; sent += HOST_PIECE) {
+        for (size_t r = 0; r < n; r++) {
+            n_out[r] = slice(bytes[me * n + r] - sent);
+            n_in[r] = slice(bytes[r * n + me] - sent);
+            out_at[r] = 0;
+            in_at[r] = (int)r * HOST_PIECE;
+        }
+        MPI_Alltoallv(h->piece, n_out, out_at, MPI_BYTE, h->piece + HOST_PIECE, n_in, in_at, MPI_BYTE, MPI_COMM_WORLD);
+    }
+    free(bytes);
+    return 0;
+}
+
+/* Puts in order what the exchanges that wait for this task send, as far as it is here; false: there is nothing. */
+static bool permute(struct host *h, const struct moe_graph *g, int32_t id)
+{
+    bool any = false;
+    for (int64_t i = h->order.first[id]; i < h->order.first[id + 1]; i++) {
+        const struct task *x = &g->task[h->order.next[i]];
+        if (x->kind == TASK_EXCHANGE && x->payload != MOE_PAY_BYTES && !h->packed[h->order.next[i]])
+            any |= pack(h, g, h->order.next[i]) < 0;
+    }
+    return any;
+}
+
+static int run_compute(struct host *h, const struct moe_graph *g, int32_t id)
+{
+    const struct task *t = &g->task[id];
+    if (t->op == MOE_OP_COMBINE) {
+        for (int32_t i = 0; i < h->n_own; i++)
+            host_combine(h, g, t->layer, h->own[i]);
+        return 0;
+    }
+    if (t->op == MOE_OP_PERMUTE && permute(h, g, id))
+        return 0;
+    for (int32_t i = t->first; t->listed && i < t->first + t->n; i++)
+        host_run_kernel(&h->rings, &g->kernel[i]);
+    if (!t->listed)
+        host_run_plain(&h->rings, t->flops, t->bytes);
+    return 0;
+}
+
+int host_run_task(struct host *h, const struct moe_graph *g, int32_t id, struct err *e)
+{
+    const struct task *t = &g->task[id];
+    switch (t->kind) {
+    case TASK_EXPERTS:
+        return run_experts(h, g, t, e);
+    case TASK_EXCHANGE: /* a layout may leave out combining tokens that went nowhere */
+        for (int32_t i = 0; t->payload == MOE_PAY_HIDDEN && t->layer > 0 && !h->packed[id] && i < h->n_own; i++)
+            host_combine(h, g, t->layer - 1, h->own[i]);
+        return t->payload == MOE_PAY_BYTES ? exchange_bytes(h, g, t, e) : exchange_rows(h, g, id, e);
+    case TASK_COMPUTE:
+        return run_compute(h, g, id);
+    case TASK_ARRIVAL:
+    case TASK_LOAD:
+    case TASK_JOIN:
+        break;
+    }
+    return 0;
+}
