@@ -14,6 +14,7 @@ int cmd_reproduce(int argc, char **argv);
 int cmd_trace(int argc, char **argv);
 int cmd_machine(int argc, char **argv);
 int machine_validate(int argc, char **argv); /* of cmd_machine */
+int cmd_calibrate(int argc, char **argv);
 int cmd_rank(int argc, char **argv); /* internal: one MPI rank of a run on machine host */
 
 /* "moelab: TEXT" on stderr; the exit code that goes with it. */

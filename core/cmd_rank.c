@@ -5,6 +5,7 @@
  * failure is written by whichever rank it happens to. */
 #include "config.h"
 
+#include "calibrate.h"
 #include "cmd.h"
 #include "run.h"
 
@@ -28,6 +29,51 @@ static int write_result(const json_t *o, const char *path)
     return code;
 }
 
+/* ---- calibration ---- */
+
+struct taker { json_t *samples; const char *progress; };
+
+static void take(void *self, const struct host_sample *s)
+{
+    struct taker *t = self;
+    json_array_append_new(t->samples, calibration_sample(s));
+}
+
+static void show_step(void *self)
+{
+    const struct taker *t = self;
+    FILE *f = fopen(t->progress, "a");
+    if (f) {
+        fputc('.', f);
+        fclose(f);
+    }
+}
+
+static int calibrate(const json_t *ask, const char *path)
+{
+    char progress[1024];
+    snprintf(progress, sizeof progress, "%s.progress", path);
+    struct taker t = { json_array(), progress };
+    struct host_calibration c = { .dir = json_string_value(json_object_get(ask, "dir")), .take = take,
+                                  .step = show_step, .taker = &t };
+    struct err e = { 0 };
+    int rank = 0, n_ranks = 0, code = 0;
+    json_t *result = NULL;
+    if (machine_calibrate_host(&c, &rank, &n_ranks, &e) < 0) {
+        result = json_pack("{s:s, s:i}", "error", e.text, "code", e.code);
+        write_result(result, path);
+        fflush(stderr);
+        _exit(err_exit_code(e.code));
+    }
+    if (rank == 0) {
+        result = json_pack("{s:O, s:s, s:i}", "samples", t.samples, "versions", c.versions, "ranks", n_ranks);
+        code = write_result(result, path) < 0 ? 2 : 0;
+    }
+    json_decref(result);
+    json_decref(t.samples);
+    return code;
+}
+
 int cmd_rank(int argc, char **argv)
 {
     if (argc > 1 && cmd_is_option(argv[1]))
@@ -41,6 +87,11 @@ int cmd_rank(int argc, char **argv)
     if (!spec) {
         err_set(&e, ERR_INPUT, "%s:%d: %s", argv[1], at.line, at.text);
         return cmd_fail(&e);
+    }
+    if (json_object_get(spec, "calibrate")) {
+        int code = calibrate(json_object_get(spec, "calibrate"), argv[2]);
+        json_decref(spec);
+        return code;
     }
     if (run_open(&run, spec, &e) < 0 || run_go(&run) < 0) {
         result = json_pack("{s:s, s:i}", "error", e.text, "code", e.code);

@@ -18,6 +18,7 @@ static void help(void)
          "  --out DIR          results directory (default: results/NAME)\n"
          "  --set KEY=VALUE    override a key of the experiment: machine.nodes=8, workload.steps=5, seed=3\n"
          "  --machine NAME     executor: flow, simgrid or host\n"
+         "  --against NAME     runs everything on this executor, too, and compares: --machine host --against flow\n"
          "  --jobs N           runs at a time (default: one per processor)\n"
          "  --run-timeout S    seconds after which a run, or the script's own loop, is ended (default: 600; 0: never)\n"
          "  --unsafe           give the script files, processes and native libraries\n"
@@ -47,7 +48,8 @@ int cmd_run(int argc, char **argv)
 {
     static const struct option long_options[] = {
         { "out", required_argument, NULL, 'o' },     { "set", required_argument, NULL, 's' },
-        { "machine", required_argument, NULL, 'm' }, { "jobs", required_argument, NULL, 'j' },
+        { "machine", required_argument, NULL, 'm' }, { "against", required_argument, NULL, 'a' },
+        { "jobs", required_argument, NULL, 'j' },
         { "run-timeout", required_argument, NULL, 't' }, { "unsafe", no_argument, NULL, 'u' },
         { "quiet", no_argument, NULL, 'q' },         { "allow-extrapolation", no_argument, NULL, 'e' },
         { "help", no_argument, NULL, 'h' },
@@ -64,6 +66,7 @@ int cmd_run(int argc, char **argv)
         case 'o': o.out = optarg; break;
         case 's': set[o.n_set++] = optarg; break;
         case 'm': o.executor = optarg; break;
+        case 'a': o.against = optarg; break;
         case 'j':
             o.jobs = (int)strtol(optarg, &end, 10);
             if (*end || o.jobs < 1 || o.jobs > 4096)
@@ -86,6 +89,8 @@ int cmd_run(int argc, char **argv)
     }
     if (optind + 1 != argc)
         return cmd_usage("run", "expected one scenario, found %d", argc - optind);
+    if (o.against && (!o.executor || !strcmp(o.executor, o.against)))
+        return cmd_usage("run", "--against %s: expected --machine with another executor", o.against);
     struct err e = { 0 };
     return script_run(argv[optind], &o, NULL, &e) < 0 ? cmd_fail(&e) : 0;
 }

@@ -53,14 +53,14 @@ double memory_updated(const struct run *r, int32_t device)
     return plain_updated(r) + r->placed_updated[device];
 }
 
-/* As attention reads them: per request when decoding, of one prompt when prefilling; 2 bytes each. */
+/* As attention reads them: per request when decoding, of one prompt when prefilling. */
 static double cache_bytes(const struct run *r)
 {
     const double requests = r->workload.phase == MOE_DECODE ? (double)r->workload.n_tokens / r->topology->n_devices : 1;
     if (r->workload.phase == MOE_TRAIN)
         return 0;
     return (step_dense_all(r) + r->model.n_layers) * requests * r->tp * r->workload.context *
-           layer_cache(&r->attention, r->tp) * 2;
+           layer_cache(&r->attention, r->tp) * layer_element_bytes(r->precision);
 }
 
 /* What a layer leaves for its backward pass, or needs while it runs; expert: rows of the mean device. */

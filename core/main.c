@@ -20,6 +20,7 @@ static const struct command {
     { "eval", "one policy, machine or metric on one input", cmd_eval },
     { "trace", "inspect, check, import or synthesise traces", cmd_trace },
     { "machine", "list, show, draw and validate machines", cmd_machine },
+    { "calibrate", "measure this computer, and write a machine file", cmd_calibrate },
     { "papers", "papers whose mechanisms work, and how to get them", cmd_papers },
     { "reproduce", "published figures against ours", cmd_reproduce },
     { "rank", NULL, cmd_rank },

@@ -240,7 +240,12 @@ local function override(t, where)
     put(at, parts[#parts], set[path])
   end
   local executor = native.option("executor")
-  if executor then put(t, "executor", executor) end
+  local second = native.option("against")
+  if second then
+    put(t, "executor", setmetatable({ values = { executor, second }, where = where }, Each))
+  elseif executor then
+    put(t, "executor", executor)
+  end
   if native.option("allow_extrapolation") then put(t, "allow_extrapolation", true) end
 end
 
@@ -360,7 +365,8 @@ end
 
 local figures = native.part("figures", native, check)
 local Runs = native.part("tables", native, check, figures, label_of)
-native.part("plot", native, check, figures, Runs)
+local quote = native.part("plot", native, check, figures, Runs)
+local against = native.part("against", native, check, figures, Runs, quote)
 
 local Experiment = {}
 Experiment.__index = Experiment
@@ -413,7 +419,9 @@ function Experiment:run()
     r.axes = self.axes[i]
     list[i] = r
   end
-  return setmetatable({ name = self.name, list = list, axis_names = self.axis_names, axis = self.axis }, Runs)
+  local runs = setmetatable({ name = self.name, list = list, axis_names = self.axis_names, axis = self.axis }, Runs)
+  local second = native.option("against")
+  return second and against.report(runs, native.option("executor"), second) or runs
 end
 
 --- A figure of one run: "step_s" (its mean over steps), "step_s.p99". nil if the run failed or has no such figure.

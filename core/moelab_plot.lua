@@ -139,3 +139,5 @@ function Runs:plot(o)
   native.write(stem .. ".gp", table.concat(gp, "\n") .. "\n")
   if #parts > 0 then native.draw(stem) end
 end
+
+return quote

@@ -287,4 +287,6 @@ function Runs:difference(o)
   return worst, text
 end
 
+Runs.lay_out = lay_out
+
 return Runs

@@ -5,6 +5,7 @@
  * temporary directory, next to what the ranks print. */
 #include "config.h"
 
+#include "machine.h"
 #include "rank.h"
 
 #include <errno.h>
@@ -14,12 +15,14 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
 extern char **environ;
 
-struct launch { char dir[200], spec[220], result[220], log[220]; };
+struct launch { char dir[200], spec[220], result[220], log[220], progress[240]; };
 
 static int open_launch(struct launch *l, json_t *spec, struct err *e)
 {
@@ -33,6 +36,7 @@ static int open_launch(struct launch *l, json_t *spec, struct err *e)
     snprintf(l->spec, sizeof l->spec, "%s/spec.json", l->dir);
     snprintf(l->result, sizeof l->result, "%s/result.json", l->dir);
     snprintf(l->log, sizeof l->log, "%s/log", l->dir);
+    snprintf(l->progress, sizeof l->progress, "%s.progress", l->result); /* cmd_rank.c */
     if (json_dump_file(spec, l->spec, JSON_COMPACT | JSON_REAL_PRECISION(17)) < 0)
         return err_set(e, ERR_IO, "machine host: cannot write %s: %s", l->spec, strerror(errno));
     return 0;
@@ -45,6 +49,7 @@ static void close_launch(const struct launch *l)
     unlink(l->spec);
     unlink(l->result);
     unlink(l->log);
+    unlink(l->progress);
     rmdir(l->dir);
 }
 
@@ -180,25 +185,67 @@ static json_t *read_result(const struct launch *l, const char *where, int status
     return o;
 }
 
-json_t *rank_launch(json_t *spec, struct err *e)
+/* How far ranks are that measure: a byte in a file for each size. */
+static void show_sizes(const struct launch *l, int n_ranks, bool ended)
 {
-    const char *given = json_string_value(json_object_get(spec, "where")), *where = given ? given : "run";
+    struct stat st;
+    if (!isatty(STDERR_FILENO) || stat(l->progress, &st) < 0)
+        return;
+    if (ended)
+        fprintf(stderr, "\r\033[K");
+    else
+        fprintf(stderr, "\rcalibrating with %d ranks: %lld of %d sizes", n_ranks, (long long)st.st_size,
+                RANK_CALIBRATION_SIZES);
+}
+
+/* Waits for mpirun; `shows`: and says how far they are meanwhile. */
+static int wait_for(const struct launch *l, pid_t pid, int n_ranks, bool shows, int *status, struct err *e)
+{
+    for (;;) {
+        const pid_t got = waitpid(pid, status, shows ? WNOHANG : 0);
+        if (got == pid)
+            break;
+        if (got < 0 && errno != EINTR)
+            return err_set(e, ERR_IO, "machine host: cannot wait for mpirun: %s", strerror(errno));
+        if (shows) {
+            show_sizes(l, n_ranks, false);
+            nanosleep(&(struct timespec){ .tv_nsec = 100000000 }, NULL);
+        }
+    }
+    if (shows)
+        show_sizes(l, n_ranks, true);
+    return 0;
+}
+
+static json_t *launch(json_t *spec, const char *where, int n_ranks, bool shows, struct err *e)
+{
     struct launch l = { .dir = "" };
     json_t *result = NULL;
     pid_t pid;
     int status;
-    int n_ranks = rank_number(spec, e);
-    if (n_ranks < 0 || open_launch(&l, spec, e) < 0 || spawn(&l, n_ranks, &pid, e) < 0) {
+    if (n_ranks < 0 || open_launch(&l, spec, e) < 0 || spawn(&l, n_ranks, &pid, e) < 0)
         err_prefix(e, "%s", where);
-        goto out;
-    }
-    while (waitpid(pid, &status, 0) < 0)
-        if (errno != EINTR) {
-            err_set(e, ERR_IO, "machine host: cannot wait for mpirun: %s", strerror(errno));
-            goto out;
-        }
-    result = read_result(&l, where, status, e);
-out:
+    else if (wait_for(&l, pid, n_ranks, shows, &status, e) == 0)
+        result = read_result(&l, where, status, e);
     close_launch(&l);
+    return result;
+}
+
+json_t *rank_launch(json_t *spec, struct err *e)
+{
+    const char *given = json_string_value(json_object_get(spec, "where"));
+    return launch(spec, given ? given : "run", rank_number(spec, e), false, e);
+}
+
+json_t *rank_calibrate(int n_ranks, struct err *e)
+{
+    const char *tmp = getenv("TMPDIR");
+    if (!machine_host_available()) {
+        err_set(e, ERR_INPUT, "calibrate: built without MPI or OpenBLAS: there is no machine host to calibrate");
+        return NULL;
+    }
+    json_t *spec = json_pack("{s:{s:s}}", "calibrate", "dir", tmp && *tmp ? tmp : "/tmp");
+    json_t *result = launch(spec, "calibrate", n_ranks, true, e);
+    json_decref(spec);
     return result;
 }

@@ -7,6 +7,8 @@
 #include <jansson.h>
 #include <stdbool.h>
 
+enum { RANK_CALIBRATION_SIZES = 3 * 111 }; /* that ranks measure, in three passes: hw/host_calibrate.c */
+
 /* Whether a run's specification asks for machine host. */
 bool rank_wanted(const json_t *spec);
 /* One for each device of the run's machine, or < 0. */
@@ -19,5 +21,7 @@ int rank_check(const json_t *spec, double *needed, struct err *);
 int rank_check_again(const json_t *spec, double needed, struct err *);
 /* Starts the ranks with mpirun, waits for them, and returns what rank 0 made of the run (run_result); NULL: see err. */
 json_t *rank_launch(json_t *spec, struct err *);
+/* Starts so many ranks to measure this computer; samples and versions (calibrate.h). Says on stderr how far it is. */
+json_t *rank_calibrate(int n_ranks, struct err *);
 
 #endif

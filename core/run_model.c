@@ -102,7 +102,7 @@ static int read_wire(struct run *r, const json_t *m, const char *name, const cha
 {
     enum precision p;
     if (!json_object_get(m, name))
-        return run_number(r, m, "model", bytes, 2, 0.5, 8, out);
+        return run_number(r, m, "model", bytes, layer_element_bytes(r->precision), 0.5, 8, out);
     if (json_object_get(m, bytes))
         return err_set(r->err, ERR_INPUT, "%s: model.%s: is given beside model.%s, and says the same: expected one of "
                        "them", r->where, bytes, name);

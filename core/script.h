@@ -11,6 +11,7 @@
 struct script_options {
     const char *out;            /* results directory; NULL: results/NAME-OF-SCRIPT */
     const char *executor;       /* --machine, or NULL */
+    const char *against;        /* --against, or NULL; then executor is something else */
     const char *const *set;     /* "key=value" */
     int n_set, jobs;
     double timeout_s;           /* of one run, and of the script's own loops */

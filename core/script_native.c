@@ -444,6 +444,8 @@ static int n_option(lua_State *L)
     const char *name = luaL_checkstring(L, 1);
     if (!strcmp(name, "executor"))
         lua_pushstring(L, o->executor);
+    else if (!strcmp(name, "against"))
+        lua_pushstring(L, o->against);
     else if (!strcmp(name, "allow_extrapolation"))
         lua_pushboolean(L, o->extrapolate);
     else if (!strcmp(name, "quiet"))

@@ -22,17 +22,25 @@ double compute_element_bytes(enum precision p)
     return element_bytes[p];
 }
 
-struct kernel_cost cost_plain(const struct device_spec *d, enum precision p, double flops, double bytes)
+/* efficiency: of memory's bandwidth. */
+static struct kernel_cost roofline(const struct device_spec *d, enum precision p, double flops, double bytes,
+                                   double efficiency)
 {
     double arithmetic = flops > 0 ? flops / (d->peak[p] * d->flops_efficiency) : 0;
-    double memory = bytes / (d->mem_bandwidth * d->mem_efficiency);
+    double memory = bytes / (d->mem_bandwidth * efficiency);
     return (struct kernel_cost){ fmax(arithmetic, memory) + d->launch_s, arithmetic, memory, bytes };
+}
+
+struct kernel_cost cost_plain(const struct device_spec *d, enum precision p, double flops, double bytes)
+{
+    return roofline(d, p, flops, bytes, d->mem_efficiency);
 }
 
 struct kernel_cost cost_known(const struct device_spec *d, enum precision p, double flops, double bytes,
                               const struct latency_key *key)
 {
-    struct kernel_cost c = cost_plain(d, p, flops, bytes);
+    const bool reads = (key->op == LATENCY_DECODE || key->op == LATENCY_PREFILL) && d->read_efficiency > 0;
+    struct kernel_cost c = roofline(d, p, flops, bytes, reads ? d->read_efficiency : d->mem_efficiency);
     if (!d->tables || key->op == LATENCY_NONE || key->rows <= 0)
         return c;
     /* What was measured keeps arithmetic and memory as busy as the model says. */

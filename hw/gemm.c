@@ -11,7 +11,9 @@
  *   memory    every operand read once and the result written, at the reachable bandwidth
  *   launch    fixed
  *
- * Tiles and memory overlap, but neither hides the other wholly: a p-norm with exponent `overlap` joins the two. */
+ * Tiles and memory overlap, but neither hides the other wholly: a p-norm with exponent `overlap` joins the two. With 1
+ * they add up, as on a processor that packs operands before it multiplies (calibrate.c); its products of one row pack
+ * nothing. Its tiles are tile_m x 16, whatever the sizes. */
 #include "config.h"
 
 #include "latency_table.h"
@@ -32,9 +34,17 @@ static double tile_seconds(const struct device_spec *d, enum precision p, double
            m * n * b->out / d->gemm.store_bandwidth;
 }
 
-static double tiles_of(const struct gemm_group *g, int64_t tile_m, int64_t tile_n)
+/* A processor's product of one row, which packs nothing: memory alone counts. */
+static bool is_vector(const struct device_spec *d, const struct gemm_group *g)
 {
-    return g->rows <= 0 ? 0 : (double)((g->rows + tile_m - 1) / tile_m) * (double)((g->n + tile_n - 1) / tile_n);
+    return g->rows == 1 && d->gemm.vector_efficiency > 0;
+}
+
+static double tiles_of(const struct device_spec *d, const struct gemm_group *g, int64_t tile_m, int64_t tile_n)
+{
+    if (g->rows <= 0 || is_vector(d, g))
+        return 0;
+    return (double)((g->rows + tile_m - 1) / tile_m) * (double)((g->n + tile_n - 1) / tile_n);
 }
 
 /* The widths that a kernel chooses from; the first of the best. *waves: how often the SMs are filled. */
@@ -44,10 +54,11 @@ static int64_t choose_tile(const struct device_spec *d, int32_t n_groups, const 
     int64_t best = 0;
     double last = 0;
     *waves = INFINITY;
-    for (int64_t tile_n = 16; tile_n <= 128; tile_n += 8) {
+    const int64_t widest = d->gemm.tile_m > 0 ? 16 : 128;
+    for (int64_t tile_n = 16; tile_n <= widest; tile_n += 8) {
         double tiles = 0;
         for (int32_t g = 0; g < n_groups; g++)
-            tiles += tiles_of(&group[g], tile_m, tile_n);
+            tiles += tiles_of(d, &group[g], tile_m, tile_n);
         const double w = ceil(tiles / d->gemm.sms), rest = tiles - (w - 1) * d->gemm.sms;
         if (w < *waves || (w == *waves && rest > last)) {
             *waves = w;
@@ -62,26 +73,29 @@ static int64_t choose_tile(const struct device_spec *d, int32_t n_groups, const 
 struct kernel_cost cost_gemm(const struct device_spec *d, enum precision p, int32_t n_groups,
                              const struct gemm_group *group, const struct gemm_bytes *b)
 {
-    double sum = 0, busy = 0, bytes = 0, waves, n_tiles = 0, seconds = 0, one = 0;
+    double sum = 0, busy = 0, bytes = 0, vectors = 0, waves, n_tiles = 0, seconds = 0, one = 0;
     for (int32_t g = 0; g < n_groups; g++) {
         const double m = (double)group[g].rows, n = (double)group[g].n, k = (double)group[g].k;
         if (group[g].rows <= 0)
             continue;
-        sum += m;
+        const double moved = m * k * b->in + n * k * b->weight + m * n * b->out;
+        bytes += moved;
         busy++;
-        bytes += m * k * b->in + n * k * b->weight + m * n * b->out;
+        sum += m;
+        vectors += is_vector(d, &group[g]) ? moved : 0;
     }
     if (busy == 0)
         return (struct kernel_cost){ 0 };
-    const int64_t tile_m = sum / busy <= 64 ? 64 : 128;
+    const int64_t tile_m = d->gemm.tile_m > 0 ? (int64_t)d->gemm.tile_m : sum / busy <= 64 ? 64 : 128;
     const int64_t tile_n = choose_tile(d, n_groups, group, tile_m, &waves, &n_tiles);
     for (int32_t g = 0; g < n_groups; g++) { /* groups of one k need it once */
         if (g == 0 || group[g].k != group[g - 1].k)
             one = tile_seconds(d, p, (double)tile_m, (double)tile_n, (double)group[g].k, b);
-        seconds += tiles_of(&group[g], tile_m, tile_n) * one;
+        seconds += tiles_of(d, &group[g], tile_m, tile_n) * one;
     }
-    const double computing = waves * seconds / n_tiles, q = d->gemm.overlap;
-    const double memory = bytes / (d->mem_bandwidth * d->gemm.mem_efficiency);
+    const double computing = n_tiles > 0 ? waves * seconds / n_tiles : 0, q = d->gemm.overlap;
+    const double packed = (bytes - vectors) / (d->mem_bandwidth * d->gemm.mem_efficiency);
+    const double memory = packed + (vectors > 0 ? vectors / (d->mem_bandwidth * d->gemm.vector_efficiency) : 0);
     const double modelled = d->gemm.launch_s + pow(pow(computing, q) + pow(memory, q), 1 / q);
     if (!d->tables)
         return (struct kernel_cost){ modelled, computing, memory, bytes };

@@ -242,14 +242,29 @@ static void host_close(struct machine *m)
 static const struct machine_ops host_ops = { .name = "host", .run = host_run, .again = run_once,
                                              .close = host_close };
 
+static int become_rank(int *rank, int *n_ranks, struct err *e)
+{
+    if (MPI_Init(NULL, NULL) != MPI_SUCCESS)
+        return err_set(e, ERR_IO, "MPI does not start");
+    MPI_Comm_size(MPI_COMM_WORLD, n_ranks);
+    MPI_Comm_rank(MPI_COMM_WORLD, rank);
+    openblas_set_num_threads(1);
+    return 0;
+}
+
+static int calibrate(struct host_calibration *c, int *rank, int *n_ranks, struct err *e)
+{
+    if (become_rank(rank, n_ranks, e) < 0 || host_calibrate(c, e) < 0)
+        return e->code;
+    MPI_Finalize();
+    return 0;
+}
+
 static int host_open(struct machine *m, struct err *e)
 {
     int n_ranks, rank;
-    if (MPI_Init(NULL, NULL) != MPI_SUCCESS)
-        return err_set(e, ERR_IO, "MPI does not start");
-    MPI_Comm_size(MPI_COMM_WORLD, &n_ranks);
-    MPI_Comm_rank(MPI_COMM_WORLD, &rank);
-    openblas_set_num_threads(1);
+    if (become_rank(&rank, &n_ranks, e) < 0)
+        return e->code;
     m->rank = rank;
     if (n_ranks != m->topology->n_devices)
         return err_set(e, ERR_INPUT, "%d MPI ranks, expected one for each of the %d devices of %s", n_ranks,
@@ -279,4 +294,5 @@ const struct host_module moelab_host_module = {
     .task_size = sizeof(struct task),
     .model_size = sizeof(struct moe_model),
     .open = host_open,
+    .calibrate = calibrate,
 };

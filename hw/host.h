@@ -7,15 +7,18 @@
 #define HOST_H
 
 #include "graph.h"
+#include "host_calibrate.h"
 #include "machine.h"
 
-enum { HOST_ABI = 2 };
+enum { HOST_ABI = 3 };
 
 struct host_module {
     uint32_t abi, size;                  /* first for ever: HOST_ABI, sizeof(struct host_module) */
     uint32_t machine_size, graph_size, task_size, model_size;
     /* Becomes a rank. m->rank and m->priv are set; m->verify says whether outputs are checked. */
     int (*open)(struct machine *, struct err *);
+    /* Becomes a rank and measures; nothing else can be done afterwards. */
+    int (*calibrate)(struct host_calibration *, int *rank, int *n_ranks, struct err *);
 };
 
 /* The one symbol that the module exports. */

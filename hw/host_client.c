@@ -42,23 +42,35 @@ static int check(const struct host_module *h, const char *path, struct err *e)
     return 0;
 }
 
+static const struct host_module *load(struct err *e)
+{
+    char path[1024];
+    if (find_module(path, sizeof path, e) < 0)
+        return NULL;
+    /* Never closed: MPI does not survive being unloaded. */
+    void *handle = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+    if (!handle) {
+        err_set(e, ERR_INPUT, "%s", dlerror());
+        return NULL;
+    }
+    const struct host_module *h = dlsym(handle, "moelab_host_module");
+    return check(h, path, e) < 0 ? NULL : h;
+}
+
 int machine_open_host(struct machine *m, const struct topology *t, const struct moe_model *model, bool verify,
                       struct err *e)
 {
-    char path[1024];
     memset(m, 0, sizeof *m);
     m->topology = t;
     m->model = model;
     m->precision = PREC_FP32;
     m->verify = verify;
-    if (find_module(path, sizeof path, e) < 0)
-        return e->code;
-    /* Never closed: MPI does not survive being unloaded. */
-    void *handle = dlopen(path, RTLD_NOW | RTLD_LOCAL);
-    if (!handle)
-        return err_set(e, ERR_INPUT, "%s", dlerror());
-    const struct host_module *h = dlsym(handle, "moelab_host_module");
-    if (check(h, path, e) < 0)
-        return e->code;
-    return h->open(m, e);
+    const struct host_module *h = load(e);
+    return h ? h->open(m, e) : e->code;
+}
+
+int machine_calibrate_host(struct host_calibration *c, int *rank, int *n_ranks, struct err *e)
+{
+    const struct host_module *h = load(e);
+    return h ? h->calibrate(c, rank, n_ranks, e) : e->code;
 }

@@ -52,12 +52,18 @@ void host_input(const struct moe_model *m, int32_t step, int32_t token, float *r
 
 void host_normalise(float *row, int32_t n)
 {
-    double squares = 0;
-    for (int32_t i = 0; i < n; i++)
-        squares += (double)row[i] * (double)row[i];
-    double scale = 1 / sqrt(squares / n + EPSILON);
-    for (int32_t i = 0; i < n; i++)
-        row[i] = (float)(row[i] * scale);
+    double part[8] = { 0 }, squares = 0; /* eight sums, so that none waits for the addition before */
+    int32_t i = 0;
+    for (; i + 8 <= n; i += 8)
+        for (int32_t j = 0; j < 8; j++)
+            part[j] += (double)row[i + j] * (double)row[i + j];
+    for (; i < n; i++)
+        part[0] += (double)row[i] * (double)row[i];
+    for (int32_t j = 0; j < 8; j++)
+        squares += part[j];
+    const float scale = (float)(1 / sqrt(squares / n + EPSILON));
+    for (i = 0; i < n; i++)
+        row[i] *= scale;
 }
 
 /* sum[j] += weight * expert(x)[j]. hidden: [width]. */

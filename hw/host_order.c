@@ -18,11 +18,12 @@ void host_sequence(const struct moe_graph *g, struct graph_order *o, int32_t *se
                 sequence[n++] = o->next[j];
 }
 
+/* With those that stay. */
 static size_t rows_sent(const struct moe_graph *g, const struct task *t, int32_t rank)
 {
     size_t n = 0;
     for (int32_t i = t->first; i < t->first + t->n; i++)
-        n += g->part[i].src == rank && g->part[i].dst != rank ? (size_t)g->part[i].n_items : 0;
+        n += g->part[i].src == rank ? (size_t)g->part[i].n_items : 0;
     return n;
 }
 
@@ -54,7 +55,8 @@ size_t host_place_sends(const struct moe_graph *g, const struct graph_order *o, 
     for (int32_t i = 0; i < g->n_tasks; i++) {
         const int32_t id = sequence[i];
         const struct task *t = &g->task[id];
-        if (t->kind == TASK_COMPUTE && t->op == MOE_OP_PERMUTE && t->device == rank)
+        const bool packs = t->kind == TASK_EXPERTS || (t->kind == TASK_COMPUTE && t->op == MOE_OP_PERMUTE);
+        if (packs && t->device == rank)
             for (int64_t j = o->first[id]; j < o->first[id + 1]; j++)
                 if (carries_rows(&g->task[o->next[j]]))
                     put(g, o->next[j], rank, &b, at, packed);

@@ -11,9 +11,9 @@
  * is done. Uses up order->n_before. */
 void host_sequence(const struct moe_graph *, struct graph_order *order, int32_t *sequence);
 
-/* Rows of the send buffer that one rank needs in a step. They are put there by a permute task that the exchange waits
- * for, or by itself, and stay until it has run. at: [tasks] out or NULL: where an exchange's begin. packed: [tasks]
- * scratch. */
+/* Rows of the send buffer that one rank needs in a step. They are put there by a permute or experts task that the
+ * exchange waits for, or by itself, and stay until it has run. at: [tasks] out or NULL: where an exchange's begin.
+ * packed: [tasks] scratch. */
 size_t host_place_sends(const struct moe_graph *, const struct graph_order *, const int32_t *sequence, int32_t rank,
                         size_t *at, bool *packed);
 

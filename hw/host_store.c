@@ -110,14 +110,23 @@ static int map_file(struct host_store *s, struct err *e)
     return 0;
 }
 
-static void copy_expert(const struct host_store *s, int64_t object, float *to)
+/* Pages may lie in memory as parts of larger pieces, which go only as a whole. */
+enum { PIECE = 1 << 21 };
+
+static void copy_from(const struct host_store *s, int64_t at, size_t bytes, float *to)
 {
-    char *from = s->map + s->offset[object];
-    const size_t bytes = expert_bytes(s, object), pages = whole_pages(bytes);
+    char *from = s->map + at;
+    const size_t pages = whole_pages(bytes), first = (size_t)at / PIECE * PIECE;
+    const size_t end = ((size_t)at + pages + PIECE - 1) / PIECE * PIECE, last = end < s->mapped ? end : s->mapped;
     madvise(from, pages, MADV_WILLNEED); /* asks for all at once */
     memcpy(to, from, bytes);
-    madvise(from, pages, MADV_DONTNEED);
-    posix_fadvise(s->fd, s->offset[object], (off_t)pages, POSIX_FADV_DONTNEED);
+    madvise(s->map + first, last - first, MADV_DONTNEED);
+    posix_fadvise(s->fd, (off_t)first, (off_t)(last - first), POSIX_FADV_DONTNEED);
+}
+
+static void copy_expert(const struct host_store *s, int64_t object, float *to)
+{
+    copy_from(s, s->offset[object], expert_bytes(s, object), to);
 }
 
 /* ---- the thread ---- */
@@ -282,17 +291,38 @@ void host_store_rewind(struct host_store *s)
 
 /* ---- all of it ---- */
 
+static int open_file(struct host_store *s, const char *dir, struct err *e)
+{
+    char path[240];
+    if (snprintf(s->dir, sizeof s->dir, "%s", dir) >= (int)sizeof s->dir)
+        return err_set(e, ERR_INPUT, "TMPDIR: longer than %zu characters: %s", sizeof s->dir - 1, dir);
+    snprintf(path, sizeof path, "%s/moelab-experts-XXXXXX", dir);
+    if ((s->fd = mkstemp(path)) < 0)
+        return err_set(e, ERR_IO, "rank %d: cannot make %s: %s", s->device, path, strerror(errno));
+    unlink(path);
+    return 0;
+}
+
+static struct host_store *allocate(int32_t device, struct err *e)
+{
+    struct host_store *s = calloc(1, sizeof *s);
+    if (!s) {
+        err_set(e, ERR_MEMORY, "rank %d: out of memory for offloaded experts", device);
+        return NULL;
+    }
+    s->device = device;
+    s->fd = -1;
+    return s;
+}
+
 int host_store_open(struct host_store **out, const struct moe_model *m, int32_t device, const char *dir,
                     struct err *e)
 {
     const size_t n = (size_t)m->n_layers * (size_t)m->n_experts;
-    struct host_store *s = *out = calloc(1, sizeof *s);
-    char path[240];
+    struct host_store *s = *out = allocate(device, e);
     if (!s)
-        return err_set(e, ERR_MEMORY, "rank %d: out of memory for offloaded experts", device);
+        return e->code;
     s->model = m;
-    s->device = device;
-    s->fd = -1;
     s->offset = malloc(n * sizeof *s->offset);
     s->slot_of = malloc(n * sizeof *s->slot_of);
     if (!s->offset || !s->slot_of)
@@ -301,17 +331,36 @@ int host_store_open(struct host_store **out, const struct moe_model *m, int32_t 
     memset(s->slot_of, 0xff, n * sizeof *s->slot_of);
     for (size_t i = 0; i < n; i++)
         s->bytes = expert_bytes(s, (int64_t)i) > s->bytes ? expert_bytes(s, (int64_t)i) : s->bytes;
-    if (snprintf(s->dir, sizeof s->dir, "%s", dir) >= (int)sizeof s->dir)
-        return err_set(e, ERR_INPUT, "TMPDIR: longer than %zu characters: %s", sizeof s->dir - 1, dir);
-    snprintf(path, sizeof path, "%s/moelab-experts-XXXXXX", dir);
-    if ((s->fd = mkstemp(path)) < 0)
-        return err_set(e, ERR_IO, "rank %d: cannot make %s: %s", device, path, strerror(errno));
-    unlink(path);
+    if (open_file(s, dir, e) < 0)
+        return e->code;
     pthread_mutex_init(&s->lock, NULL);
     pthread_cond_init(&s->changed, NULL);
     const int code = pthread_create(&s->thread, NULL, work, s);
     s->runs = code == 0;
     return code ? err_set(e, ERR_IO, "rank %d: cannot start a thread for loads: %s", device, strerror(code)) : 0;
+}
+
+int host_store_open_plain(struct host_store **out, int32_t device, const char *dir, size_t bytes, struct err *e)
+{
+    struct host_store *s = *out = allocate(device, e);
+    if (!s || open_file(s, dir, e) < 0)
+        return e->code;
+    char *data = malloc(bytes);
+    if (!data)
+        return err_set(e, ERR_MEMORY, "rank %d: out of memory for %zu bytes", device, bytes);
+    for (size_t i = 0; i < bytes; i++) /* a file system may treat zeros as nothing */
+        data[i] = (char)moe_mix(i);
+    if (write_all(s, data, bytes, 0, e) == 0) {
+        s->room = whole_pages(bytes);
+        map_file(s, e);
+    }
+    free(data);
+    return e->code;
+}
+
+void host_store_read(struct host_store *s, size_t bytes, float *to)
+{
+    copy_from(s, 0, bytes, to);
 }
 
 void host_store_close(struct host_store *s)

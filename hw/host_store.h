@@ -18,6 +18,9 @@ struct host_store;
 /* dir: where the file goes. */
 int host_store_open(struct host_store **, const struct moe_model *, int32_t device, const char *dir, struct err *);
 void host_store_close(struct host_store *);
+/* A file of so many bytes of nothing in particular, to measure how long reading takes; from its start. */
+int host_store_open_plain(struct host_store **, int32_t device, const char *dir, size_t bytes, struct err *);
+void host_store_read(struct host_store *, size_t bytes, float *to);
 
 /* Before a step's clock starts: assigns a slot to each of its loads, in the order of their ids, writes what is not in
  * the file yet, and has weights[i] point to where entry i of the graph's experts will find its own. weights:

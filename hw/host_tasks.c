@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0
  * host_tasks.c - what a rank does in each task of its own, and in exchanges.
  *
- * Rows are put in order for sending by the permute task that an exchange waits for, as on a GPU, or by the exchange
- * itself where a layout has no such task or passes on what comes in only then. */
+ * Rows are put in order for sending by the permute or experts task that an exchange waits for, as on a GPU, or by the
+ * exchange itself where a layout has no such task or passes on what comes in only then. */
 #include "config.h"
 
 #include "host_rank.h"
@@ -106,7 +106,8 @@ static void count_rows(const struct host *h, const struct moe_graph *g, const st
 }
 
 /* Copies what exchange `id` sends from here into its place in the send buffer, in order of destination and, between a
- * pair of ranks, of parts and items, which both sides know. The first route whose row is not here yet, or -1. */
+ * pair of ranks, of parts and items, which both sides know; behind it, as on a GPU, what stays, which nobody sends. The
+ * first route whose row is not here yet, or -1. */
 static int64_t pack(struct host *h, const struct moe_graph *g, int32_t id)
 {
     const struct task *t = &g->task[id];
@@ -114,11 +115,11 @@ static int64_t pack(struct host *h, const struct moe_graph *g, int32_t id)
     int *n_out = h->count, *out_at = n_out + h->n_ranks, *n_in = out_at + h->n_ranks;
     float *to = h->send.data + h->send_at[id] * d;
     count_rows(h, g, t, n_out, n_in);
-    displace(n_out, h->n_ranks, out_at);
+    out_at[h->rank] = displace(n_out, h->n_ranks, out_at);
     for (int32_t i = t->first; i < t->first + t->n; i++) {
         const struct moe_part *p = &g->part[i];
         const int64_t *item = g->item + g->part_item[i];
-        for (int64_t j = 0; p->src == h->rank && p->dst != h->rank && j < p->n_items; j++) {
+        for (int64_t j = 0; p->src == h->rank && j < p->n_items; j++) {
             int64_t row = row_of(h, g, t, t->payload, item[j]);
             if (row < 0)
                 return item[j];
@@ -227,8 +228,10 @@ int host_run_task(struct host *h, const struct moe_graph *g, int32_t id, struct 
 {
     const struct task *t = &g->task[id];
     switch (t->kind) {
-    case TASK_EXPERTS:
-        return run_experts(h, g, t, e);
+    case TASK_EXPERTS: /* outputs leave in the order in which they are sent, if nothing else comes before that */
+        if (run_experts(h, g, t, e) == 0)
+            permute(h, g, id);
+        return e->code;
     case TASK_EXCHANGE: /* a layout may leave out combining tokens that went nowhere */
         for (int32_t i = 0; t->payload == MOE_PAY_HIDDEN && t->layer > 0 && !h->packed[id] && i < h->n_own; i++)
             host_combine(h, g, t->layer - 1, h->own[i]);

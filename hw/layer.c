@@ -8,7 +8,8 @@
  *               decode: keys' way up multiplied into queries (one GEMM per head), so that the core reads every token's
  *               latent once for all heads; values' way up likewise after it
  *   the core    prompts see half of C on average, and keys and values come from memory once (tiles of queries find
- *               them in L2); decoding reads the cache, 2 bytes a value, at the 16-bit rate even in FP8 models
+ *               them in L2); decoding reads the cache, 2 bytes a value (4 in FP32 models), at the 16-bit rate even in
+ *               FP8 models
  *
  * Caches, scores' softmax (arithmetic of another unit, behind the matrix products) and dropout cost nothing here. */
 #include "config.h"
@@ -16,8 +17,6 @@
 #include "layer.h"
 
 #include <math.h>
-
-static const double CACHE_BYTES = 2; /* of a value in the KV cache, and of what attention's core reads and writes */
 
 double layer_element_bytes(enum precision p)
 {
@@ -90,8 +89,8 @@ static void core(struct kernels *s, const struct layer_part *p, double query, do
     const struct latency_key key = { .op = decode ? LATENCY_DECODE : LATENCY_PREFILL, .heads = (int32_t)n_heads,
                                      .kv_heads = (int32_t)n_kv, .n = (int64_t)query, .k = (int64_t)value,
                                      .context = p->context };
-    plain(s, p, core_precision(p->precision), 2 * pairs * per_row, (read * kv + p->tokens * per_row) * CACHE_BYTES,
-          key);
+    plain(s, p, core_precision(p->precision), 2 * pairs * per_row,
+          (read * kv + p->tokens * per_row) * layer_element_bytes(p->precision), key);
 }
 
 static void gqa(struct kernels *s, const struct layer_part *p)

@@ -30,12 +30,15 @@ struct device_spec {
     double launch_s;            /* fixed cost of one kernel */
     double flops_efficiency;    /* of peak, reached by a large GEMM */
     double mem_efficiency;      /* of mem_bandwidth, reached by a large copy */
+    double read_efficiency;     /* the same by attention's core, which reads; 0: mem_efficiency */
     struct {                    /* grouped GEMMs: gemm.c */
         double sms;             /* tiles at once */
+        double tile_m;          /* rows of a tile 16 wide; 0: tiles as DeepGEMM chooses them */
         double mma_efficiency;  /* of peak, in the main loop of a tile */
         double port_bandwidth;  /* B/s that one SM draws operands from L2 with */
         double store_bandwidth; /* B/s that one SM's results leave with */
         double mem_efficiency;  /* of mem_bandwidth */
+        double vector_efficiency; /* of mem_bandwidth, by products of one row where those are others; 0: they are not */
         double launch_s;
         double overlap;         /* of tiles and memory: exponent, INFINITY hides one behind the other */
     } gemm;
@@ -325,6 +328,9 @@ int machine_open_sim(struct machine *, const struct topology *, const struct moe
 /* Real execution over MPI, in a process that is a rank: loads the module hw/host.so. */
 int machine_open_host(struct machine *, const struct topology *, const struct moe_model *, bool verify, struct err *);
 bool machine_host_available(void);
+/* Measures this computer, in a process that is a rank: host_calibrate.h. */
+struct host_calibration;
+int machine_calibrate_host(struct host_calibration *, int *rank, int *n_ranks, struct err *);
 static inline int machine_run(struct machine *m, struct moe_graph *g, struct err *e) { return m->ops->run(m, g, e); }
 static inline void machine_close(struct machine *m) { if (m->ops) m->ops->close(m); m->ops = NULL; }
 

@@ -29,14 +29,17 @@ static void device_fill(struct device_spec *d, const json_t *device, const json_
     d->launch_s = topology_number(device, "launch_s");
     d->flops_efficiency = topology_number(device, "flops_efficiency");
     d->mem_efficiency = topology_number(device, "mem_efficiency");
+    d->read_efficiency = topology_number(device, "read_efficiency");
     for (int p = 0; p < N_PRECISIONS; p++)
         d->peak[p] = topology_number(peak, precision_name[p]);
     d->gemm.sms = topology_number(gemm, "sms");
+    d->gemm.tile_m = topology_number(gemm, "tile_m");
     d->gemm.mma_efficiency = topology_number(gemm, "mma_efficiency");
     d->gemm.port_bandwidth = topology_number(gemm, "port_bandwidth");
     d->gemm.store_bandwidth = topology_number(gemm, "store_bandwidth");
     d->gemm.mem_efficiency = topology_number(gemm, "mem_efficiency");
     d->gemm.launch_s = topology_number(gemm, "launch_s");
+    d->gemm.vector_efficiency = topology_number(gemm, "vector_efficiency");
     d->gemm.overlap = topology_number(gemm, "overlap");
 }
 

@@ -75,6 +75,7 @@ static const struct field fields[] = {
     { DEVICE, "launch_s", NUMBER, true, SECONDS, 0, "s" },
     { DEVICE, "flops_efficiency", NUMBER, true, SHARE, 0, "of peak" },
     { DEVICE, "mem_efficiency", NUMBER, true, SHARE, 0, "of mem_bandwidth" },
+    { DEVICE, "read_efficiency", NUMBER, false, SHARE, 0, "of mem_bandwidth" },
 
     { PEAK, "fp32", RATE, false, 1e9, 1e19, 0, "" },
     { PEAK, "tf32", RATE, false, 1e9, 1e19, 0, "" },
@@ -85,10 +86,12 @@ static const struct field fields[] = {
     { PEAK, "int4", RATE, false, 1e9, 1e19, 0, "" },
 
     { GEMM, "sms", INTEGER, true, 1, 10000, 0, "tiles at once" },
+    { GEMM, "tile_m", INTEGER, false, 1, 1024, 0, "rows" },
     { GEMM, "mma_efficiency", NUMBER, true, SHARE, 0, "of peak" },
     { GEMM, "port_bandwidth", BANDWIDTH, true, 1e6, 1e16, 0, "per SM" },
     { GEMM, "store_bandwidth", BANDWIDTH, true, 1e6, 1e16, 0, "per SM" },
     { GEMM, "mem_efficiency", NUMBER, true, SHARE, 0, "of mem_bandwidth" },
+    { GEMM, "vector_efficiency", NUMBER, false, SHARE, 0, "of mem_bandwidth" },
     { GEMM, "launch_s", NUMBER, true, SECONDS, 0, "s" },
     { GEMM, "overlap", NUMBER, true, 1, 100, 0, "exponent" },
 

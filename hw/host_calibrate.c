@@ -1,0 +1,227 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * host_calibrate.c - how long the functions that ranks run take on this computer, over sizes: what `moelab calibrate`
+ * fits a machine file to.
+ *
+ * All ranks measure at the same time, as they run: they share memory, caches and clocks. A figure is that of the
+ * slowest rank, as a step waits for it; of several tries the median counts. */
+#include "config.h"
+
+#include "host_calibrate.h"
+#include "host_rank.h"
+
+#include <cblas.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* Of each size in each pass. Passes are seconds apart, since a computer that others share is not always as fast. */
+enum { TRIES = 9, LEAST_TRIES = 3, PASSES = 3, MOST_SIZES = 200 };
+static const double LONG_ENOUGH = 0.2; /* s of tries of one size, after which the least will do */
+
+struct bench {
+    int rank, n_ranks;
+    struct host_rings rings;
+    char *out, *in;  /* of exchanges: for each rank, and from each */
+    size_t piece;    /* bytes of one of those */
+    size_t at, room; /* of `in`: what comes in goes where nothing was of late, as rows do */
+    struct host_store *store;
+    float *to;       /* where loads go */
+    struct host_sample *sample; /* of all passes, one behind another */
+    int n, n_passes;
+    struct host_calibration *c;
+};
+
+static int by_value(const void *a, const void *b)
+{
+    const double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+/* One size: runs `work` again and again, on all ranks at once. */
+static void measure(struct bench *b, struct host_sample s, void (*work)(struct bench *, const struct host_sample *))
+{
+    double took[TRIES], sum = 0;
+    int n = 0;
+    work(b, &s); /* the first time does not count */
+    while (n < TRIES && (n < LEAST_TRIES || sum < LONG_ENOUGH)) {
+        double span[2];
+        MPI_Barrier(MPI_COMM_WORLD);
+        const double zero = host_now();
+        work(b, &s);
+        span[0] = host_now() - zero;
+        MPI_Allreduce(&span[0], &span[1], 1, MPI_DOUBLE, MPI_MAX, MPI_COMM_WORLD);
+        took[n++] = span[1];
+        sum += span[1];
+    }
+    qsort(took, (size_t)n, sizeof *took, by_value);
+    s.seconds = n % 2 ? took[n / 2] : (took[n / 2 - 1] + took[n / 2]) / 2;
+    s.low = took[n / 4];
+    s.high = took[n - 1 - n / 4];
+    s.n = n;
+    b->sample[b->n++] = s;
+    if (b->rank == 0 && b->c->step)
+        b->c->step(b->c->taker);
+}
+
+/* Of each size the pass that is neither the fastest nor the slowest; quartiles from the outermost. */
+static void hand_over(const struct bench *b)
+{
+    const int n = b->n / b->n_passes;
+    for (int i = 0; i < n; i++) {
+        struct host_sample s = b->sample[i];
+        double pass[PASSES];
+        s.n = 0;
+        for (int p = 0; p < b->n_passes; p++) {
+            const struct host_sample *x = &b->sample[p * n + i];
+            pass[p] = x->seconds;
+            s.low = fmin(s.low, x->low);
+            s.high = fmax(s.high, x->high);
+            s.n += x->n;
+        }
+        qsort(pass, (size_t)b->n_passes, sizeof *pass, by_value);
+        s.seconds = pass[b->n_passes / 2];
+        b->c->take(b->c->taker, &s);
+    }
+}
+
+/* ---- what is measured ---- */
+
+static void multiply(struct bench *b, const struct host_sample *s)
+{
+    host_run_kernel(&b->rings, &(struct kernel){ .groups = 1, .shape = s->shape });
+}
+
+static void move(struct bench *b, const struct host_sample *s)
+{
+    host_run_plain(&b->rings, 0, s->bytes);
+}
+
+static void attend(struct bench *b, const struct host_sample *s)
+{
+    host_run_kernel(&b->rings, &(struct kernel){ .key = s->key });
+}
+
+/* Every rank sends each other one as many bytes. */
+static void exchange(struct bench *b, const struct host_sample *s)
+{
+    int count[b->n_ranks], at[b->n_ranks], into[b->n_ranks];
+    for (int r = 0; r < b->n_ranks; r++) {
+        count[r] = r == b->rank ? 0 : (int)s->bytes;
+        at[r] = r * (int)b->piece;
+    }
+    const size_t step = (size_t)s->bytes * (size_t)b->n_ranks;
+    for (int r = 0; r < b->n_ranks; r++)
+        into[r] = r * (int)s->bytes;
+    b->at = b->at + step > b->room ? 0 : b->at;
+    MPI_Alltoallv(b->out, count, at, MPI_BYTE, b->in + b->at, count, into, MPI_BYTE, MPI_COMM_WORLD);
+    b->at += step;
+}
+
+static void read_some(struct bench *b, const struct host_sample *s)
+{
+    host_store_read(b->store, (size_t)s->bytes, b->to);
+}
+
+/* ---- sizes ---- */
+
+static void gemms(struct bench *b)
+{
+    static const struct gemm_group matrix[] = { { 0, 384, 512 }, { 0, 448, 896 }, { 0, 896, 448 }, { 0, 1792, 640 },
+                                                { 0, 1344, 1344 } };
+    for (size_t i = 0; i < sizeof matrix / sizeof *matrix; i++)
+        for (int64_t rows = 1; rows <= 512; rows *= 2)
+            for (int half = 0; half < 2 && rows + half * rows / 2 <= 512; half++) {
+                if (half && rows < 4)
+                    continue;
+                struct host_sample s = { .what = HOST_GEMM, .shape = matrix[i] };
+                s.shape.rows = rows + half * rows / 2;
+                measure(b, s, multiply);
+            }
+}
+
+static void moves(struct bench *b)
+{
+    for (double bytes = 4096; bytes <= 5e7; bytes *= 4)
+        measure(b, (struct host_sample){ .what = HOST_MOVE, .bytes = bytes }, move);
+}
+
+static void attentions(struct bench *b)
+{
+    static const struct latency_key key[] = {
+        { LATENCY_DECODE, 0, 6, 6, 64, 64, 24, 96 },     { LATENCY_DECODE, 0, 6, 6, 64, 64, 48, 384 },
+        { LATENCY_DECODE, 0, 12, 3, 64, 64, 24, 768 },   { LATENCY_DECODE, 0, 12, 12, 96, 96, 96, 192 },
+        { LATENCY_PREFILL, 0, 6, 6, 64, 64, 384, 384 },  { LATENCY_PREFILL, 0, 12, 3, 96, 96, 192, 192 },
+    };
+    for (size_t i = 0; i < sizeof key / sizeof *key; i++)
+        measure(b, (struct host_sample){ .what = HOST_ATTENTION, .key = key[i] }, attend);
+}
+
+static void exchanges(struct bench *b)
+{
+    measure(b, (struct host_sample){ .what = HOST_EXCHANGE, .bytes = 8 }, exchange);
+    for (double bytes = 1024; bytes <= (double)b->piece; bytes *= 4)
+        measure(b, (struct host_sample){ .what = HOST_EXCHANGE, .bytes = bytes }, exchange);
+}
+
+static int reads(struct bench *b, const char *dir, struct err *e)
+{
+    enum { MOST = 1 << 25 };
+    if (!b->to) {
+        b->to = malloc(MOST);
+        if (!b->to)
+            return err_set(e, ERR_MEMORY, "rank %d: out of memory for reads", b->rank);
+        memset(b->to, 0, MOST);
+        if (host_store_open_plain(&b->store, b->rank, dir, MOST, e) < 0)
+            return e->code;
+    }
+    for (double bytes = 1 << 16; bytes <= MOST; bytes *= 4)
+        measure(b, (struct host_sample){ .what = HOST_READ, .bytes = bytes }, read_some);
+    return 0;
+}
+
+/* "Open MPI v4.1.4, ..." up to the comma. */
+static void say_versions(struct host_calibration *c)
+{
+    char mpi[MPI_MAX_LIBRARY_VERSION_STRING] = "";
+    int n = 0;
+    MPI_Get_library_version(mpi, &n);
+    mpi[strcspn(mpi, ",\n")] = '\0';
+    snprintf(c->versions, sizeof c->versions, "moelab %s, %s, %s", PACKAGE_VERSION, openblas_get_config(), mpi);
+}
+
+int host_calibrate(struct host_calibration *c, struct err *e)
+{
+    struct bench b = { .c = c, .n_passes = PASSES, .piece = 1 << 22 };
+    MPI_Comm_rank(MPI_COMM_WORLD, &b.rank);
+    MPI_Comm_size(MPI_COMM_WORLD, &b.n_ranks);
+    const size_t all = b.piece * (size_t)b.n_ranks;
+    b.out = malloc(all);
+    b.room = all > sizeof(float) * HOST_RING ? all : sizeof(float) * HOST_RING;
+    b.in = malloc(b.room);
+    b.sample = malloc(sizeof *b.sample * PASSES * MOST_SIZES);
+    if (!b.out || !b.in || !b.sample)
+        err_set(e, ERR_MEMORY, "rank %d: out of memory for %zu bytes of exchanges", b.rank, all);
+    if (e->code || host_rings_open(&b.rings, (struct host_room){ 8 * HOST_RING, 2 * HOST_RING }, e) < 0)
+        goto out;
+    say_versions(c);
+    memset(b.out, 1, all);
+    memset(b.in, 1, b.room);
+    for (int pass = 0; pass < PASSES && !e->code; pass++) {
+        gemms(&b);
+        moves(&b);
+        attentions(&b);
+        exchanges(&b);
+        reads(&b, c->dir, e);
+    }
+    if (b.rank == 0 && !e->code)
+        hand_over(&b);
+out:
+    free(b.sample);
+    free(b.out);
+    free(b.in);
+    free(b.to);
+    host_rings_close(&b.rings);
+    host_store_close(b.store);
+    return e->code;
+}

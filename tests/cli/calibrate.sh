@@ -1,0 +1,49 @@
+#!/bin/bash
+# SPDX-License-Identifier: Apache-2.0
+# moelab calibrate measures this computer, and what it writes is a machine.
+. "$(dirname "$0")/lib.sh"
+mkdir "$work/here" && cd "$work/here" || exit 99
+ok "help" "$moelab" calibrate --help
+run_expect 2 'calibrate: --ranks 0: expected 1 to 256' "$moelab" calibrate --ranks 0
+run_expect 2 'calibrate: --ranks two: expected 1 to 256' "$moelab" calibrate --ranks two
+run_expect 2 'calibrate: --ranks: expected a value' "$moelab" calibrate --ranks
+run_expect 2 'unknown option "?--rank' "$moelab" calibrate --rank=2
+run_expect 2 'a/b: expected a name of letters' "$moelab" calibrate a/b
+run_expect 2 'two: expected one name' "$moelab" calibrate one two
+if [ ! -e "$top_builddir/hw/host.so" ] || ! command -v mpirun >/dev/null; then
+  run_expect 2 'built without MPI or OpenBLAS|no mpirun on PATH' "$moelab" calibrate
+  plan
+  exit
+fi
+export ASAN_OPTIONS=${ASAN_OPTIONS:+$ASAN_OPTIONS:}detect_leaks=0 # MPI's, from code that is no longer loaded
+run_expect 2 'no mpirun on PATH' env PATH=/nowhere "$moelab" calibrate
+run_expect 2 'cannot make the directory /nowhere' env TMPDIR=/nowhere "$moelab" calibrate
+ok "nothing is written" test -z "$(ls)"
+
+ok "two ranks measure" "$moelab" calibrate two-ranks --ranks 2 --samples samples.json
+cp "$work/out" said
+ok "... so many sizes as are announced" \
+    test "$(grep -c '"what"' samples.json)" = "$(sed -n 's/.*RANK_CALIBRATION_SIZES = 3 . \([0-9]*\).*/\1/p' \
+    "$top_srcdir/core/rank.h")"
+ok "... what was measured is said" grep -Eq "^ *products +[0-9]+ +[0-9.]+ % " said
+ok "... with the date and versions" grep -Eq '^-- Measured by .moelab calibrate. on [0-9-]{10}: 2 ranks' two-ranks.lua
+ok "... of the libraries" grep -Eq 'moelab [0-9.]+, OpenBLAS .*, Open MPI' two-ranks.lua
+ok "it is a machine" "$moelab" machine show "$PWD/two-ranks.lua"
+cat >run.lua <<'EOF'
+local moe = require "moelab"
+moe.experiment {
+  model = { layers = 2, experts = 8, top_k = 2, d_model = 128, d_expert = 64, n_heads = 2, d_head = 64,
+            precision = "fp32" },
+  machine = moe.machine "two-ranks.lua" {}, executor = moe.each { "flow", "host" }, tier = "flow",
+  workload = moe.decode { trace = moe.synth { layers = 2, experts = 8, top_k = 2, requests = 16,
+                                              tokens_per_request = 20 },
+                          batch_per_device = 16, steps = 1, context = 64 },
+  offload = moe.each { "none", "lru" },
+}:run()
+EOF
+ok "runs are simulated on it, and real" "$moelab" run run.lua --out results
+ok "four of them" test "$(grep -c '"step_s"' results/runs.jsonl)" = 4
+ok "one rank has no exchanges" "$moelab" calibrate alone --ranks 1
+ok "... and no links" test "$(grep -c nvlink alone.lua | head -n 1)" -le 1
+run_expect 2 "/nowhere/x.lua: No such file" "$moelab" calibrate --ranks 1 --out /nowhere/x.lua
+plan
