@@ -228,6 +228,7 @@ static void host_close(struct machine *m)
     free(h->time);
     free(h->brings);
     free(h->packed);
+    free(h->experts_left);
     free(h->send_at);
     free(h->expert_weights);
     graph_order_free(&h->order);

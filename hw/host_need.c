@@ -127,13 +127,13 @@ static void count_weights(struct host_need *n, const struct moe_graph *g, const 
     }
 }
 
-/* Tables by token, by route and by task: token_row, route_of, place; route_row; sequence, time, brings, send_at, packed
- * and graph_order(); by entry of experts. */
+/* Tables by token, by route and by task: token_row, route_of, place; route_row; sequence, time, brings, send_at, packed,
+ * experts_left and graph_order(); by entry of experts. */
 static double table_bytes(const struct moe_model *m, const struct moe_graph *g)
 {
     double layers = m->n_layers, tokens = g->n_tokens, tasks = g->n_tasks;
     return 8 * ((2 * layers + 1) * tokens + layers + tokens) + 8.0 * (double)g->route_first[g->n_route_layers] +
-           (4 + 16 + 4 + 8 + 1 + 8 + 4) * tasks + 8.0 * g->n_experts + 4.0 * ((double)g->n_edges + tasks) +
+           (4 + 16 + 4 + 8 + 1 + 4 + 8 + 4) * tasks + 8.0 * g->n_experts + 4.0 * ((double)g->n_edges + tasks) +
            8 * layers * m->n_experts;
 }
 

@@ -47,6 +47,19 @@ static bool carries_rows(const struct task *t)
     return t->kind == TASK_EXCHANGE && t->payload != MOE_PAY_BYTES;
 }
 
+/* What waits for a task, or for joins after it: some experts of a device may be tasks of their own. */
+static void put_next(const struct moe_graph *g, const struct graph_order *o, int32_t id, bool joins, int32_t rank,
+                     struct buffer *b, size_t *at, bool *packed)
+{
+    for (int64_t i = o->first[id]; i < o->first[id + 1]; i++) {
+        const int32_t next = o->next[i];
+        if (carries_rows(&g->task[next]))
+            put(g, next, rank, b, at, packed);
+        else if (joins && g->task[next].kind == TASK_JOIN)
+            put_next(g, o, next, false, rank, b, at, packed);
+    }
+}
+
 size_t host_place_sends(const struct moe_graph *g, const struct graph_order *o, const int32_t *sequence, int32_t rank,
                         size_t *at, bool *packed)
 {
@@ -57,9 +70,7 @@ size_t host_place_sends(const struct moe_graph *g, const struct graph_order *o, 
         const struct task *t = &g->task[id];
         const bool packs = t->kind == TASK_EXPERTS || (t->kind == TASK_COMPUTE && t->op == MOE_OP_PERMUTE);
         if (packs && t->device == rank)
-            for (int64_t j = o->first[id]; j < o->first[id + 1]; j++)
-                if (carries_rows(&g->task[o->next[j]]))
-                    put(g, o->next[j], rank, &b, at, packed);
+            put_next(g, o, id, t->kind == TASK_EXPERTS, rank, &b, at, packed);
         if (!carries_rows(t))
             continue;
         put(g, id, rank, &b, at, packed);

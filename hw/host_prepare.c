@@ -177,6 +177,7 @@ static int order_tasks(struct host *h, const struct moe_graph *g, struct err *e)
     h->brings = again(h->brings, n, sizeof *h->brings, e);
     h->send_at = again(h->send_at, n, sizeof *h->send_at, e);
     h->packed = again(h->packed, n, sizeof *h->packed, e);
+    h->experts_left = again(h->experts_left, n, sizeof *h->experts_left, e);
     h->expert_weights = again(h->expert_weights, (size_t)g->n_experts, sizeof *h->expert_weights, e);
     if (e->code || graph_order(g, &h->order, e) < 0)
         return e->code;
@@ -233,6 +234,10 @@ void host_begin(struct host *h, const struct moe_graph *g)
     memset(h->route_row, 0xff, sizeof *h->route_row * (size_t)g->route_first[n_layers]);
     memset(h->packed, 0, sizeof *h->packed * (size_t)g->n_tasks);
     memset(h->rows.data, 0xff, sizeof *h->rows.data * h->rows.room); /* not numbers: nothing is left of the last time */
+    memset(h->experts_left, 0, sizeof *h->experts_left * (size_t)g->n_tasks);
+    for (int32_t id = 0; id < g->n_tasks; id++)
+        for (int64_t i = h->order.first[id]; i < h->order.first[id + 1]; i++)
+            h->experts_left[h->order.next[i]] += g->task[id].kind == TASK_EXPERTS && g->task[id].device == h->rank;
     h->n_rows = 0;
     for (int32_t i = 0; i < h->n_own; i++) {
         int64_t row = (int64_t)h->n_rows++;

@@ -41,6 +41,7 @@ struct host {
     int32_t *brings;             /* [tasks] a load's number; of what waits, the number of the last load that it needs */
     size_t *send_at;             /* [tasks] row of `send` from where an exchange's are */
     bool *packed;                /* [tasks] they are there */
+    int32_t *experts_left;       /* [tasks] of a join: own experts tasks before it that have not run */
     const float **expert_weights;/* [experts of all tasks] */
 };
 

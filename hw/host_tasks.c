@@ -207,6 +207,17 @@ static bool permute(struct host *h, const struct moe_graph *g, int32_t id)
     return any;
 }
 
+/* After experts, of which offload may have made several tasks that a join brings together. */
+static void outputs(struct host *h, const struct moe_graph *g, int32_t id)
+{
+    permute(h, g, id);
+    for (int64_t i = h->order.first[id]; i < h->order.first[id + 1]; i++) {
+        const int32_t next = h->order.next[i];
+        if (g->task[next].kind == TASK_JOIN && --h->experts_left[next] == 0)
+            permute(h, g, next);
+    }
+}
+
 static int run_compute(struct host *h, const struct moe_graph *g, int32_t id)
 {
     const struct task *t = &g->task[id];
@@ -230,7 +241,7 @@ int host_run_task(struct host *h, const struct moe_graph *g, int32_t id, struct 
     switch (t->kind) {
     case TASK_EXPERTS: /* outputs leave in the order in which they are sent, if nothing else comes before that */
         if (run_experts(h, g, t, e) == 0)
-            permute(h, g, id);
+            outputs(h, g, id);
         return e->code;
     case TASK_EXCHANGE: /* a layout may leave out combining tokens that went nowhere */
         for (int32_t i = 0; t->payload == MOE_PAY_HIDDEN && t->layer > 0 && !h->packed[id] && i < h->n_own; i++)
