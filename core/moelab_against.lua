@@ -187,6 +187,7 @@ function against.report(runs, a, b)
     if failed > 0 then
       text[#text + 1] = string.format("  left out: %d runs that failed on one of the two\n", failed)
     end
+    native.write("against.txt", table.concat(text))
     if not native.option("quiet") then print(table.concat(text)) end
     write_csv(list)
     draw(list, a, b)

@@ -71,15 +71,32 @@ static void set_environment(void)
     }
 }
 
+/* $MOELAB_MPIRUN in words, as in "mpirun --hostfile hosts"; or mpirun. Ends with NULL; < 0: there are too many. */
+static int split_command(char *text, size_t room, char **word, int most)
+{
+    const char *given = getenv("MOELAB_MPIRUN");
+    int n = 0;
+    if ((size_t)snprintf(text, room, "%s", given && *given ? given : "mpirun") >= room)
+        return -1;
+    for (char *rest = text, *one; n < most && (one = strtok_r(rest, " \t\n", &rest)) != NULL;)
+        word[n++] = one;
+    return n < most && n > 0 ? n : -1;
+}
+
 static int spawn(struct launch *l, int n_ranks, pid_t *pid, struct err *e)
 {
-    char mpirun[] = "mpirun", option[] = "-n", number[16], self[1024], rank[] = "rank";
+    enum { WORDS = 64, OWN = 7 };
+    char command[2048], option[] = "-n", number[16], self[1024], rank[] = "rank", *argv[WORDS + OWN];
+    const int n_words = split_command(command, sizeof command, argv, WORDS);
+    if (n_words < 0)
+        return err_set(e, ERR_INPUT, "machine host: MOELAB_MPIRUN: expected a command of less than %d words", WORDS);
     ssize_t length = readlink("/proc/self/exe", self, sizeof self - 1);
     if (length <= 0)
         return err_set(e, ERR_IO, "machine host: cannot find this program: %s", strerror(errno));
     self[length] = '\0';
     snprintf(number, sizeof number, "%d", n_ranks);
-    char *const argv[] = { mpirun, option, number, self, rank, l->spec, l->result, NULL };
+    char *const own[OWN] = { option, number, self, rank, l->spec, l->result, NULL };
+    memcpy(argv + n_words, own, sizeof own);
     posix_spawn_file_actions_t actions;
     set_environment();
     int code = posix_spawn_file_actions_init(&actions);
@@ -87,12 +104,12 @@ static int spawn(struct launch *l, int n_ranks, pid_t *pid, struct err *e)
         posix_spawn_file_actions_addopen(&actions, STDIN_FILENO, "/dev/null", O_RDONLY, 0);
         posix_spawn_file_actions_addopen(&actions, STDOUT_FILENO, l->log, O_WRONLY | O_CREAT | O_APPEND, 0600);
         posix_spawn_file_actions_adddup2(&actions, STDOUT_FILENO, STDERR_FILENO);
-        code = posix_spawnp(pid, mpirun, &actions, NULL, argv, environ);
+        code = posix_spawnp(pid, argv[0], &actions, NULL, argv, environ);
         posix_spawn_file_actions_destroy(&actions);
     }
     if (code == ENOENT)
-        return err_set(e, ERR_INPUT, "machine host: no mpirun on PATH: install openmpi-bin");
-    return code ? err_set(e, ERR_IO, "machine host: mpirun: %s", strerror(code)) : 0;
+        return err_set(e, ERR_INPUT, "machine host: no %s on PATH: install openmpi-bin", argv[0]);
+    return code ? err_set(e, ERR_IO, "machine host: %s: %s", argv[0], strerror(code)) : 0;
 }
 
 static bool is_frame(const char *line)

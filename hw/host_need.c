@@ -127,8 +127,8 @@ static void count_weights(struct host_need *n, const struct moe_graph *g, const 
     }
 }
 
-/* Tables by token, by route and by task: token_row, route_of, place; route_row; sequence, time, brings, send_at, packed,
- * experts_left and graph_order(); by entry of experts. */
+/* Tables by token, by route and by task: token_row, route_of, place; route_row; sequence, time, brings, send_at,
+ * packed, experts_left and graph_order(); by entry of experts. */
 static double table_bytes(const struct moe_model *m, const struct moe_graph *g)
 {
     double layers = m->n_layers, tokens = g->n_tokens, tasks = g->n_tasks;

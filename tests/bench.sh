@@ -71,6 +71,24 @@ step() { # GPUs, s, MB, runs: the best time and memory of so many
   line "a decode step of DeepSeek-V3 on $1 GPUs, bound" "<$2" s "${5-}"
   line "... its memory" "<$3" MB "${6-}"
 }
+# Real execution: this computer against a simulation of it, calibrated right before (doc/validation.md).
+if [ -e hw/host.so ] && command -v mpirun >/dev/null; then
+  root=$PWD
+  (cd "$dir" && "$root/$moelab" calibrate cpu-localhost --ranks 2 >/dev/null &&
+    "$root/$moelab" run "$root/scenarios/validation.lua" --machine host --against flow --quiet --out validation)
+  errors() { # phase or .: its |errors| in %, sorted
+    awk -F, -v phase="$1" 'FNR > 1 && (phase == "." ? $(NF - 4) != "step" : $(NF - 4) == phase) {
+      e = 100 * $(NF - 1); print e < 0 ? -e : e }' "$dir/validation/against.csv" | sort -g
+  }
+  line "host against flow, step, median |error| of 16 runs" "<15" % "$(errors step | sed -n 8p)"
+  line "... largest" "<15" % "$(errors step | tail -n 1)"
+  line "... phases of these runs with an error below 25 %" ">99" % \
+    "$(errors . | awk '{ n++; near += $1 < 25 } END { print 100 * near / n }')"
+  line "... orders of runs that agree" ">99" % "$(sed -n \
+    's/^ *\([0-9]*\) pairs of runs differ.*; \([0-9]*\) of them.*/\1 \2/p' "$dir/validation/against.txt" |
+    awk '{ print 100 * $2 / $1 }')"
+fi
+
 step 256 2 500 3
 step 4096 40 2000 1
 echo "    ASTRA-sim, one uniform all-to-all (W1) at N = 1024: 13.5 s, 970 MB; a step has 116, uneven, drawn and checked"

@@ -50,6 +50,7 @@ for r in rows:
 EOF
     ok "... of figures that the runs have" python3 check.py "$1" "$2"
     ok "... orders are counted" grep -Eq "[0-9]+ pairs of runs differ on $1 by more than their spread" said
+    ok "... what is printed is kept" diff <(sed '$d' said) "$1/against.txt"
     ok "... and drawn" grep -q 'against.dat' "$1/against.gp"
 }
 

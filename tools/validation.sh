@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+#
+# Calibrates this computer, runs scenarios/validation.lua on machine host against tier flow, and writes
+# doc/validation.md and doc/validation.png from what came out. From the root of a built tree, with nothing else running:
+# about 2 minutes.
+set -eu
+[ -x ./moelab ] && [ -d doc ] || { echo "validation.sh: expected to start in the root of a built tree" >&2; exit 2; }
+root=$PWD
+dir=$(mktemp -d)
+trap 'rm -rf "$dir"' EXIT
+cd "$dir"
+"$root/moelab" calibrate cpu-localhost --ranks 2 >calibration.txt
+"$root/moelab" run "$root/scenarios/validation.lua" --machine host --against flow --out results --quiet
+cp results/against.png "$root/doc/validation.png"
+{
+    cat <<'EOF'
+# How far the simulation is from this computer
+
+Written by `tools/validation.sh`, from runs in this repository: `moelab calibrate`, and then
+`scenarios/validation.lua` on machine `host` (two ranks that really compute) against tier `flow` of the machine file
+that was just written. Nothing is fitted to a run: the matrices that are measured are others than those that run.
+
+EOF
+    sed -n 's/^-- \(Measured.*\)$/\1/p; s/^-- \(moelab .*\)$/\1./p; s/^  summary = "\(.*\)",$/Machine: \1./p' \
+        cpu-localhost.lua
+    printf '\nWhat was measured, and how far the models are from that:\n\n```\n'
+    cat calibration.txt
+    printf '```\n\n![Steps, measured and simulated](validation.png)\n\n'
+    printf 'Errors of all runs, by phase (what each run took is below):\n\n```\n'
+    sed -n '/error| of /,/Ranks of machine host/p' results/against.txt
+    cat <<'EOF'
+```
+
+What is behind the larger ones:
+
+- **The computer itself** is not always as fast: it shares its processors, caches and memory with others, and what
+  `calibrate` measures a minute before a run differs from what it measures after it by a tenth and more. `spread` says
+  how far repetitions of one step lie apart, not how far minutes do.
+- **Loads** are read by a thread of each rank, which takes processor time and memory bandwidth of what runs meanwhile.
+  The model's copies cost nobody anything, so exchanges next to loads come out too fast.
+- **unpermute**: a rank also adds the residual and normalises the row there, which the graph has elsewhere.
+- **gate**: a matrix of 16 columns; a library has better ways for those than the model knows.
+
+Each run, as printed:
+
+```
+EOF
+    sed '/error| of /,$d' results/against.txt | sed '/^$/N;/^\n$/D'
+    printf '```\n'
+} >"$root/doc/validation.md"
