@@ -3,6 +3,7 @@
 #include "config.h"
 
 #include "eval_job.h"
+#include "param.h"
 #include "npy.h"
 
 #include <float.h>
@@ -71,6 +72,8 @@ static int load_json(struct eval_job *j, const char *path)
         return err_set(j->err, ERR_INPUT, "%s: %s", path, strerror(errno));
     j->input = from_stdin ? json_loadf(stdin, JSON_REJECT_DUPLICATES, &at)
                           : json_load_file(path, JSON_REJECT_DUPLICATES, &at);
+    if (!j->input && at.position == 0 && at.line <= 1)
+        return err_set(j->err, ERR_INPUT, "%s: found nothing, expected a JSON object {...}", j->file);
     if (!j->input)
         return err_set(j->err, ERR_INPUT, "%s:%d:%d: %s", j->file, at.line, at.column, err_unquote(at.text));
     if (!json_is_object(j->input))
@@ -110,9 +113,10 @@ bool job_has(const struct eval_job *j, const char *key)
 int job_real(struct eval_job *j, const char *key, double def, double min, double max, double *out)
 {
     const json_t *v = json_object_get(j->input, key);
+    char found[PARAM_FOUND];
     *out = v ? json_number_value(v) : def;
     if (v && !json_is_number(v))
-        return job_fail(j, key, "expected a number");
+        return job_fail(j, key, "found %s, expected a number", param_found(v, found));
     if (isnan(*out))
         return job_fail(j, key, "is missing");
     if (!(*out >= min && *out <= max))
@@ -191,10 +195,11 @@ static void *room_for(struct reader *r)
 
 static int read_lists(struct reader *r, const json_t *v, int depth)
 {
-    char text[160];
+    char text[160], found[PARAM_FOUND];
     if (depth == r->n_dims)
         return json_is_number(v) ? put(r, json_number_value(v))
-                                 : job_fail(r->job, element_name(r, depth, text), "expected a number");
+                                 : job_fail(r->job, element_name(r, depth, text), "found %s, expected a number",
+                                            param_found(v, found));
     if (!json_is_array(v))
         return job_fail(r->job, element_name(r, depth, text), "expected a list (%d dimensions in all)", r->n_dims);
     if ((int64_t)json_array_size(v) != r->shape[depth])

@@ -28,7 +28,8 @@ static int make_parents(struct record *r, struct err *e)
             if (mkdir(part, 0777) == 0)
                 r->n_parents++;
             else if (errno != EEXIST)
-                return err_set(e, ERR_IO, "cannot make %s: %s", part, strerror(errno));
+                return err_set(e, ERR_IO, "--out %s: cannot make the directory %s: %s", r->out, part,
+                               strerror(errno));
             *c = '/';
         }
     return 0;
@@ -135,7 +136,8 @@ int record_open(struct record *r, const char *out, struct err *e)
         return err_set(e, ERR_INPUT, "%s: another moelab is writing there; choose another --out", r->part);
     record_discard(r->part);
     if (mkdir(r->part, 0777) < 0)
-        return err_set(e, ERR_IO, "cannot make %s: %s", r->part, strerror(errno));
+        return err_set(e, ERR_IO, "--out %s: cannot make the directory %s, where results are built: %s", r->out,
+                       r->part, strerror(errno));
     r->lock = open(r->part, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     if (r->lock >= 0)
         flock(r->lock, LOCK_EX | LOCK_NB); /* where a file system has no locks, nobody is kept out */

@@ -5,6 +5,7 @@
 
 #include "topology_internal.h"
 
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 
@@ -104,41 +105,50 @@ int topology_strand_sums(struct topology *t, int (*change)(struct topology *, do
 
 /* ---- paths that are left ---- */
 
-static bool any_left(const bool *dead, int32_t n)
+enum way { WAY_AS_SUMMED, WAY_NONE, WAY_NARROWER };
+
+/* Of a link that is sprayed: its strands, how many, and the sum of what is left of them. */
+struct bundle { const double *left; int32_t n; double sum; };
+
+static struct bundle bundle_of(const double *left, size_t first, int32_t n)
 {
+    struct bundle b = { left + first, n, 0 };
     for (int32_t k = 0; k < n; k++)
-        if (!dead[k])
-            return true;
-    return false;
+        b.sum += b.left[k];
+    return b;
 }
 
-/* Whether one path has no dead strand; or all of one link's are, and what crosses it will say so. */
-static bool joined(const struct topology *t, const bool *dead, int32_t src, int32_t dst)
+/* Whether a pair has as much as the sums of its links' strands say: a path has what is left of its weakest strand, so
+ * where two leaves miss different ones, their paths together have less than either's sum. If nothing is left of one
+ * link, what crosses it will say so. */
+static enum way way_between(const struct topology *t, const double *left, int32_t src, int32_t dst)
 {
     const struct layout *lay = t->priv;
     const struct fabric *f = &lay->fabric;
-    const bool *strand[TOPOLOGY_MAX_HOPS];
-    int32_t link[TOPOLOGY_MAX_HOPS], n_strands[TOPOLOGY_MAX_HOPS], n_bundles = 0;
+    struct bundle bundle[TOPOLOGY_MAX_HOPS];
+    int32_t link[TOPOLOGY_MAX_HOPS], n_bundles = 0;
     const int n = topology_route_between(t, src, dst, 0, link);
     for (int i = 0; i < n; i++) {
         size_t first;
         const int32_t strands = strands_of(t, link[i], &first);
-        if (strands == 0)
-            continue;
-        strand[n_bundles] = dead + first;
-        n_strands[n_bundles++] = strands;
-        if (!any_left(dead + first, strands))
-            return true;
+        if (strands > 0)
+            bundle[n_bundles++] = bundle_of(left, first, strands);
+        if (strands > 0 && bundle[n_bundles - 1].sum <= 0)
+            return WAY_AS_SUMMED;
     }
     const int32_t n_paths = n_bundles > 2 ? f->spines * f->cores : f->spines;
-    for (int32_t p = 0; p < n_paths && n_bundles > 0; p++) {
-        bool whole = true; /* a path over pods is strand p of their links, and over its spine in the leaves' */
+    double paths = 0, least = 1;
+    for (int32_t p = 0; p < n_paths; p++) {
+        double path = 1; /* over pods it is strand p of their links, and over its spine in the leaves' */
         for (int i = 0; i < n_bundles; i++)
-            whole &= !strand[i][n_strands[i] == n_paths ? p : p / f->cores];
-        if (whole)
-            return true;
+            path = fmin(path, bundle[i].left[bundle[i].n == n_paths ? p : p / f->cores]);
+        paths += path / n_paths;
     }
-    return n_bundles == 0;
+    for (int i = 0; i < n_bundles; i++)
+        least = fmin(least, bundle[i].sum / bundle[i].n);
+    if (n_bundles == 0 || paths > least * (1 - 1e-9))
+        return WAY_AS_SUMMED;
+    return paths > 0 ? WAY_NARROWER : WAY_NONE;
 }
 
 int topology_check_spray(const struct topology *t, double now, const struct net_flow *flow, size_t n, struct err *err)
@@ -146,23 +156,33 @@ int topology_check_spray(const struct topology *t, double now, const struct net_
     const struct layout *lay = t->priv;
     if (lay->n_strand_changes == 0 || lay->strand_change[0].at > now)
         return 0;
-    bool *dead = calloc(all_strands(&lay->fabric), sizeof *dead);
-    if (!dead)
+    const size_t n_all = all_strands(&lay->fabric);
+    double *left = malloc(n_all * sizeof *left);
+    if (!left)
         return err_set(err, ERR_MEMORY, "net: out of memory");
+    for (size_t i = 0; i < n_all; i++)
+        left[i] = 1;
     for (int32_t i = 0; i < lay->n_strand_changes && lay->strand_change[i].at <= now; i++) {
         const struct strand_change *c = &lay->strand_change[i];
         size_t first = 0;
         strands_of(t, c->link, &first);
-        dead[first + (size_t)c->strand] = c->factor <= 0;
+        left[first + (size_t)c->strand] = c->factor;
     }
     for (size_t i = 0; i < n && err->code == 0; i++) {
         const struct net_flow *f = &flow[i];
         if (f->loop || f->bytes <= 0 || f->src >= t->n_devices || f->dst >= t->n_devices ||
-            t->node[f->src] == t->node[f->dst] || joined(t, dead, f->src, f->dst))
+            t->node[f->src] == t->node[f->dst])
             continue;
-        err_set(err, ERR_RUN, "no path is left between leaf%d and leaf%d at %.9g s: the exchange from %d to %d can not "
-                "end", topology_leaf(t, f->src), topology_leaf(t, f->dst), now, f->src, f->dst);
+        const enum way way = way_between(t, left, f->src, f->dst);
+        if (way == WAY_NONE)
+            err_set(err, ERR_RUN, "no path is left between leaf%d and leaf%d at %.9g s: the exchange from %d to %d can "
+                    "not end", topology_leaf(t, f->src), topology_leaf(t, f->dst), now, f->src, f->dst);
+        else if (way == WAY_NARROWER)
+            err_set(err, ERR_RUN, "leaf%d and leaf%d miss different spines at %.9g s, so that the paths from %d to %d "
+                    "have less than either leaf's links: sprayed links do not know that; use paths = \"hash\" or "
+                    "\"split\", or faults of the same spines on both sides", topology_leaf(t, f->src),
+                    topology_leaf(t, f->dst), now, f->src, f->dst);
     }
-    free(dead);
+    free(left);
     return err->code;
 }

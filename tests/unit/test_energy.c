@@ -170,8 +170,8 @@ static void every_link(void **state)
 {
     (void)state;
     static const struct { const char *name; int nodes; const char *network; } machines[] = {
-        { "dgx-a100", 2, NULL }, { "dgx-a100", 2, "mesh" }, { "dgx-h100", 4, "spray" }, { "h800-ib", 8, "hash" },
-        { "h20", 2, NULL },
+        { "dgx-a100", 2, NULL }, { "dgx-a100", 2, "mesh" }, { "dgx-a100", 2, "shared" },
+        { "dgx-h100", 4, "spray" }, { "h800-ib", 8, "hash" }, { "h20", 2, NULL },
         { "gb200-nvl72", 1, NULL }, { "rtx4090-pcie4", 1, NULL }, { "rtx3090-pcie3", 1, NULL },
         { "a6000-xeon", 1, NULL }, { "jetson-tx2", 1, NULL }, { "star-50GBps", 3, NULL },
     };
@@ -180,6 +180,8 @@ static void every_link(void **state)
         const bool mesh = machines[i].network && !strcmp(machines[i].network, "mesh");
         if (mesh)
             json_object_set_new(json_object_get(d, "nvlink"), "kind", json_string("mesh"));
+        else if (machines[i].network && !strcmp(machines[i].network, "shared")) /* behind PCIe, not in memory */
+            json_object_set_new(json_object_get(d, "nic"), "shared", json_true());
         else if (machines[i].network)
             json_object_set_new(d, "network",
                                 json_pack("{s:s, s:i, s:i, s:i, s:s, s:i, s:i, s:i, s:s}", "kind", "fat-tree",

@@ -91,6 +91,18 @@ static void sums(void **state)
     fill(&g, NULL);
     exchange_bytes(&g, t, &g.task[1], &intra, &inter);
     assert_true(intra == 6e6 && inter == 5e6);
+    /* Evenly over the 16 NICs, or the 16 ways into NVLink: bytes over all links of a role. */
+    struct evening v;
+    struct err e = { 0 };
+    double nics = 0, ports = 0;
+    for (int32_t l = 0; l < t->n_links; l++) {
+        nics += strstr(t->link[l].name, ".nic.out") ? t->link[l].bandwidth : 0;
+        ports += strstr(t->link[l].name, ".nvlink.out") ? t->link[l].bandwidth : 0;
+    }
+    test_ok(evening_open(&v, t, &e), &e);
+    assert_true(5e6 / nics > 6e6 / ports);
+    assert_near(evening_seconds(&v, &g, &g.task[1]), 5e6 / nics, 1e-12);
+    evening_close(&v);
     exchange_sides(&g, &g.task[1], side);
     static const uint8_t expected[16] = {
         [0] = SIDE_NAMED | SIDE_SENDS, [1] = SIDE_NAMED | SIDE_GETS, [2] = SIDE_NAMED,

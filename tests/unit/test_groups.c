@@ -224,6 +224,21 @@ static const struct moe_plugin in_turn =
     TEST_POLICY(MOE_PLACEMENT, "in-turn", .state_size = sizeof(struct test_env), .init = test_keep_env,
                 .ops.placement = { .place = place_in_turn, .due = always_due, .select = select_first });
 
+/* A slot is where its first device is: of two nodes of eight, each is one. */
+static void slots_know_their_nodes(void **state)
+{
+    struct err e = { 0 };
+    json_t *spec = test_spec(test_description("dgx-h100", 2), test_trace(*state, "zero", 16, 4, 1, 2, 1, all_zero), 1,
+                             2, 1, 1, 1);
+    test_set(spec, NULL, "layout", json_pack("{s:{s:i, s:i}}", "experts", "ep", 2, "etp", 8));
+    struct run *r = test_open_run(spec, &e);
+    assert_int_equal(r->slots.view.n_devices, 2);
+    assert_int_equal(r->slots.view.n_nodes, 2);
+    assert_true(r->slots.view.node[0] == 0 && r->slots.view.node[1] == 1);
+    test_close_run(r);
+    json_decref(spec);
+}
+
 /* Two groups of two slots of two: each shard moves to the other slot of its group, from its own place there. */
 static void shards_move(void **state)
 {
@@ -364,6 +379,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         WITH_SCRATCH(tokens_stay_in_their_group),      WITH_SCRATCH(groups_do_not_wait_for_each_other),
         WITH_SCRATCH(gradients_of_groups_are_reduced), WITH_SCRATCH(shards_by_hand),
+        WITH_SCRATCH(slots_know_their_nodes),
         WITH_SCRATCH(thirds_are_thirds),               WITH_SCRATCH(gradients_of_shards_are_reduced),
         WITH_SCRATCH(shards_move),                     WITH_SCRATCH(every_placement_runs),
         WITH_SCRATCH(bad_layouts),
