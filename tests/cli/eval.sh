@@ -40,7 +40,8 @@ run_expect 2 'nan.npy\[1,0\]: found NaN, expected a finite number' "$moelab" eva
 refuse 'input.json: logits: given twice' '{ "logits": [[1]] }' router softmax-top-k --logits logits.npy --top-k 1
 refuse 'input.json: logits\[1\]: found 1 elements, expected 2' '{ "logits": [[1, 2], [3]] }' router softmax-top-k \
     --top-k 1
-refuse 'input.json: logits\[0\]\[1\]: found "2", expected a number' '{ "logits": [[1, "2"]] }' router softmax-top-k --top-k 1
+refuse 'input.json: logits\[0\]\[1\]: found "2", expected a number' \
+    '{ "logits": [[1, "2"]] }' router softmax-top-k --top-k 1
 refuse 'input.json: logit: unknown key for a router; did you mean "logits"' '{ "logit": [[1]] }' router softmax-top-k
 refuse 'input.json: recorded: is missing: router replay needs it' '{ "logits": [[1]] }' router replay --top-k 1
 refuse 'input.json: top_k: is missing' '{ "logits": [[1]] }' router softmax-top-k
