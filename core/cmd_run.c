@@ -17,7 +17,7 @@ static void help(void)
          "Runs a scenario: all combinations of its axes, each in a process of its own.\n\n"
          "  --out DIR          results directory (default: results/NAME)\n"
          "  --set KEY=VALUE    override a key of the experiment: machine.nodes=8, workload.steps=5, seed=3\n"
-         "  --machine NAME     executor: flow, simgrid or host\n"
+         "  --machine NAME     executor: flow, simgrid, host or cuda\n"
          "  --against NAME     runs everything on this executor, too, and compares: --machine host --against flow\n"
          "  --jobs N           runs at a time (default: one per processor)\n"
          "  --run-timeout S    seconds after which a run, or the script's own loop, is ended (default: 600; 0: never)\n"

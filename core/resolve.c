@@ -10,6 +10,8 @@
 #include "run.h"
 #include "sha256.h"
 
+#include <string.h>
+
 /* In the table if there is one: the same keys beside it are refused. */
 static void resolve_attention(const struct attention_shape *a, json_t *m)
 {
@@ -170,6 +172,10 @@ json_t *run_resolve(const struct run *r)
         json_object_set_new(spec, "allow_extrapolation", json_false());
     if (!json_object_get(spec, "verify"))
         json_object_set_new(spec, "verify", json_false());
+    if (!strcmp(r->machine.ops->name, "cuda"))
+        json_object_set_new(spec, "virtual_ranks", json_boolean(r->machine.virtual_ranks));
+    else
+        json_object_del(spec, "virtual_ranks"); /* means nothing there */
     if (r->offloading && !json_object_get(spec, "cache") && r->context.cache_objects > 0)
         json_object_set_new(spec, "cache",
                             json_real((double)r->context.cache_objects / (double)r->context.n_objects));

@@ -6,13 +6,14 @@
  *   seed       whole number
  *   model      sizes, see run_model.c
  *   layout     which devices split what, see run_model.c
- *   machine    executor ("flow", "simgrid", "host"), tier, file, description (a machine file, nodes applied)
+ *   machine    executor ("flow", "simgrid", "host", "cuda"), tier, file, description (a machine file, nodes applied)
  *   workload   see workload.c
  *   policies   kind -> list of {name, params}; one each but for balancers
  *   cache      share of all experts that one device holds; absent: what its memory holds
  *   warmup     steps left out of the figures
  *   allow_extrapolation  models may be asked outside of their ranges
- *   verify     machine host: compare every layer's output with a plain computation of it
+ *   verify     machines host and cuda: compare every layer's output with a plain computation of it
+ *   virtual_ranks  machine cuda: all ranks on one GPU, in one process
  * Defaults are filled in here and in workload.c; resolve.c says what they came to. */
 #include "config.h"
 
@@ -26,12 +27,12 @@
 #include <stdlib.h>
 #include <string.h>
 
-static int open_machine(struct run *r, const json_t *m, bool verify)
+static int open_machine(struct run *r, const json_t *m, bool verify, bool virtual_ranks)
 {
     const char *executor = json_string_value(json_object_get(m, "executor"));
     const char *tier = json_string_value(json_object_get(m, "tier"));
     const char *file = json_string_value(json_object_get(m, "file"));
-    static const char *const executors[] = { "flow", "simgrid", "host" };
+    static const char *const executors[] = { "flow", "simgrid", "host", "cuda" };
     if (topology_build(&r->topology, json_object_get(m, "description"), file ? file : "machine", r->err) < 0)
         return err_prefix(r->err, "%s", r->where);
     executor = executor ? executor : "flow";
@@ -43,6 +44,10 @@ static int open_machine(struct run *r, const json_t *m, bool verify)
             r->machine = (struct machine){ .topology = r->topology, .model = &r->model, .precision = PREC_FP32 };
         else if (machine_open_host(&r->machine, r->topology, &r->model, verify, r->err) < 0)
             return err_prefix(r->err, "%s: machine host", r->where);
+        r->graph.keep_items = true;
+    } else if (!strcmp(executor, "cuda")) {
+        if (machine_open_cuda(&r->machine, r->topology, &r->model, r->precision, virtual_ranks, verify, r->err) < 0)
+            return err_prefix(r->err, "%s: machine cuda", r->where);
         r->graph.keep_items = true;
     } else if (!strcmp(executor, "flow") || !strcmp(executor, "simgrid")) {
         int k = !strcmp(executor, "simgrid") ? NET_SIMGRID : NET_FLOW;
@@ -58,9 +63,9 @@ static int open_machine(struct run *r, const json_t *m, bool verify)
             return err_prefix(r->err, "%s: machine %s", r->where, executor);
         r->tier = (enum net_tier)k;
     } else {
-        const char *near = err_nearest(executor, executors, 3);
+        const char *near = err_nearest(executor, executors, 4);
         return err_set(r->err, ERR_INPUT, "%s: machine.executor: no executor named \"%s\"; %s%s", r->where, executor,
-                       near ? "did you mean " : "there are flow, simgrid and host", near ? near : "");
+                       near ? "did you mean " : "there are flow, simgrid, host and cuda", near ? near : "");
     }
     r->machine_open = true;
     r->graph.n_devices = r->topology->n_devices;
@@ -196,7 +201,8 @@ int run_open(struct run *r, json_t *spec, struct err *e)
     r->seed = (uint64_t)json_integer_value(json_object_get(spec, "seed"));
     r->decisions = UINT64_C(0xcbf29ce484222325);
     if (run_read_model(r, json_object_get(spec, "model")) < 0 ||
-        open_machine(r, json_object_get(spec, "machine"), json_is_true(json_object_get(spec, "verify"))) < 0 ||
+        open_machine(r, json_object_get(spec, "machine"), json_is_true(json_object_get(spec, "verify")),
+                     json_is_true(json_object_get(spec, "virtual_ranks"))) < 0 ||
         run_read_layout(r, json_object_get(spec, "layout")) < 0 ||
         workload_open(&r->workload, json_object_get(spec, "workload"), &r->model, r->topology->n_devices, r->seed,
                       r->where, e) < 0 ||
@@ -292,6 +298,8 @@ json_t *run_result(const struct run *r)
         json_object_set_new(json_object_get(o, "models"), "energy", json_string("watts, joules per byte"));
     if (r->extrapolated)
         json_object_set(o, "extrapolated", r->extrapolated);
+    if (r->machine.virtual_ranks)
+        json_object_set_new(o, "virtual_ranks", json_true());
     if (r->machine.verify)
         json_object_set_new(o, "verified", json_real(r->machine.max_error));
     if (r->machine.peak_memory > 0)

@@ -460,7 +460,8 @@ static int n_has(lua_State *L)
 {
     const char *name = luaL_checkstring(L, 1);
     lua_pushboolean(L, !strcmp(name, "flow") || (!strcmp(name, "simgrid") && net_simgrid_available()) ||
-                           (!strcmp(name, "host") && machine_host_available()));
+                           (!strcmp(name, "host") && machine_host_available()) ||
+                           (!strcmp(name, "cuda") && machine_cuda_available()));
     return 1;
 }
 

@@ -295,14 +295,14 @@ static int running(const struct state *s)
     return n;
 }
 
-/* Ranks of a run on machine host want the processors for themselves: one such run at a time. */
+/* Ranks of a run on machine host want the processors for themselves, those of cuda the GPU: one such run at a time. */
 static int jobs_for(json_t *specs, int wanted)
 {
     size_t i;
     json_t *spec;
     json_array_foreach(specs, i, spec) {
         const char *executor = json_string_value(json_object_get(json_object_get(spec, "machine"), "executor"));
-        if (executor && !strcmp(executor, "host"))
+        if (executor && (!strcmp(executor, "host") || !strcmp(executor, "cuda")))
             return 1;
     }
     return wanted > 0 ? wanted : 1;

@@ -318,6 +318,7 @@ struct machine {
     /* Machines that really compute; a simulated one leaves these at 0. */
     int32_t rank;     /* the device that this process is */
     bool verify;      /* compare every output with a plain reference, outside the times */
+    bool virtual_ranks; /* all ranks are in this process, on one GPU */
     double max_error; /* largest so far, relative */
     double peak_memory; /* bytes that all ranks together held at most, or 0 */
     void *priv;
@@ -328,6 +329,10 @@ int machine_open_sim(struct machine *, const struct topology *, const struct moe
 /* Real execution over MPI, in a process that is a rank: loads the module hw/host.so. */
 int machine_open_host(struct machine *, const struct topology *, const struct moe_model *, bool verify, struct err *);
 bool machine_host_available(void);
+/* Real execution on a GPU, with all ranks of the run in this process: loads the module hw/cuda.so. */
+int machine_open_cuda(struct machine *, const struct topology *, const struct moe_model *, enum precision,
+                      bool virtual_ranks, bool verify, struct err *);
+bool machine_cuda_available(void);
 /* Measures this computer, in a process that is a rank: host_calibrate.h. */
 struct host_calibration;
 int machine_calibrate_host(struct host_calibration *, int *rank, int *n_ranks, struct err *);

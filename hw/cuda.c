@@ -1,0 +1,165 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * cuda.c - the module hw/cuda.so: task graphs on a GPU.
+ *
+ * All ranks of a run are in this process, each a set of streams on one GPU, and what they send each other is copied
+ * (cuda_virtual.c). What is computed, and what is not: doc/gpu.md. */
+#include "config.h"
+
+#include "cuda.h"
+#include "cuda_check.h"
+#include "cuda_rank.h"
+
+#include <math.h>
+#include <stdlib.h>
+
+enum { MAX_VIRTUAL = 64 };
+
+/* Start and end of every task, on the machine's clock. */
+static void set_times(struct machine *m, struct moe_graph *g)
+{
+    const struct cuda *c = m->priv;
+    const struct graph_order *o = &c->plan.order;
+    double last = 0, *time = c->time;
+    for (int32_t i = 0; i < g->n_tasks; i++) {
+        const int32_t id = c->plan.sequence[i];
+        struct task *t = &g->task[id];
+        double *own = &time[2 * id];
+        if (t->kind == TASK_JOIN) /* the latest end before it, collected below */
+            own[0] = own[1] = fmax(own[0], 0);
+        for (int64_t j = o->first[id]; j < o->first[id + 1]; j++)
+            if (g->task[o->next[j]].kind == TASK_JOIN)
+                time[2 * o->next[j]] = fmax(time[2 * o->next[j]], own[1]);
+        t->start = m->now + own[0];
+        t->end = m->now + own[1];
+        last = fmax(last, own[1]);
+    }
+    m->now += last;
+}
+
+static int run_once(struct machine *m, struct moe_graph *g, struct err *e)
+{
+    struct cuda *c = m->priv;
+    if (cuda_step(c, g, e) < 0)
+        return e->code;
+    set_times(m, g);
+    if (m->verify)
+        cuda_verify(m, c, g, e);
+    c->draw++;
+    return e->code;
+}
+
+static int cuda_run(struct machine *m, struct moe_graph *g, struct err *e)
+{
+    struct cuda *c = m->priv;
+    if (g->n_route_layers != c->model->n_layers)
+        return err_set(e, ERR_RUN, "the graph keeps the routes of %d layers, expected %d", g->n_route_layers,
+                       c->model->n_layers);
+    return cuda_prepare(c, g, e) < 0 ? e->code : run_once(m, g, e);
+}
+
+static void close_rank(const struct cuda *c, struct cuda_rank *r)
+{
+    const size_t n = (size_t)c->model->n_layers * (size_t)c->model->n_experts;
+    for (size_t i = 0; r->weights && i < n; i++)
+        cudaFree(r->weights[i]);
+    for (int32_t i = 0; i < r->n_slots; i++)
+        cudaFree(r->slot[i].weights);
+    cudaFree(r->rows.at);
+    cudaFree(r->send.at);
+    cudaFree(r->operands.at);
+    cudaFree(r->results.at);
+    free(r->weights);
+    free(r->slot);
+    free(r->slot_of);
+    free(r->slot_ops);
+    free(r->load);
+    free(r->load_of);
+    free(r->row_op);
+    free(r->token_row);
+    free(r->route_row);
+    free(r->place);
+    free(r->send_at);
+    free(r->sent);
+    free(r->expert_weights);
+}
+
+static void cuda_close(struct machine *m)
+{
+    struct cuda *c = m->priv;
+    if (!c)
+        return;
+    for (int32_t i = 0; c->rank && i < c->n_here; i++)
+        close_rank(c, &c->rank[i]);
+    for (int32_t i = 0; c->stream && i < c->n_here * RANK_STREAMS; i++) {
+        struct cuda_stream *s = &c->stream[i];
+        if (s->blas)
+            cublasDestroy(s->blas);
+        if (s->stream)
+            cudaStreamDestroy(s->stream);
+        cudaFree(s->gathered.at);
+        cudaFree(s->gate.at);
+        cudaFree(s->up.at);
+    }
+    for (int64_t i = 0; i < c->n_events; i++)
+        cudaEventDestroy(c->event[i]);
+    if (c->zero)
+        cudaEventDestroy(c->zero);
+    for (int64_t i = 0; c->pinned && i < (int64_t)c->model->n_layers * c->model->n_experts; i++)
+        cudaFreeHost(c->pinned[i]);
+    if (c->comm)
+        c->comm->ops->close(c->comm);
+    cudaFree(c->index.at);
+    cuda_plan_free(&c->plan);
+    free(c->rank);
+    free(c->stream);
+    free(c->pinned);
+    free(c->route_of);
+    free(c->event);
+    free(c->time);
+    free(c);
+    m->priv = NULL;
+}
+
+static const struct machine_ops cuda_ops = { .name = "cuda", .run = cuda_run, .again = run_once, .close = cuda_close };
+
+static int open_virtual(struct machine *m, struct err *e)
+{
+    const int32_t n = m->topology->n_devices;
+    const size_t experts = (size_t)m->model->n_layers * (size_t)m->model->n_experts;
+    if (n > MAX_VIRTUAL)
+        return err_set(e, ERR_INPUT, "%d virtual ranks, expected at most %d: make the machine's nodes fewer", n,
+                       MAX_VIRTUAL);
+    if (cuda_find_device(e) < 0 || CUDA_TRY(e, 0, cudaSetDevice(0)) < 0 || cuda_top_k_check(e) < 0)
+        return e->code;
+    struct cuda *c = calloc(1, sizeof *c);
+    if (!c)
+        return err_set(e, ERR_MEMORY, "out of memory for the machine");
+    m->ops = &cuda_ops;
+    m->priv = c;
+    c->model = m->model;
+    c->n_ranks = c->n_here = n;
+    c->half = m->precision == PREC_BF16;
+    c->element = c->half ? 2 : sizeof(float);
+    c->rank = calloc((size_t)n, sizeof *c->rank);
+    c->stream = calloc((size_t)n * RANK_STREAMS, sizeof *c->stream);
+    c->pinned = calloc(experts, sizeof *c->pinned);
+    if (!c->rank || !c->stream || !c->pinned)
+        return err_set(e, ERR_MEMORY, "out of memory for the machine");
+    for (int32_t i = 0; i < n; i++) {
+        c->rank[i].rank = i;
+        if (!(c->rank[i].weights = calloc(experts, sizeof *c->rank[i].weights)))
+            return err_set(e, ERR_MEMORY, "out of memory for the machine");
+    }
+    return cuda_comm_virtual(&c->comm, n, e);
+}
+
+const struct cuda_module moelab_cuda_module = {
+    .abi = CUDA_ABI,
+    .size = sizeof(struct cuda_module),
+    .machine_size = sizeof(struct machine),
+    .graph_size = sizeof(struct moe_graph),
+    .task_size = sizeof(struct task),
+    .kernel_size = sizeof(struct kernel),
+    .model_size = sizeof(struct moe_model),
+    .open_virtual = open_virtual,
+};

@@ -1,0 +1,24 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * cuda.h - what the program and the module hw/cuda.so say to each other.
+ *
+ * The CUDA runtime and cuBLAS are linked into the module alone, so that moelab runs where they are missing. As with
+ * host.h, nothing is shared but the layouts compared below. */
+#ifndef CUDA_H
+#define CUDA_H
+
+#include "graph.h"
+#include "machine.h"
+
+enum { CUDA_ABI = 1 };
+
+struct cuda_module {
+    uint32_t abi, size;                  /* first for ever: CUDA_ABI, sizeof(struct cuda_module) */
+    uint32_t machine_size, graph_size, task_size, kernel_size, model_size;
+    /* All ranks of the run in this process, as streams of one GPU. m->topology, model, precision and verify are set. */
+    int (*open_virtual)(struct machine *, struct err *);
+};
+
+/* The one symbol that the module exports. */
+extern MOE_EXPORT const struct cuda_module moelab_cuda_module;
+
+#endif

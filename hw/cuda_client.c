@@ -1,0 +1,70 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * cuda_client.c - finds and loads the module that runs task graphs on a GPU (cuda.c). */
+#include "config.h"
+
+#include "cuda.h"
+#include "registry.h"
+
+#include <dlfcn.h>
+#include <stdio.h>
+#include <string.h>
+#include <unistd.h>
+
+static int find_module(char *path, size_t room, struct err *e)
+{
+    snprintf(path, room, "%s/hw/cuda.so", registry_exe_dir()); /* in the build tree */
+    if (access(path, R_OK) == 0)
+        return 0;
+    char here[1024];
+    snprintf(here, sizeof here, "%s", path);
+    snprintf(path, room, "%s/machine/cuda.so", MOELAB_PLUGINDIR);
+    if (access(path, R_OK) == 0)
+        return 0;
+    return err_set(e, ERR_INPUT, "no module cuda.so (looked for %s, %s): configure builds it where it finds nvcc (see "
+                   "--with-cuda)", here, path);
+}
+
+bool machine_cuda_available(void)
+{
+    char path[1024];
+    struct err why = { 0 };
+    return find_module(path, sizeof path, &why) == 0;
+}
+
+static int check(const struct cuda_module *c, const char *path, struct err *e)
+{
+    if (!c)
+        return err_set(e, ERR_INPUT, "%s: has no symbol \"moelab_cuda_module\"", path);
+    if (c->abi != CUDA_ABI || c->size != sizeof *c || c->machine_size != sizeof(struct machine) ||
+        c->graph_size != sizeof(struct moe_graph) || c->task_size != sizeof(struct task) ||
+        c->kernel_size != sizeof(struct kernel) || c->model_size != sizeof(struct moe_model))
+        return err_set(e, ERR_INPUT, "%s: built for another version of moelab: rebuild it", path);
+    return 0;
+}
+
+int machine_open_cuda(struct machine *m, const struct topology *t, const struct moe_model *model, enum precision p,
+                      bool virtual_ranks, bool verify, struct err *e)
+{
+    char path[1024];
+    memset(m, 0, sizeof *m);
+    m->topology = t;
+    m->model = model;
+    m->precision = p;
+    m->verify = verify;
+    m->virtual_ranks = virtual_ranks;
+    if (p != PREC_BF16 && p != PREC_FP32)
+        return err_set(e, ERR_INPUT, "model.precision: computes in bf16 and fp32, found %s", precision_name[p]);
+    if (!virtual_ranks)
+        return err_set(e, ERR_INPUT, "%d ranks: this version runs them on one GPU alone: set virtual_ranks = true (one "
+                       "process per GPU is not there yet)", t->n_devices);
+    if (find_module(path, sizeof path, e) < 0)
+        return e->code;
+    /* Never closed: the CUDA runtime does not survive being unloaded. */
+    void *handle = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+    if (!handle)
+        return err_set(e, ERR_INPUT, "%s", dlerror());
+    const struct cuda_module *c = dlsym(handle, "moelab_cuda_module");
+    if (check(c, path, e) < 0)
+        return e->code;
+    return c->open_virtual(m, e);
+}

@@ -1,0 +1,162 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * cuda_rank.h - the state of machine cuda within its module.
+ *
+ * Before a step's clock starts, its graph becomes a plan (cuda_plan.c): which rows each task reads and writes, and what
+ * each waits for. All row numbers are uploaded then; running a step (cuda_step.c) only queues calls on streams. A row
+ * is written once in a step, so nothing overwrites what another stream still reads; buffers that are used again (what
+ * waits to be sent, experts' hidden layers, slots of offloaded experts) belong to one stream or are waited for. */
+#ifndef CUDA_RANK_H
+#define CUDA_RANK_H
+
+#include "cuda_comm.h"
+#include "err.h"
+#include "graph.h"
+
+#include <cublas_v2.h>
+#include <cuda_runtime_api.h>
+#include <stdbool.h>
+
+/* A rank's streams: those of the graph, one for exchanges. */
+enum { COMM_STREAM = N_STREAMS, RANK_STREAMS };
+
+struct cuda_buffer { void *at; size_t room; };
+
+struct cuda_stream {
+    cudaStream_t stream;            /* NULL: no task has been on it */
+    cublasHandle_t blas;            /* its own: handles have a workspace; NULL likewise */
+    struct cuda_buffer gathered, gate, up; /* of the expert that computes */
+};
+
+enum cuda_what {
+    CUDA_PACK,    /* n rows, listed from `index`, to row `row` of the send buffer */
+    CUDA_EXPERT,  /* n rows, listed from `index`, through entry `entry` of the graph's experts, to rows from `row` */
+    CUDA_COMBINE, /* n tokens to rows from `row`; lists from `index`: before[n], first[n + 1], row[m], weight[m] */
+    CUDA_LOAD,    /* load `entry` of this rank */
+    CUDA_KERNEL,  /* kernel `entry` of the graph */
+    CUDA_PLAIN    /* the task's FLOPs or bytes */
+};
+struct cuda_act { enum cuda_what what; int32_t n, entry; int64_t index, row; };
+
+/* Bytes of rows, or of weights that move, which mean nothing. */
+struct cuda_transfer { int32_t peer, round; bool sends; int64_t at; size_t bytes; };
+
+/* One task, as far as it is one rank's. */
+struct cuda_op {
+    int32_t task, rank, stream; /* task -1: after the step; stream: rank's place here * RANK_STREAMS + its number */
+    int32_t first_act, n_acts, first_wait, n_waits, first_transfer, n_transfers;
+};
+
+struct cuda_plan {
+    struct graph_order order;
+    int32_t *sequence;
+    int32_t *task_op;     /* [tasks] first operation, or -1; of exchanges one for each rank here, in order */
+    int32_t *task_join;   /* [tasks] a join's place in `join`, or -1 */
+    int32_t *join;        /* [joins][streams] the last operation on each stream that it waits for, or -1 */
+    struct cuda_op *op;
+    struct cuda_act *act;
+    struct cuda_transfer *transfer;
+    int32_t *wait;        /* operations */
+    int32_t *index;       /* rows, and weights as their bits */
+    int64_t n_op, room_op, n_act, room_act, n_transfer, room_transfer, n_wait, room_wait, n_index, room_index;
+    int32_t n_joins;
+    /* While it is made: */
+    int32_t *need;        /* [streams] */
+    int32_t *waited;      /* [streams][streams] the last operation of the second that the first has waited for */
+    int32_t *pred;        /* by task */
+    int64_t *pred_first;
+    bool *packed;         /* [ranks here][tasks] */
+    int32_t *experts_left;/* [ranks here][tasks] of joins, tasks of experts that are not done */
+};
+
+struct cuda_slot { void *weights; int64_t planned, passing, at_start; };
+struct cuda_load { int32_t slot; int64_t object; };
+
+struct cuda_rank {
+    int32_t rank;
+    int64_t n_rows, room_rows;     /* planned; row_op's room */
+    int32_t *row_op;               /* by row, what writes it; -1: an input */
+    int64_t *token_row, *route_row;/* as in host_rank.h */
+    int32_t *place, *own, n_own;   /* likewise */
+    struct cuda_buffer rows, send, operands, results;
+    size_t send_rows;              /* most that wait at one time */
+    size_t *send_at;               /* [tasks] */
+    struct cuda_sent { int32_t op; size_t from, to; } *sent; /* exchanges so far */
+    int64_t n_sent, room_sent;
+    size_t operand_bytes, result_bytes;
+    size_t at_operands;
+    void **weights;                /* [L * E] on the device, of what is not offloaded */
+    const void **expert_weights;   /* [experts of all tasks] */
+    /* Offloaded experts. */
+    struct cuda_slot *slot;
+    int32_t n_slots;
+    int32_t *slot_of;              /* [L * E] or -1; NULL: nothing was ever loaded */
+    int32_t (*slot_ops)[RANK_STREAMS]; /* [slots] what used it last, by stream */
+    struct cuda_load *load;
+    int32_t *load_of, n_loads;     /* [tasks] */
+};
+
+struct cuda {
+    const struct moe_model *model;
+    const struct moe_graph *graph; /* of the last run */
+    int32_t n_ranks, n_here;       /* of all processes, in this one */
+    bool half;                     /* bf16 */
+    size_t element;                /* bytes */
+    int32_t draw;                  /* of inputs, so far */
+    struct cuda_comm *comm;
+    struct cuda_rank *rank;        /* [n_here] */
+    struct cuda_stream *stream;    /* [n_here * RANK_STREAMS] */
+    struct cuda_plan plan;
+    void **pinned;                 /* [L * E] offloaded experts in the host's memory */
+    int64_t *route_of;             /* [L * (T + 1)] */
+    struct cuda_buffer index;      /* plan.index on the device */
+    cudaEvent_t *event, zero;      /* [2 * operations] */
+    int64_t n_events;
+    double *time;                  /* [tasks][2] */
+};
+
+/* cuda_prepare.c: checks the graph, makes its plan, and room for all that it touches. */
+int cuda_prepare(struct cuda *, const struct moe_graph *, struct err *);
+/* cuda_plan.c */
+int cuda_plan(struct cuda *, const struct moe_graph *, struct err *);
+void cuda_plan_free(struct cuda_plan *);
+/* Appends to a list of the plan; false: no memory. */
+bool cuda_grow(void *list, int64_t *room, int64_t need, size_t size, struct err *);
+/* cuda_rows.c: what a task reads and writes. */
+int cuda_plan_task(struct cuda *, const struct moe_graph *, struct cuda_rank *, int32_t id, int32_t op, struct err *);
+int cuda_plan_end(struct cuda *, const struct moe_graph *, struct cuda_rank *, int32_t op, struct err *);
+/* cuda_store.c: where weights are. */
+int cuda_store_prepare(struct cuda *, struct cuda_rank *, const struct moe_graph *, bool offloads, struct err *);
+int cuda_store_rewind(struct cuda *, struct cuda_rank *, struct err *);
+size_t cuda_expert_bytes(const struct cuda *, int64_t object);
+/* cuda_step.c: the plan once, with poisoned rows and new inputs; then c->time holds each task's. */
+int cuda_step(struct cuda *, const struct moe_graph *, struct err *);
+/* cuda_math.c: products and kernels on a stream. */
+int cuda_run_expert(struct cuda *, struct cuda_rank *, struct cuda_stream *, const struct moe_graph *,
+                    int32_t layer, const struct cuda_act *, struct err *);
+int cuda_run_kernel(struct cuda *, struct cuda_rank *, struct cuda_stream *, const struct kernel *, struct err *);
+int cuda_run_plain(struct cuda *, struct cuda_rank *, struct cuda_stream *, double flops, double bytes, struct err *);
+/* Bytes that the tasks of a device want at a time of numbers to read, and room to write. */
+void cuda_math_room(const struct cuda *, const struct moe_graph *, int32_t device, size_t *in, size_t *out);
+int cuda_top_k_check(struct err *);
+
+/* cuda_verify.c: every layer of every token against the reference. */
+int cuda_verify(struct machine *, struct cuda *, const struct moe_graph *, struct err *);
+void cuda_from_floats(const struct cuda *, size_t n, const float *from, void *to);
+void cuda_to_floats(const struct cuda *, size_t n, const void *from, float *to);
+
+static inline size_t row_bytes(const struct cuda *c)
+{
+    return c->element * (size_t)c->model->d_model;
+}
+
+static inline int64_t *token_row(const struct cuda_rank *r, const struct moe_graph *g, int32_t layer, int32_t token)
+{
+    return &r->token_row[(size_t)layer * (size_t)g->n_tokens + (size_t)token];
+}
+
+static inline int64_t route_of(const struct cuda *c, const struct moe_graph *g, int32_t layer, int32_t token)
+{
+    return c->route_of[(size_t)layer * ((size_t)g->n_tokens + 1) + (size_t)token];
+}
+
+#endif

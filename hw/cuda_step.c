@@ -1,0 +1,212 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * cuda_step.c - runs a plan: queues everything, waits once, reads the clocks.
+ *
+ * Each operation lies between two events, whose times are those of its task; the second is what others wait for. All
+ * streams begin behind one event, which is the step's start. */
+#include "config.h"
+
+#include "cuda_check.h"
+#include "cuda_kernels.h"
+#include "cuda_rank.h"
+#include "host_model.h"
+
+#include <math.h>
+#include <stdlib.h>
+
+/* ---- before ---- */
+
+static int place_inputs(struct cuda *c, struct cuda_rank *r, struct err *e)
+{
+    const size_t d = (size_t)c->model->d_model, n = (size_t)r->n_own;
+    float *row = malloc(d * sizeof *row);
+    char *made = malloc(n * row_bytes(c) + 1);
+    if (!row || !made)
+        err_set(e, ERR_MEMORY, "rank %d: out of memory for %zu inputs", r->rank, n);
+    for (size_t i = 0; i < n && !e->code; i++) {
+        host_input(c->model, c->draw, r->own[i], row);
+        cuda_from_floats(c, d, row, made + i * row_bytes(c));
+    }
+    if (n > 0)
+        CUDA_TRY(e, r->rank, cudaMemcpy(r->rows.at, made, n * row_bytes(c), cudaMemcpyHostToDevice));
+    free(row);
+    free(made);
+    return e->code;
+}
+
+static int begin(struct cuda *c, struct err *e)
+{
+    for (int32_t i = 0; i < c->n_here && !e->code; i++) {
+        struct cuda_rank *r = &c->rank[i];
+        if (r->n_rows > 0) /* not numbers: nothing is left of the last time */
+            CUDA_TRY(e, r->rank, cudaMemset(r->rows.at, 0xff, (size_t)r->n_rows * row_bytes(c)));
+        if (r->send_rows > 0)
+            CUDA_TRY(e, r->rank, cudaMemset(r->send.at, 0xff, r->send_rows * row_bytes(c)));
+        place_inputs(c, r, e);
+        cuda_store_rewind(c, r, e);
+    }
+    return CUDA_TRY(e, c->rank[0].rank, cudaDeviceSynchronize());
+}
+
+/* Every stream that this plan uses waits for the start. */
+static int start(struct cuda *c, struct err *e)
+{
+    struct cuda_stream *first = NULL;
+    for (int32_t s = 0; s < c->n_here * RANK_STREAMS && !e->code; s++) {
+        const int32_t rank = c->rank[s / RANK_STREAMS].rank;
+        if (!c->stream[s].stream)
+            continue;
+        if (!first) {
+            first = &c->stream[s];
+            CUDA_TRY(e, rank, cudaEventRecord(c->zero, first->stream));
+        } else {
+            CUDA_TRY(e, rank, cudaStreamWaitEvent(c->stream[s].stream, c->zero, 0));
+        }
+    }
+    return e->code;
+}
+
+/* ---- one task ---- */
+
+static int run_act(struct cuda *c, const struct moe_graph *g, const struct cuda_op *op, const struct cuda_act *a,
+                   struct err *e)
+{
+    struct cuda_rank *r = &c->rank[op->rank];
+    struct cuda_stream *s = &c->stream[op->stream];
+    const int32_t *index = (const int32_t *)c->index.at + a->index;
+    switch (a->what) {
+    case CUDA_PACK:
+        return CUDA_TRY(e, r->rank, cuda_gather(s->stream, row_bytes(c), a->n, index, r->rows.at,
+                                                (char *)r->send.at + (size_t)a->row * row_bytes(c)));
+    case CUDA_EXPERT:
+        return cuda_run_expert(c, r, s, g, g->task[op->task].layer, a, e);
+    case CUDA_COMBINE: {
+        const int32_t *first = index + a->n, *row = first + a->n + 1, *weight = row + a->entry;
+        const struct cuda_combine lists = { index, first, row, (const float *)(const void *)weight };
+        return CUDA_TRY(e, r->rank, cuda_combine(s->stream, c->half, c->model->d_model, a->n, lists, r->rows.at,
+                                                 (char *)r->rows.at + (size_t)a->row * row_bytes(c)));
+    }
+    case CUDA_LOAD: {
+        const struct cuda_load *l = &r->load[a->entry];
+        return CUDA_TRY(e, r->rank, cudaMemcpyAsync(r->slot[l->slot].weights, c->pinned[l->object],
+                                                    cuda_expert_bytes(c, l->object), cudaMemcpyHostToDevice,
+                                                    s->stream));
+    }
+    case CUDA_KERNEL:
+        return cuda_run_kernel(c, r, s, &g->kernel[a->entry], e);
+    case CUDA_PLAIN:
+        return cuda_run_plain(c, r, s, g->task[op->task].flops, g->task[op->task].bytes, e);
+    }
+    return e->code;
+}
+
+static int begin_op(struct cuda *c, const struct moe_graph *g, int32_t id, struct err *e)
+{
+    const struct cuda_op *op = &c->plan.op[id];
+    const int32_t rank = c->rank[op->rank].rank;
+    cudaStream_t s = c->stream[op->stream].stream;
+    for (int32_t i = op->first_wait; i < op->first_wait + op->n_waits; i++)
+        CUDA_TRY(e, rank, cudaStreamWaitEvent(s, c->event[2 * c->plan.wait[i] + 1], 0));
+    CUDA_TRY(e, rank, cudaEventRecord(c->event[2 * id], s));
+    for (int32_t i = op->first_act; i < op->first_act + op->n_acts && !e->code; i++)
+        run_act(c, g, op, &c->plan.act[i], e);
+    return e->code;
+}
+
+static int end_op(struct cuda *c, int32_t id, struct err *e)
+{
+    const struct cuda_op *op = &c->plan.op[id];
+    return CUDA_TRY(e, c->rank[op->rank].rank, cudaEventRecord(c->event[2 * id + 1], c->stream[op->stream].stream));
+}
+
+/* One group for what all ranks here send and receive in one round. False: there is none of this round. */
+static bool exchange(struct cuda *c, int32_t first, int32_t round, bool rows, struct err *e)
+{
+    const struct cuda_comm_ops *ops = c->comm->ops;
+    bool any = false;
+    for (int32_t i = 0; i < c->n_here && !e->code; i++) {
+        const struct cuda_op *op = &c->plan.op[first + i];
+        struct cuda_rank *r = &c->rank[i];
+        cudaStream_t s = c->stream[op->stream].stream;
+        for (int32_t j = op->first_transfer; j < op->first_transfer + op->n_transfers && !e->code; j++) {
+            const struct cuda_transfer *x = &c->plan.transfer[j];
+            if (x->round != round)
+                continue;
+            if (!any)
+                ops->group_begin(c->comm, e);
+            any = true;
+            char *from = rows ? r->send.at : r->operands.at, *to = rows ? r->rows.at : r->results.at;
+            if (x->sends)
+                ops->send(c->comm, r->rank, from + x->at, x->bytes, x->peer, s, e);
+            else
+                ops->recv(c->comm, r->rank, to + x->at, x->bytes, x->peer, s, e);
+        }
+    }
+    if (any)
+        ops->group_end(c->comm, e);
+    return any;
+}
+
+static int run_task(struct cuda *c, const struct moe_graph *g, int32_t id, struct err *e)
+{
+    const int32_t op = c->plan.task_op[id];
+    if (op < 0)
+        return e->code;
+    const bool exchanges = g->task[id].kind == TASK_EXCHANGE;
+    const int32_t n = exchanges ? c->n_here : 1;
+    for (int32_t i = 0; i < n && !e->code; i++)
+        begin_op(c, g, op + i, e);
+    for (int32_t round = 0; exchanges && !e->code; round++)
+        if (!exchange(c, op, round, g->task[id].payload != MOE_PAY_BYTES, e))
+            break;
+    for (int32_t i = 0; i < n && !e->code; i++)
+        end_op(c, op + i, e);
+    return e->code;
+}
+
+/* ---- after ---- */
+
+static double since_start(const struct cuda *c, int64_t event, struct err *e)
+{
+    float ms = 0;
+    CUDA_TRY(e, c->rank[0].rank, cudaEventElapsedTime(&ms, c->zero, c->event[event]));
+    return (double)ms * 1e-3;
+}
+
+/* An exchange begins when the last rank has come to it and ends when the last leaves it. */
+static int read_times(struct cuda *c, const struct moe_graph *g, struct err *e)
+{
+    for (int32_t id = 0; id < g->n_tasks && !e->code; id++) {
+        double *time = &c->time[2 * id];
+        const int32_t op = c->plan.task_op[id], n = g->task[id].kind == TASK_EXCHANGE ? c->n_here : 1;
+        time[0] = time[1] = op < 0 ? -INFINITY : 0;
+        for (int32_t i = 0; op >= 0 && i < n; i++) {
+            time[0] = fmax(time[0], since_start(c, 2 * (int64_t)(op + i), e));
+            time[1] = fmax(time[1], since_start(c, 2 * (int64_t)(op + i) + 1, e));
+        }
+    }
+    for (int32_t id = 0; id < g->n_tasks && !e->code; id++) { /* what arrives on a rank is there when its own ends */
+        const struct task *t = &g->task[id];
+        const int32_t place = t->kind == TASK_ARRIVAL ? t->device - c->rank[0].rank : -1;
+        if (place >= 0 && place < c->n_here) {
+            c->time[2 * id] = c->time[2 * t->exchange];
+            c->time[2 * id + 1] = fmax(c->time[2 * id],
+                                       since_start(c, 2 * ((int64_t)c->plan.task_op[t->exchange] + place) + 1, e));
+        }
+    }
+    return e->code;
+}
+
+int cuda_step(struct cuda *c, const struct moe_graph *g, struct err *e)
+{
+    const struct cuda_plan *p = &c->plan;
+    if (begin(c, e) < 0 || start(c, e) < 0)
+        return e->code;
+    for (int32_t i = 0; i < g->n_tasks && !e->code; i++)
+        run_task(c, g, p->sequence[i], e);
+    for (int64_t i = p->n_op - c->n_here; i < p->n_op && !e->code; i++) { /* after the step's last task */
+        begin_op(c, g, (int32_t)i, e);
+        end_op(c, (int32_t)i, e);
+    }
+    CUDA_TRY(e, c->rank[0].rank, cudaDeviceSynchronize());
+    return e->code ? e->code : read_times(c, g, e);
+}

@@ -1,0 +1,203 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * kernels.c - see standin.h: twins of our own kernels, and the part of cuBLAS that the module uses. Plain loops. */
+#include "standin.h"
+
+#include "cuda_kernels.h"
+
+#include <cublas_v2.h>
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* ---- elements ---- */
+
+static float get(bool half, const void *p, size_t i)
+{
+    uint16_t h;
+    uint32_t bits;
+    float v;
+    if (!half) {
+        memcpy(&v, (const char *)p + 4 * i, sizeof v);
+        return v;
+    }
+    memcpy(&h, (const char *)p + 2 * i, sizeof h);
+    bits = (uint32_t)h << 16;
+    memcpy(&v, &bits, sizeof v);
+    return v;
+}
+
+static void put(bool half, void *p, size_t i, float v)
+{
+    uint32_t bits;
+    if (!half) {
+        memcpy((char *)p + 4 * i, &v, sizeof v);
+        return;
+    }
+    memcpy(&bits, &v, sizeof bits);
+    const uint16_t h = (uint16_t)(isnan(v) ? 0xffff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+    memcpy((char *)p + 2 * i, &h, sizeof h);
+}
+
+/* ---- kernels ---- */
+
+struct gather { size_t bytes; int32_t n; const int32_t *index; const char *from; char *to; };
+
+static void gather(const void *work)
+{
+    const struct gather *g = work;
+    for (int32_t i = 0; i < g->n; i++)
+        memcpy(g->to + (size_t)i * g->bytes, g->from + (size_t)g->index[i] * g->bytes, g->bytes);
+}
+
+cudaError_t cuda_gather(cudaStream_t s, size_t bytes, int32_t n, const int32_t *index, const void *from, void *to)
+{
+    const struct gather g = { bytes, n, index, from, to };
+    return standin_queue(s, "gather", n, gather, &g, sizeof g);
+}
+
+struct activate { bool half; int64_t n; void *gate; const void *up; };
+
+static void activate(const void *work)
+{
+    const struct activate *a = work;
+    for (size_t i = 0; i < (size_t)a->n; i++) {
+        const float g = get(a->half, a->gate, i);
+        put(a->half, a->gate, i, g / (1 + expf(-g)) * get(a->half, a->up, i));
+    }
+}
+
+cudaError_t cuda_activate(cudaStream_t s, bool half, int64_t n, void *gate, const void *up)
+{
+    const struct activate a = { half, n, gate, up };
+    return standin_queue(s, "activate", (double)n, activate, &a, sizeof a);
+}
+
+struct combine { bool half; int32_t d, n; struct cuda_combine lists; const void *rows; void *to; };
+
+static void combine(const void *work)
+{
+    const struct combine *c = work;
+    const size_t d = (size_t)c->d;
+    float *sum = malloc(d * sizeof *sum);
+    for (size_t i = 0; sum && i < (size_t)c->n; i++) {
+        float squares = 0;
+        for (size_t j = 0; j < d; j++) {
+            sum[j] = get(c->half, c->rows, (size_t)c->lists.before[i] * d + j);
+            for (int32_t k = c->lists.first[i]; k < c->lists.first[i + 1]; k++)
+                sum[j] += c->lists.weight[k] * get(c->half, c->rows, (size_t)c->lists.row[k] * d + j);
+            squares += sum[j] * sum[j];
+        }
+        for (size_t j = 0; j < d; j++)
+            put(c->half, c->to, i * d + j, sum[j] / sqrtf(squares / (float)d + 1e-6f));
+    }
+    free(sum);
+}
+
+cudaError_t cuda_combine(cudaStream_t s, bool half, int32_t d, int32_t n, struct cuda_combine lists, const void *rows,
+                         void *to)
+{
+    const struct combine c = { half, d, n, lists, rows, to };
+    return standin_queue(s, "combine", n, combine, &c, sizeof c);
+}
+
+struct top_k { int32_t n, n_experts, k; const float *logits; int32_t *ids; };
+
+/* Not as the module's own check goes: by striking out what is chosen. */
+static void top_k(const void *work)
+{
+    const struct top_k *a = work;
+    bool *chosen = malloc((size_t)a->n_experts);
+    for (int32_t t = 0; chosen && t < a->n; t++) {
+        const float *row = a->logits + (size_t)t * (size_t)a->n_experts;
+        memset(chosen, 0, (size_t)a->n_experts);
+        for (int32_t i = 0; i < a->k; i++) {
+            int32_t best = -1;
+            for (int32_t e = 0; e < a->n_experts; e++)
+                if (!chosen[e] && (best < 0 || row[e] > row[best]))
+                    best = e;
+            chosen[best] = true;
+            a->ids[(size_t)t * (size_t)a->k + (size_t)i] = best;
+        }
+    }
+    free(chosen);
+}
+
+cudaError_t cuda_top_k(cudaStream_t s, int32_t n, int32_t n_experts, int32_t k, const float *logits, int32_t *ids)
+{
+    const struct top_k a = { n, n_experts, k, logits, ids };
+    return standin_queue(s, "top-k", n, top_k, &a, sizeof a);
+}
+
+struct move { int64_t n; const float *from; float *to; };
+
+static void move(const void *work)
+{
+    const struct move *m = work;
+    for (int64_t i = 0; i < m->n; i++)
+        m->to[i] = 0.5f * m->from[i];
+}
+
+cudaError_t cuda_move(cudaStream_t s, int64_t n, const float *from, float *to)
+{
+    const struct move m = { n, from, to };
+    return standin_queue(s, "move", (double)n, move, &m, sizeof m);
+}
+
+/* ---- cuBLAS: only what is asked for here, columns first ---- */
+
+struct cublasContext { cudaStream_t stream; };
+
+cublasStatus_t cublasCreate(cublasHandle_t *h)
+{
+    *h = calloc(1, sizeof **h);
+    return *h ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_ALLOC_FAILED;
+}
+
+cublasStatus_t cublasDestroy(cublasHandle_t h)
+{
+    free(h);
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+cublasStatus_t cublasSetStream(cublasHandle_t h, cudaStream_t s)
+{
+    h->stream = s;
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+const char *cublasGetStatusString(cublasStatus_t code)
+{
+    return code == CUBLAS_STATUS_SUCCESS ? "success" : "an error";
+}
+
+struct gemm { bool half; size_t m, n, k, lda, ldb, ldc; const void *a, *b; void *c; };
+
+static void gemm(const void *work)
+{
+    const struct gemm *g = work;
+    for (size_t j = 0; j < g->n; j++)
+        for (size_t i = 0; i < g->m; i++) {
+            float sum = 0;
+            for (size_t l = 0; l < g->k; l++)
+                sum += get(g->half, g->a, l * g->lda + i) * get(g->half, g->b, j * g->ldb + l);
+            put(g->half, g->c, j * g->ldc + i, sum);
+        }
+}
+
+cublasStatus_t cublasGemmEx(cublasHandle_t h, cublasOperation_t ta, cublasOperation_t tb, int m, int n, int k,
+                            const void *alpha, const void *a, cudaDataType at, int lda, const void *b, cudaDataType bt,
+                            int ldb, const void *beta, void *c, cudaDataType ct, int ldc, cublasComputeType_t compute,
+                            cublasGemmAlgo_t algo)
+{
+    float one, zero;
+    (void)algo;
+    memcpy(&one, alpha, sizeof one);
+    memcpy(&zero, beta, sizeof zero);
+    if (ta != CUBLAS_OP_N || tb != CUBLAS_OP_N || at != bt || at != ct || one < 1 || one > 1 || zero < 0 || zero > 0 ||
+        compute != CUBLAS_COMPUTE_32F || m < 1 || n < 1 || k < 1 || lda < m || ldb < k || ldc < m)
+        return CUBLAS_STATUS_INVALID_VALUE;
+    const struct gemm g = { at == CUDA_R_16BF, (size_t)m, (size_t)n, (size_t)k, (size_t)lda, (size_t)ldb, (size_t)ldc,
+                            a, b, c };
+    return standin_queue(h->stream, "gemm", 2.0 * m * n * k, gemm, &g, sizeof g) == cudaSuccess ?
+           CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_EXECUTION_FAILED;
+}

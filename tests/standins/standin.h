@@ -1,0 +1,32 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * standin.h - a CUDA runtime, cuBLAS and our kernels for tests: on the host's memory, without a GPU.
+ *
+ * What is queued on a stream stays there until somebody waits for it, and then streams run one piece of work at a time
+ * in an order that is as bad as the seed makes it: only what a stream or an event orders is ordered. So whoever forgets
+ * an event reads what is not there yet. Every call that is queued is recorded. */
+#ifndef STANDIN_H
+#define STANDIN_H
+
+#include <cuda_runtime_api.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+/* Which stream goes on: the last that can, the first that can, or any. */
+enum standin_order { STANDIN_LAST, STANDIN_FIRST, STANDIN_ANY };
+
+/* Forgets records and what went wrong. lose: the number of the next wait for an event that is not made, or -1. */
+void standin_open(enum standin_order, uint64_t seed, int64_t lose);
+/* Device memory and events and streams that nobody has freed. */
+int64_t standin_left(void);
+int64_t standin_waits(void);
+/* Bytes that the device has; 0: as many as asked for. */
+void standin_memory(size_t);
+/* One line for each call that was queued, in order: "s1 copy d2d 40". Streams and events by number, from 0. */
+const char *standin_calls(void);
+
+/* Work that runs when its stream comes to it; `work` is copied. */
+cudaError_t standin_queue(cudaStream_t, const char *what, double size, void (*run)(const void *work), const void *work,
+                          size_t n);
+
+#endif

@@ -1,0 +1,211 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * test_cuda.c - machine cuda without a GPU: the module's own code on stand-ins for CUDA and cuBLAS (standin.h), which
+ * run streams as badly ordered as events allow. Whole steps are computed, and every layer is compared with the
+ * reference; what is queued is compared with a list written by hand. */
+#include "core_test.h"
+
+#include "cuda.h"
+#include "cuda_check.h"
+#include "cuda_kernels.h"
+#include "cuda_rank.h"
+#include "standin.h"
+
+/* ---- whole runs ---- */
+
+struct shape { int nodes, devices, layers, experts, k, batch, steps; };
+
+static json_t *spec_of(struct scratch *s, struct shape x)
+{
+    const int64_t n = (int64_t)x.nodes * x.devices * x.batch * x.steps;
+    uint8_t *expert = malloc((size_t)(n * x.layers * x.k));
+    assert_non_null(expert);
+    for (int64_t i = 0; i < n * x.layers; i++) { /* k different ones each, the low numbers more often */
+        const uint64_t r = moe_mix((uint64_t)i);
+        const int first = (int)(r % (uint64_t)x.experts * (r >> 32 & 0xff) / 256);
+        for (int j = 0; j < x.k; j++)
+            expert[i * x.k + j] = (uint8_t)((first + j * (1 + (int)(r >> 40 & 1))) % x.experts);
+    }
+    const char *trace = test_trace(s, "trace", x.nodes * x.devices * x.batch, x.steps, x.layers, x.experts, x.k, expert);
+    free(expert);
+    json_t *machine = test_description(x.devices > 1 ? "h800-ib" : "star-50GBps", x.nodes);
+    if (x.devices > 1)
+        json_object_set_new(machine, "devices", json_integer(x.devices));
+    json_t *spec = test_spec(machine, trace, x.layers, x.experts, x.k, x.batch, x.steps);
+    const char *const small[] = { "d_model", "d_expert", "n_heads", "d_head" };
+    const int size[] = { 24, 16, 1, 16 };
+    for (int i = 0; i < 4; i++)
+        test_set(spec, "model", small[i], json_integer(size[i]));
+    test_set(spec, "model", "precision", json_string("fp32"));
+    test_set(spec, NULL, "allow_extrapolation", json_true());
+    test_set(spec, NULL, "repetitions", json_integer(2));
+    return spec;
+}
+
+/* Opens the run on a simulated machine and puts ours in its place. */
+static struct run *open_run(json_t *spec, struct err *e)
+{
+    struct run *r = test_open_run(spec, e);
+    const enum precision p = r->precision;
+    machine_close(&r->machine);
+    r->machine = (struct machine){ .topology = r->topology, .model = &r->model, .precision = p, .verify = true,
+                                   .virtual_ranks = true };
+    r->tier = N_NET_TIERS;
+    r->graph.keep_items = true;
+    moelab_cuda_module.open_virtual(&r->machine, e);
+    return r;
+}
+
+/* Takes the specification. The largest error of any output, or -1 and what failed. */
+static double run_spec(json_t *spec, struct err *e)
+{
+    struct run *r = open_run(spec, e);
+    const double error = e->code || run_go(r) < 0 ? -1 : r->machine.max_error;
+    test_close_run(r);
+    json_decref(spec);
+    return error;
+}
+
+static double run_well(json_t *spec, uint64_t seed)
+{
+    struct err e = { 0 };
+    standin_open((enum standin_order)(seed % 3), seed, -1);
+    const double error = run_spec(spec, &e);
+    if (error < 0)
+        fail_msg("order %d: %s", (int)(seed % 3), e.text);
+    assert_int_equal(standin_left(), 0);
+    return error;
+}
+
+/* Not 0: the reference computes in double. */
+#define assert_single(error) assert_true((error) > 1e-9 && (error) < 1e-5)
+
+static void layouts_and_placements(void **state)
+{
+    static const char *const dispatch[] = { "flat", "node-dedup" };
+    static const char *const placement[] = { "contiguous", "round-robin", "eplb" };
+    static const struct shape shapes[] = { { 2, 1, 1, 4, 2, 3, 2 }, { 3, 1, 2, 6, 2, 4, 2 }, { 2, 2, 3, 8, 3, 4, 2 },
+                                           { 2, 4, 2, 16, 4, 3, 2 } };
+    uint64_t seed = 0;
+    for (size_t s = 0; s < sizeof shapes / sizeof *shapes; s++)
+        for (int d = 0; d < 2; d++)
+            for (int p = 0; p < 3; p++) {
+                json_t *spec = spec_of(*state, shapes[s]);
+                test_policy(spec, "dispatch", dispatch[d]);
+                test_policy(spec, "placement", placement[p]);
+                assert_single(run_well(spec, seed++));
+            }
+}
+
+static void offloaded_experts(void **state)
+{
+    static const char *const offload[] = { "lru", "lfu", "belady" };
+    uint64_t seed = 0;
+    for (int p = 0; p < 3; p++)
+        for (int share = 0; share < 2; share++)
+            for (int order = 0; order < 3; order++) {
+                json_t *spec = spec_of(*state, (struct shape){ 2, 1, 2, 8, 2, 4, 4 });
+                test_policy(spec, "offload", offload[p]);
+                test_set(spec, NULL, "cache", json_real(share ? 0.5 : 0.125));
+                assert_single(run_well(spec, seed++));
+            }
+}
+
+static void in_bf16(void **state)
+{
+    json_t *spec = spec_of(*state, (struct shape){ 2, 2, 2, 8, 2, 6, 2 });
+    test_set(spec, "model", "precision", json_string("bf16"));
+    const double error = run_well(spec, 1);
+    assert_true(error > 1e-4 && error < 1e-2); /* more than single precision's: bf16 it was */
+}
+
+/* ---- a wait that is forgotten is noticed ---- */
+
+/* Each wait in turn is left out. Some are for what was long done, or stand between times and not between data; but of
+ * the rest, orders this bad must find most, and the run says so by itself. */
+static void lost_waits(void **state)
+{
+    const struct shape shape = { 2, 1, 1, 4, 2, 4, 1 };
+    int found = 0;
+    standin_open(STANDIN_LAST, 0, -1);
+    struct err e = { 0 };
+    json_t *spec = spec_of(*state, shape);
+    test_set(spec, NULL, "repetitions", json_integer(1));
+    assert_true(run_spec(json_incref(spec), &e) >= 0);
+    const int64_t n = standin_waits();
+    assert_true(n > 10);
+    for (int64_t i = 0; i < n; i++) {
+        bool noticed = false;
+        for (int order = 0; order < 2 && !noticed; order++) {
+            e = (struct err){ 0 };
+            standin_open((enum standin_order)order, 0, i);
+            noticed = run_spec(json_incref(spec), &e) < 0;
+            assert_true(!noticed || e.code == ERR_RUN);
+        }
+        found += noticed;
+    }
+    json_decref(spec);
+    print_message("[ info ] %d of %lld lost waits noticed\n", found, (long long)n);
+    assert_true(found >= 6);
+}
+
+/* ---- errors ---- */
+
+static void out_of_memory(void **state)
+{
+    struct err e = { 0 };
+    standin_open(STANDIN_LAST, 0, -1);
+    struct run *r = open_run(spec_of(*state, (struct shape){ 2, 1, 1, 4, 2, 4, 1 }), &e);
+    test_ok(e.code, &e);
+    standin_memory(5000); /* an expert of 24 x 16 takes 4608 */
+    assert_int_equal(run_go(r), ERR_MEMORY);
+    assert_non_null(strstr(e.text, "out of device memory: 0.000 GB for"));
+    assert_non_null(strstr(e.text, "Keep fewer experts"));
+    json_t *spec = r->spec;
+    test_close_run(r);
+    json_decref(spec);
+    assert_int_equal(standin_left(), 0);
+}
+
+/* What one rank sends and the other expects have to agree. */
+static void unmatched(void **state)
+{
+    struct cuda_comm *c;
+    cudaStream_t s;
+    char buffer[16];
+    (void)state;
+    standin_open(STANDIN_LAST, 0, -1);
+    assert_int_equal(cudaStreamCreateWithFlags(&s, cudaStreamNonBlocking), cudaSuccess);
+    struct err e = { 0 };
+    test_ok(cuda_comm_virtual(&c, 2, &e), &e);
+    c->ops->group_begin(c, &e);
+    c->ops->send(c, 0, buffer, 8, 1, s, &e);
+    c->ops->recv(c, 1, buffer, 4, 0, s, &e);
+    assert_int_equal(c->ops->group_end(c, &e), ERR_RUN);
+    assert_string_equal(e.text, "rank 0 sends 8 bytes to rank 1, which expects 4");
+    e = (struct err){ 0 };
+    c->ops->group_begin(c, &e);
+    c->ops->send(c, 0, buffer, 8, 1, s, &e);
+    assert_int_equal(c->ops->group_end(c, &e), ERR_RUN);
+    assert_string_equal(e.text, "rank 0 sends 8 bytes to rank 1, which expects none");
+    e = (struct err){ 0 };
+    c->ops->group_begin(c, &e);
+    c->ops->recv(c, 1, buffer, 8, 0, s, &e);
+    assert_int_equal(c->ops->group_end(c, &e), ERR_RUN);
+    assert_string_equal(e.text, "rank 1 expects 8 bytes from rank 0, which sends none");
+    c->ops->close(c);
+    cudaStreamDestroy(s);
+    assert_int_equal(standin_left(), 0);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test_setup_teardown(layouts_and_placements, scratch_make, scratch_remove),
+        cmocka_unit_test_setup_teardown(offloaded_experts, scratch_make, scratch_remove),
+        cmocka_unit_test_setup_teardown(in_bf16, scratch_make, scratch_remove),
+        cmocka_unit_test_setup_teardown(lost_waits, scratch_make, scratch_remove),
+        cmocka_unit_test_setup_teardown(out_of_memory, scratch_make, scratch_remove),
+        cmocka_unit_test(unmatched),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
