@@ -12,7 +12,7 @@
 #include <math.h>
 #include <stdlib.h>
 
-enum { MAX_VIRTUAL = 64 };
+enum { MAX_VIRTUAL = 64, RING = 1 << 26 /* more than caches have */ };
 
 /* Start and end of every task, on the machine's clock. */
 static void set_times(struct machine *m, struct moe_graph *g)
@@ -139,6 +139,7 @@ static int open_virtual(struct machine *m, struct err *e)
     c->model = m->model;
     c->n_ranks = c->n_here = n;
     c->half = m->precision == PREC_BF16;
+    c->ring = RING;
     c->element = c->half ? 2 : sizeof(float);
     c->rank = calloc((size_t)n, sizeof *c->rank);
     c->stream = calloc((size_t)n * RANK_STREAMS, sizeof *c->stream);

@@ -66,7 +66,7 @@ int cuda_find_device(struct err *e)
     if (cudaRuntimeGetVersion(&runtime) != cudaSuccess)
         runtime = 0;
     if (code == cudaErrorInsufficientDriver && driver > 0)
-        return err_set(e, ERR_INPUT, "the driver is for CUDA %d.%d, expected %d.%d or newer: install a newer driver, or "
+        return err_set(e, ERR_INPUT, "the driver is for CUDA %d.%d, expected %d.%d or newer: install a newer one, or "
                        "build moelab with an older toolkit", driver / 1000, driver % 1000 / 10, runtime / 1000,
                        runtime % 1000 / 10);
     if (driver == 0)

@@ -42,7 +42,7 @@ static void need_op(struct cuda_plan *p, int32_t op)
     *need = op > *need ? op : *need;
 }
 
-/* rank: whose streams count, or -1 for all. What an exchange on one rank waits for on another it learns by receiving. */
+/* rank: whose streams count, or -1 for all. An exchange learns by receiving what other ranks had to wait for. */
 static void need_task(struct cuda *c, const struct moe_graph *g, int32_t before, int32_t rank)
 {
     struct cuda_plan *p = &c->plan;

@@ -146,8 +146,6 @@ static int open_streams(struct cuda *c, const struct moe_graph *g, struct err *e
     return e->code;
 }
 
-enum { RING = 1 << 26 }; /* bytes: more than caches have */
-
 /* Operands are random: zeros would be computed faster than anything real. */
 static int fill_operands(const struct cuda *c, struct cuda_rank *r, struct err *e)
 {
@@ -180,7 +178,7 @@ static int open_rings(struct cuda *c, struct cuda_rank *r, const struct moe_grap
             out = out > HOST_PIECE ? out : HOST_PIECE;
         }
     }
-    const size_t room = in == 0 ? 0 : in + 256 > RING ? in + 256 : RING, had = r->operands.room;
+    const size_t room = in == 0 ? 0 : in + 256 > c->ring ? in + 256 : c->ring, had = r->operands.room;
     if (in == 0)
         return 0;
     cuda_take_more(&r->operands.at, &r->operands.room, room, r->rank, "operands", e);

@@ -109,6 +109,7 @@ struct cuda {
     void **pinned;                 /* [L * E] offloaded experts in the host's memory */
     int64_t *route_of;             /* [L * (T + 1)] */
     struct cuda_buffer index;      /* plan.index on the device */
+    size_t ring;                   /* bytes of operands, if no kernel needs more */
     cudaEvent_t *event, zero;      /* [2 * operations] */
     int64_t n_events;
     double *time;                  /* [tasks][2] */

@@ -18,8 +18,8 @@ struct work {
 };
 
 struct CUstream_st { int number; struct work *work; size_t done, n, room; struct CUstream_st *next; };
-/* queued: marks that are in a stream, or were; reached: the last that a stream has come to. */
-struct CUevent_st { int64_t queued, reached; double time; };
+/* queued: marks that are in a stream, or were; reached: the last that one has come to; stream: of the last. */
+struct CUevent_st { int64_t queued, reached; int stream; double time; };
 struct block { void *at; size_t bytes; struct block *next; };
 
 static struct {
@@ -82,7 +82,8 @@ static void push(cudaStream_t s, struct work w)
 
 static bool can(const struct CUstream_st *s)
 {
-    return s->done < s->n && (s->work[s->done].what != WAIT || s->work[s->done].event->reached >= s->work[s->done].record);
+    const struct work *w = s->done < s->n ? &s->work[s->done] : NULL;
+    return w && (w->what != WAIT || w->event->reached >= w->record);
 }
 
 static void step(cudaStream_t s)
@@ -192,6 +193,7 @@ cudaError_t cudaEventDestroy(cudaEvent_t event)
 
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t s)
 {
+    event->stream = s->number;
     push(s, (struct work){ RECORD, NULL, NULL, event, ++event->queued });
     return cudaSuccess;
 }
@@ -200,6 +202,8 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t s)
 cudaError_t cudaStreamWaitEvent(cudaStream_t s, cudaEvent_t event, unsigned flags)
 {
     (void)flags;
+    if (event->queued > 0)
+        note("s%d waits s%d\n", s->number, event->stream);
     if (all.n_waits++ != all.lose && event->queued > 0)
         push(s, (struct work){ WAIT, NULL, NULL, event, event->queued });
     return cudaSuccess;
@@ -279,8 +283,8 @@ static void copy(const void *work)
 cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, enum cudaMemcpyKind kind, cudaStream_t s)
 {
     const struct copy c = { to, from, bytes };
-    return standin_queue(s, kind == cudaMemcpyDeviceToDevice ? "copy d2d" : kind == cudaMemcpyHostToDevice ? "copy h2d" :
-                         "copy d2h", (double)bytes, copy, &c, sizeof c);
+    const char *const what = kind == cudaMemcpyDeviceToDevice ? "copy d2d" : "copy h2d";
+    return standin_queue(s, what, (double)bytes, copy, &c, sizeof c);
 }
 
 cudaError_t cudaMemcpy(void *to, const void *from, size_t bytes, enum cudaMemcpyKind kind)

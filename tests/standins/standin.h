@@ -22,7 +22,8 @@ int64_t standin_left(void);
 int64_t standin_waits(void);
 /* Bytes that the device has; 0: as many as asked for. */
 void standin_memory(size_t);
-/* One line for each call that was queued, in order: "s1 copy d2d 40". Streams and events by number, from 0. */
+/* One line for each call that was queued, in order: "s1 copy d2d 40", "s0 waits s1" (for what is marked there). Streams
+ * by number, from 0. */
 const char *standin_calls(void);
 
 /* Work that runs when its stream comes to it; `work` is copied. */

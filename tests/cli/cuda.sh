@@ -1,0 +1,47 @@
+#!/bin/bash
+# SPDX-License-Identifier: Apache-2.0
+# Machine cuda where it cannot run: each reason has its message, and nothing is written. tests/unit/test_cuda.c runs it.
+. "$(dirname "$0")/lib.sh"
+cd "$work" || exit 99
+
+# one FILE KEYS: a scenario with one run
+one()
+{
+    cat >"$1.lua" <<EOF
+local moe = require "moelab"
+moe.experiment {
+  model = { layers = 2, experts = 8, top_k = 2, d_model = 16, d_expert = 8, n_heads = 1, d_head = 16, $3 },
+  machine = moe.machine "star-50GBps" { nodes = 2 }, executor = "cuda",
+  workload = moe.decode { trace = moe.synth { layers = 2, experts = 8, top_k = 2, requests = 4,
+                                              tokens_per_request = 60 },
+                          batch_per_device = 8, steps = 2 },
+  $2
+}:run()
+EOF
+}
+
+one several '' ''
+run_expect 2 'several.lua:2: machine cuda: 2 ranks: .* set virtual_ranks = true' "$moelab" run several.lua --out results
+one fp8 'virtual_ranks = true,' 'precision = "fp8"'
+run_expect 2 'fp8.lua:2: machine cuda: model.precision: computes in bf16 and fp32, found fp8' \
+    "$moelab" run fp8.lua --out results
+one word 'virtual_ranks = "yes",' ''
+run_expect 2 'virtual_ranks: expected .*boolean' "$moelab" run word.lua --out results
+one right 'virtual_ranks = true, verify = true,' ''
+if [ ! -e "$top_builddir/hw/cuda.so" ]; then
+    run_expect 2 'machine cuda: no module cuda.so .*--with-cuda' "$moelab" run right.lua --out results
+elif CUDA_VISIBLE_DEVICES= "$moelab" run right.lua --out none 2>&1 | grep -q 'there is no driver'; then
+    run_expect 2 'right.lua:2: machine cuda: no GPU: there is no driver' "$moelab" run right.lua --out results
+else
+    CUDA_VISIBLE_DEVICES= run_expect 2 'right.lua:2: machine cuda: no GPU' "$moelab" run right.lua --out results
+    if command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; then
+        ok "layers that the GPU computes equal the reference" "$moelab" run right.lua --out gpu
+        ok "... and the result says that its ranks are virtual" grep -q '"virtual_ranks":true' gpu/runs.jsonl
+    fi
+fi
+ok "nothing is written" test ! -e results
+one flow 'virtual_ranks = true,' ''
+ok "on other machines the key means nothing" "$moelab" run flow.lua --machine flow --allow-extrapolation --out flow
+ok "... and is not kept" test "$(cat flow/*.json* | grep -c virtual_ranks)" = 0
+ok "the program itself needs no CUDA" test "$(ldd "$moelab" | grep -c -e cudart -e cublas)" = 0
+plan
