@@ -5,7 +5,7 @@
 -- that all of them compute the same.
 local moe = require "moelab"
 
-moe.experiment {
+local runs = moe.experiment {
   name          = "layouts",
   model         = { layers = 4, experts = 32, top_k = 4, d_model = 2048, d_expert = 768, n_heads = 16, d_head = 128,
                     precision = "bf16" },
@@ -18,3 +18,7 @@ moe.experiment {
   placement     = moe.each { "contiguous", "eplb" },
   dispatch      = moe.each { "flat", "node-dedup" },
 }:run()
+runs:table {
+  title = "What do layouts cost on one GPU, with eight virtual ranks?",
+  rows = { "placement", "dispatch" }, value = { "step_s", "a2a_s", "experts_s", "imbalance" }, file = "layouts.txt",
+}

@@ -148,7 +148,7 @@ static void lost_waits(void **state)
         found += noticed;
     }
     json_decref(spec);
-    print_message("[ info ] %d of %lld lost waits noticed\n", found, (long long)n);
+    print_message("# %d of %lld lost waits noticed\n", found, (long long)n);
     assert_true(found >= 15);
 }
 
@@ -282,5 +282,6 @@ int main(void)
         cmocka_unit_test_setup_teardown(out_of_memory, scratch_make, scratch_remove),
         cmocka_unit_test(unmatched),
     };
+    cmocka_set_message_output(CM_OUTPUT_TAP);
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

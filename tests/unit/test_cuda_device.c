@@ -163,5 +163,6 @@ int main(void)
         puts("1..0 # SKIP no GPU");
         return 0;
     }
+    cmocka_set_message_output(CM_OUTPUT_TAP);
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
