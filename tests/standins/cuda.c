@@ -26,6 +26,8 @@ static struct {
     enum standin_order order;
     uint64_t seed;
     int64_t lose, n_waits, n_events, n_streams, n_live;
+    cudaError_t count;
+    int n_devices, driver;
     size_t memory, used;
     double clock;
     struct CUstream_st *streams;
@@ -60,6 +62,14 @@ void standin_open(enum standin_order order, uint64_t seed, int64_t lose)
     all.memory = 0;
     all.clock = 0;
     all.length = 0;
+    standin_device(cudaSuccess, 1, CUDART_VERSION);
+}
+
+void standin_device(cudaError_t count, int n, int driver)
+{
+    all.count = count;
+    all.n_devices = n;
+    all.driver = driver;
 }
 
 int64_t standin_left(void) { return all.n_live; }
@@ -306,10 +316,17 @@ cudaError_t cudaMemset(void *p, int value, size_t bytes)
 
 /* ---- the device ---- */
 
-cudaError_t cudaGetDeviceCount(int *n) { *n = 1; return cudaSuccess; }
+/* A count that fails leaves n alone. */
+cudaError_t cudaGetDeviceCount(int *n)
+{
+    if (all.count == cudaSuccess)
+        *n = all.n_devices;
+    return all.count;
+}
+
 cudaError_t cudaGetDevice(int *device) { *device = 0; return cudaSuccess; }
 cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidDevice; }
-cudaError_t cudaDriverGetVersion(int *version) { *version = CUDART_VERSION; return cudaSuccess; }
+cudaError_t cudaDriverGetVersion(int *version) { *version = all.driver; return cudaSuccess; }
 cudaError_t cudaRuntimeGetVersion(int *version) { *version = CUDART_VERSION; return cudaSuccess; }
 cudaError_t cudaGetLastError(void) { return cudaSuccess; }
 const char *cudaGetErrorString(cudaError_t code) { return code == cudaErrorLaunchTimeout ? "hangs" : "an error"; }

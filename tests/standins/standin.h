@@ -22,6 +22,8 @@ int64_t standin_left(void);
 int64_t standin_waits(void);
 /* Bytes that the device has; 0: as many as asked for. */
 void standin_memory(size_t);
+/* What is asked about the device answers; standin_open() makes it one device, and a driver as old as the runtime. */
+void standin_device(cudaError_t count, int n, int driver);
 /* One line for each call that was queued, in order: "s1 copy d2d 40", "s0 waits s1" (for what is marked there). Streams
  * by number, from 0. */
 const char *standin_calls(void);

@@ -239,6 +239,41 @@ static void out_of_memory(void **state)
     assert_int_equal(standin_left(), 0);
 }
 
+static void devices(void **state)
+{
+    static const struct { cudaError_t count; int n, driver; const char *text; } cases[] = {
+        { cudaErrorInsufficientDriver, 1, 0, "no GPU: there is no driver (an error)" },
+        { cudaErrorInsufficientDriver, 1, 12040, "the driver is for CUDA 12.4, expected " },
+        { cudaErrorNoDevice, 1, CUDART_VERSION, "no GPU: an error" },
+        { cudaSuccess, 0, CUDART_VERSION, "no GPU: the driver knows of none" },
+    };
+    (void)state;
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        struct err e = { 0 };
+        standin_device(cases[i].count, cases[i].n, cases[i].driver);
+        assert_int_equal(cuda_find_device(&e), ERR_INPUT);
+        if (strncmp(e.text, cases[i].text, strlen(cases[i].text)) != 0)
+            fail_msg("\"%s\", expected \"%s...\"", e.text, cases[i].text);
+    }
+    struct err e = { 0 };
+    standin_open(STANDIN_LAST, 0, -1);
+    test_ok(cuda_find_device(&e), &e);
+}
+
+/* A call that fails says which, of which rank and on which device. */
+static void failed_calls(void **state)
+{
+    struct err e = { 0 };
+    (void)state;
+    assert_int_equal(CUDA_TRY(&e, 3, cudaSetDevice(7)), ERR_RUN);
+    assert_string_equal(e.text, "rank 3, GPU 0: cudaSetDevice: an error");
+    CUDA_TRY(&e, 4, cudaSetDevice(8)); /* not called any more */
+    assert_string_equal(e.text, "rank 3, GPU 0: cudaSetDevice: an error");
+    e = (struct err){ 0 };
+    assert_int_equal(BLAS_TRY(&e, 2, CUBLAS_STATUS_NOT_SUPPORTED), ERR_RUN);
+    assert_string_equal(e.text, "rank 2, GPU 0: CUBLAS_STATUS_NOT_SUPPORTED: an error");
+}
+
 /* What one rank sends and the other expects have to agree. */
 static void unmatched(void **state)
 {
@@ -280,6 +315,8 @@ int main(void)
         cmocka_unit_test_setup_teardown(golden, scratch_make, scratch_remove),
         cmocka_unit_test_setup_teardown(conserves, scratch_make, scratch_remove),
         cmocka_unit_test_setup_teardown(out_of_memory, scratch_make, scratch_remove),
+        cmocka_unit_test(devices),
+        cmocka_unit_test(failed_calls),
         cmocka_unit_test(unmatched),
     };
     cmocka_set_message_output(CM_OUTPUT_TAP);
