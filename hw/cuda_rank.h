@@ -97,7 +97,6 @@ struct cuda_rank {
 
 struct cuda {
     const struct moe_model *model;
-    const struct moe_graph *graph; /* of the last run */
     int32_t n_ranks, n_here;       /* of all processes, in this one */
     bool half;                     /* bf16 */
     size_t element;                /* bytes */
