@@ -13,6 +13,7 @@ cd "$dir"
 "$root/moelab" calibrate cpu-localhost --ranks 2 >calibration.txt
 "$root/moelab" run "$root/scenarios/validation.lua" --machine host --against flow --out results --quiet
 cp results/against.png "$root/doc/validation.png"
+others=$(sed -n '/^## Other measurements/,$p' "$root/doc/validation.md") # kept by hand: add what is replaced here
 {
     cat <<'EOF'
 # How far the simulation is from this computer
@@ -48,4 +49,5 @@ Each run, as printed:
 EOF
     sed '/error| of /,$d' results/against.txt | sed '/^$/N;/^\n$/D'
     printf '```\n'
+    [ -z "$others" ] || printf '\n%s\n' "$others"
 } >"$root/doc/validation.md"
