@@ -242,7 +242,7 @@ local function override(t, where)
   local executor = native.option("executor")
   local second = native.option("against")
   if second then
-    put(t, "executor", setmetatable({ values = { executor, second }, where = where }, Each))
+    t.executor = setmetatable({ values = { executor, second }, where = where }, Each)
   elseif executor then
     put(t, "executor", executor)
   end
@@ -381,6 +381,7 @@ function moe.experiment(t)
   local given = {}
   for k, v in pairs(defaults) do given[k] = v end
   for k, v in pairs(t) do given[k] = v end
+  local has_executors = is(given.executor, Each)
   override(given, where)
   for _, k in ipairs { "model", "machine", "workload" } do
     if given[k] == nil then fail(text_of(where), "moe.experiment: %s is missing", k) end
@@ -411,7 +412,8 @@ function moe.experiment(t)
       end
     end
   end
-  return setmetatable({ name = given.name, specs = specs, axes = axes, axis_names = order, axis = names }, Experiment)
+  return setmetatable({ name = given.name, specs = specs, axes = axes, axis_names = order, axis = names,
+                        has_executors = has_executors }, Experiment)
 end
 
 --- Runs every combination and returns the runs.
@@ -424,7 +426,7 @@ function Experiment:run()
   end
   local runs = setmetatable({ name = self.name, list = list, axis_names = self.axis_names, axis = self.axis }, Runs)
   local second = native.option("against")
-  return second and against.report(runs, native.option("executor"), second) or runs
+  return second and against.report(runs, native.option("executor"), second, self.has_executors) or runs
 end
 
 --- A figure of one run: "step_s" (its mean over steps), "step_s.p99". nil if the run failed or has no such figure.

@@ -170,8 +170,8 @@ int record_runs(struct record *r, const char *experiment, json_t *specs, json_t 
                                  experiment, "axes", json_array_get(axes, i));
         json_t *resolved = json_object_get(result, "spec");
         json_array_append_new(kept, record_spec(r, resolved ? resolved : json_array_get(specs, i), e));
-        json_object_del(result, "spec"); /* which the manifest keeps, once for all runs where they share it */
         json_object_update(line, result);
+        json_object_del(line, "spec"); /* which the manifest keeps, once for all runs where they share it */
         char *text = json_dumps(line, JSON_COMPACT | JSON_SORT_KEYS | JSON_REAL_PRECISION(17));
         if (!text || put(r, "runs.jsonl", "a", text, strlen(text), e) < 0 || put(r, "runs.jsonl", "a", "\n", 1, e) < 0)
             err_set(e, ERR_MEMORY, "out of memory for results");
@@ -251,6 +251,8 @@ int record_commit(struct record *r, const char *scenario, const json_t *override
                           PACKAGE_VERSION, "revision", MOELAB_REVISION, "scenario", "file", record_base_name(scenario),
                           "sha256", hex, "overrides", overrides, "machines", r->machines, "traces", r->traces,
                           "experiments", r->experiments);
+    if (r->against)
+        json_object_set_new(m, "against", json_pack("{s:s, s:s}", "measured", r->executor, "simulated", r->against));
     json_t *files = list_files(r->part);
     json_array_append_new(files, json_string("manifest.json"));
     json_object_set_new(m, "files", files);

@@ -16,6 +16,7 @@ struct record {
     json_t *machines, *traces;
     json_t *trace_names; /* directory -> its key in traces */
     int n_runs;
+    const char *executor, *against; /* that every run was executed on: --machine, --against; NULL without the latter */
 };
 
 /* Refuses a directory that holds something other than results of moelab. */

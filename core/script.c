@@ -352,6 +352,8 @@ int script_run(const char *path, const struct script_options *options, json_t **
         err_set(&s.err, ERR_INPUT, "%s: cannot be read", path);
     else if (read_overrides(&s) == 0 && record_open(&s.record, options->out ? options->out : out, &s.err) == 0) {
         script_watch(s.record.part);
+        s.record.executor = options->executor;
+        s.record.against = options->against;
         L = new_state(&s, options->unsafe);
         if (!L)
             err_set(&s.err, ERR_MEMORY, "out of memory for Lua");
@@ -382,6 +384,8 @@ int script_run(const char *path, const struct script_options *options, json_t **
     json_decref(s.claims);
     if (!s.err.code && s.some_failed)
         err_set(&s.err, ERR_RUN, "some runs failed; the others are in %s", s.record.out);
+    if (!s.err.code && s.some_differ)
+        err_set(&s.err, ERR_RUN, "some runs cannot be compared; all are in %s", s.record.out);
     *e = s.err;
     return e->code;
 }

@@ -17,6 +17,7 @@ struct script {
     json_t *overrides;    /* --set, as an object */
     json_t *claims;
     bool some_failed;     /* a run failed: exit 1 */
+    bool some_differ;     /* decisions of a run differ between two executors: exit 1 */
     struct err err;       /* of a native function, on its way through Lua */
     char synth_dir[300];   /* synthetic traces of this scenario, removed at the end */
     int n_synth;

@@ -371,7 +371,10 @@ static int n_run(lua_State *L)
         return e.code == ERR_INPUT ? script_raise(L, &e) : raise_here(L, &e); /* a run's input says where it is from */
     }
     for (size_t i = 0; i < json_array_size(results); i++) {
-        const char *error = json_string_value(json_object_get(json_array_get(results, i), "error"));
+        json_t *result = json_array_get(results, i);
+        const char *error = json_string_value(json_object_get(result, "error"));
+        if (!s->options->against) /* which tells what was simulated from it */
+            json_object_del(result, "spec");
         if (!error)
             continue;
         s->some_failed = true;
@@ -413,6 +416,14 @@ static int n_draw(lua_State *L)
     return 0;
 }
 
+/* differ(message): two executions of a run cannot be compared; the scenario goes on and ends with exit code 1. */
+static int n_differ(lua_State *L)
+{
+    fprintf(stderr, "moelab: %s\n", luaL_checkstring(L, 1));
+    script_of(L)->some_differ = true;
+    return 0;
+}
+
 /* claim(table): one row of published against ours, for `moelab reproduce`. */
 static int n_claim(lua_State *L)
 {
@@ -446,6 +457,8 @@ static int n_option(lua_State *L)
         lua_pushstring(L, o->executor);
     else if (!strcmp(name, "against"))
         lua_pushstring(L, o->against);
+    else if (!strcmp(name, "mpirun"))
+        lua_pushstring(L, getenv("MOELAB_MPIRUN"));
     else if (!strcmp(name, "allow_extrapolation"))
         lua_pushboolean(L, o->extrapolate);
     else if (!strcmp(name, "quiet"))
@@ -477,8 +490,9 @@ void script_push_natives(lua_State *L)
         { "part", script_part }, { "where", n_where }, { "key_line", n_key_line }, { "nearest", n_nearest },
         { "fail", n_fail }, { "machine", n_machine }, { "policy", n_policy }, { "trace", n_trace },
         { "synth", n_synth }, { "run", n_run }, { "eval", n_eval }, { "write", n_write }, { "draw", n_draw },
-        { "claim", n_claim }, { "overrides", n_overrides }, { "option", n_option }, { "metrics", n_metrics },
-        { "has", n_has }, { "validate", n_validate }, { "add_policy", n_add_policy }, { NULL, NULL },
+        { "claim", n_claim }, { "differ", n_differ }, { "overrides", n_overrides }, { "option", n_option },
+        { "metrics", n_metrics }, { "has", n_has }, { "validate", n_validate }, { "add_policy", n_add_policy },
+        { NULL, NULL },
     };
     luaL_newlib(L, all);
 }
