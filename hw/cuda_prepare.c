@@ -6,50 +6,10 @@
 #include "cuda_rank.h"
 #include "host_model.h"
 #include "host_need.h"
+#include "items_check.h"
 
 #include <stdlib.h>
 #include <string.h>
-
-static int check_experts(const struct cuda *c, const struct moe_graph *g, const struct task *t, struct err *e)
-{
-    int64_t rows = 0;
-    const int64_t *item = g->item + t->first_item;
-    if (t->fraction < 1)
-        return err_set(e, ERR_INPUT, "layer %d: an expert is sharded over devices, which machine cuda does not run",
-                       t->layer);
-    for (int32_t i = 0; i < t->n; i++)
-        rows += g->rows[t->first + i];
-    if (rows != t->n_items)
-        return err_set(e, ERR_INPUT, "layer %d, device %d: the layout names %lld of the %lld routes that its experts "
-                       "compute: machine cuda needs them", t->layer, t->device, (long long)t->n_items,
-                       (long long)rows);
-    for (int32_t i = 0; i < t->n; i++)
-        for (int64_t j = 0; j < g->rows[t->first + i]; j++, item++) {
-            const int32_t expert = g->expert[t->first + i];
-            const int64_t r = g->route_first[t->layer] + *item;
-            if (expert >= c->model->n_experts || *item < 0 || r >= g->route_first[t->layer + 1] ||
-                g->route[r].expert != expert)
-                return err_set(e, ERR_RUN, "layer %d, device %d: item %lld is not a route to expert %d", t->layer,
-                               t->device, (long long)*item, expert);
-        }
-    return 0;
-}
-
-static int check_parts(const struct moe_graph *g, const struct task *t, struct err *e)
-{
-    const int64_t n_routes = g->route_first[t->layer + 1] - g->route_first[t->layer];
-    for (int32_t i = t->first; t->payload != MOE_PAY_BYTES && i < t->first + t->n; i++) {
-        const struct moe_part *p = &g->part[i];
-        if ((p->n_items == 0 && p->bytes > 0) || g->part_item[i] + p->n_items > g->n_items)
-            return err_set(e, ERR_INPUT, "layer %d: a part from device %d to device %d does not name its routes: "
-                           "machine cuda needs them", t->layer, p->src, p->dst);
-        for (int64_t j = g->part_item[i]; j < g->part_item[i] + p->n_items; j++)
-            if (g->item[j] < 0 || g->item[j] >= n_routes)
-                return err_set(e, ERR_RUN, "layer %d: a part carries item %lld, expected 0 to %lld", t->layer,
-                               (long long)g->item[j], (long long)n_routes - 1);
-    }
-    return 0;
-}
 
 static void *again(void *old, size_t n, size_t size, struct err *e)
 {
@@ -220,15 +180,9 @@ static int reserve(struct cuda *c, const struct moe_graph *g, struct err *e)
 int cuda_prepare(struct cuda *c, const struct moe_graph *g, struct err *e)
 {
     bool offloads = false;
-    for (int32_t i = 0; i < g->n_tasks && !e->code; i++) {
-        const struct task *t = &g->task[i];
-        offloads |= t->kind == TASK_LOAD;
-        if (t->kind == TASK_EXPERTS)
-            check_experts(c, g, t, e);
-        else if (t->kind == TASK_EXCHANGE)
-            check_parts(g, t, e);
-    }
-    if (e->code || make_tables(c, g, e) < 0)
+    for (int32_t i = 0; i < g->n_tasks; i++)
+        offloads |= g->task[i].kind == TASK_LOAD;
+    if (items_check(c->model, g, "cuda", e) < 0 || make_tables(c, g, e) < 0)
         return e->code;
     for (int32_t i = 0; i < c->n_here && !e->code; i++)
         cuda_store_prepare(c, &c->rank[i], g, offloads, e);

@@ -6,6 +6,7 @@
 #include "host_model.h"
 #include "host_need.h"
 #include "host_order.h"
+#include "items_check.h"
 
 #include <limits.h>
 #include <stdlib.h>
@@ -55,49 +56,6 @@ uint64_t host_graph_hash(const struct moe_graph *g)
     for (int32_t i = 0; i < g->n_tokens; i++)
         h = mix(h, (uint64_t)g->token_device[i]);
     return h;
-}
-
-static int check_experts(const struct host *h, const struct moe_graph *g, const struct task *t, struct err *e)
-{
-    int64_t rows = 0;
-    const int64_t *item = g->item + t->first_item;
-    if (t->fraction < 1)
-        return err_set(e, ERR_INPUT, "layer %d: an expert is sharded over devices, which machine host does not run",
-                       t->layer);
-    for (int32_t i = 0; i < t->n; i++)
-        rows += g->rows[t->first + i];
-    if (rows != t->n_items)
-        return err_set(e, ERR_INPUT, "layer %d, device %d: the layout names %lld of the %lld routes that its experts "
-                       "compute: machine host needs them", t->layer, t->device, (long long)t->n_items,
-                       (long long)rows);
-    for (int32_t i = 0; i < t->n; i++)
-        for (int64_t j = 0; j < g->rows[t->first + i]; j++, item++) {
-            int32_t expert = g->expert[t->first + i];
-            int64_t r = g->route_first[t->layer] + *item;
-            if (expert >= h->model->n_experts || *item < 0 || r >= g->route_first[t->layer + 1] ||
-                g->route[r].expert != expert)
-                return err_set(e, ERR_RUN, "layer %d, device %d: item %lld is not a route to expert %d", t->layer,
-                               t->device, (long long)*item, expert);
-        }
-    return 0;
-}
-
-static int check_parts(const struct moe_graph *g, const struct task *t, struct err *e)
-{
-    if (t->payload == MOE_PAY_BYTES)
-        return 0;
-    int64_t n_routes = g->route_first[t->layer + 1] - g->route_first[t->layer];
-    for (int32_t i = t->first; i < t->first + t->n; i++) {
-        const struct moe_part *p = &g->part[i];
-        if ((p->n_items == 0 && p->bytes > 0) || g->part_item[i] + p->n_items > g->n_items)
-            return err_set(e, ERR_INPUT, "layer %d: a part from device %d to device %d does not name its routes: "
-                           "machine host needs them", t->layer, p->src, p->dst);
-        for (int64_t j = g->part_item[i]; j < g->part_item[i] + p->n_items; j++)
-            if (g->item[j] < 0 || g->item[j] >= n_routes)
-                return err_set(e, ERR_RUN, "layer %d: a part carries item %lld, expected 0 to %lld", t->layer,
-                               (long long)g->item[j], (long long)n_routes - 1);
-    }
-    return 0;
 }
 
 /* Room for `need` floats. Touches what is new, so that no timed task meets a page for the first time. */
@@ -216,15 +174,10 @@ static int make_tables(struct host *h, const struct moe_graph *g, struct err *e)
 int host_prepare(struct host *h, const struct moe_graph *g, struct err *e)
 {
     bool offloads = false;
-    for (int32_t i = 0; i < g->n_tasks && !e->code; i++) {
-        const struct task *t = &g->task[i];
-        offloads |= t->kind == TASK_LOAD;
-        if (t->kind == TASK_EXPERTS)
-            check_experts(h, g, t, e);
-        else if (t->kind == TASK_EXCHANGE)
-            check_parts(g, t, e);
-    }
-    return e->code || order_tasks(h, g, e) < 0 || make_tables(h, g, e) < 0 ? e->code : reserve_step(h, g, offloads, e);
+    for (int32_t i = 0; i < g->n_tasks; i++)
+        offloads |= g->task[i].kind == TASK_LOAD;
+    return items_check(h->model, g, "host", e) < 0 || order_tasks(h, g, e) < 0 || make_tables(h, g, e) < 0
+               ? e->code : reserve_step(h, g, offloads, e);
 }
 
 void host_begin(struct host *h, const struct moe_graph *g)

@@ -4,6 +4,7 @@
 
 #include "host_need.h"
 #include "host_order.h"
+#include "items_check.h"
 
 /* A row is 40 B, an expert 3 x 10 x 6 floats: 720 B. */
 static const struct moe_model small = { .n_layers = 1, .n_experts = 4, .top_k = 2, .d_model = 10, .d_expert = 6 };
@@ -237,6 +238,35 @@ static void rings(void **state)
     graph_free(&g);
 }
 
+/* Routes 0 and 3 are expert 0's; what a layout says of rows is refused if a real machine could not follow it. */
+static void rows_have_names(void **state)
+{
+    (void)state;
+    static const int64_t right[] = { 0, 3 }, wrong[] = { 0, 1 }, beyond[] = { 9 };
+    static const struct { const int64_t *item; float fraction; struct moe_part part; const char *says; } cases[] = {
+        { right, 1, { 0, 1, 40, 1, right, 0 }, NULL },
+        { wrong, 1, { 0, 1, 40, 1, right, 0 }, "layer 0, device 0: item 1 is not a route to expert 0" },
+        { NULL, 1, { 0, 1, 40, 1, right, 0 },
+          "names 0 of the 2 routes that its experts compute: machine x needs them" },
+        { right, 0.5f, { 0, 1, 40, 1, right, 0 }, "an expert is sharded over devices, which machine x does not run" },
+        { right, 1, { 0, 1, 40, 0, NULL, 0 }, "from device 0 to device 1 does not name its routes: machine x needs" },
+        { right, 1, { 0, 1, 40, 1, beyond, 0 }, "layer 0: a part carries item 9, expected 0 to 3" },
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        struct moe_graph g = { .n_devices = 2, .keep_items = true };
+        struct err e = { 0 };
+        keep_routes(&g);
+        test_ok(graph_experts(&g, &(struct moe_expert_work){ .n = 1, .expert = (int32_t[]){ 0 },
+                                                             .rows = (int64_t[]){ 2 }, .items = cases[i].item,
+                                                             .fraction = cases[i].fraction }, &e), &e);
+        lay_exchange(&g, MOE_PAY_HIDDEN, 1, &cases[i].part);
+        assert_int_equal(items_check(&small, &g, "x", &e) < 0, cases[i].says != NULL);
+        if (cases[i].says)
+            assert_non_null(strstr(e.text, cases[i].says));
+        graph_free(&g);
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -247,6 +277,7 @@ int main(void)
         cmocka_unit_test(sends),
         cmocka_unit_test(loads),
         cmocka_unit_test(rings),
+        cmocka_unit_test(rows_have_names),
     };
     cmocka_set_message_output(CM_OUTPUT_TAP);
     return cmocka_run_group_tests_name("host_need", tests, NULL, NULL);
