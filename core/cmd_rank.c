@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0
- * cmd_rank.c - moelab rank SPEC RESULT: one MPI rank of a run on machine host. Started by mpirun, which rank.c starts.
+ * cmd_rank.c - moelab rank SPEC RESULT: one rank of a run on real hardware, started as rank.c says.
  *
  * Every rank opens the same run from the same specification and takes the same decisions; rank 0 writes the result. A
  * failure is written by whichever rank it happens to. */
@@ -7,7 +7,9 @@
 
 #include "calibrate.h"
 #include "cmd.h"
-#include "run.h"
+#include "machine.h"
+#include "rank.h"
+#include "team.h"
 
 #include <errno.h>
 #include <stdio.h>
@@ -49,7 +51,7 @@ static void show_step(void *self)
     }
 }
 
-static int calibrate(const json_t *ask, const char *path)
+static int calibrate(const struct team *team, const json_t *ask, const char *path)
 {
     char progress[1024];
     snprintf(progress, sizeof progress, "%s.progress", path);
@@ -57,16 +59,16 @@ static int calibrate(const json_t *ask, const char *path)
     struct host_calibration c = { .dir = json_string_value(json_object_get(ask, "dir")), .take = take,
                                   .step = show_step, .taker = &t };
     struct err e = { 0 };
-    int rank = 0, n_ranks = 0, code = 0;
+    int code = 0;
     json_t *result = NULL;
-    if (machine_calibrate_host(&c, &rank, &n_ranks, &e) < 0) {
+    if (machine_calibrate_host(&c, &e) < 0) {
         result = json_pack("{s:s, s:i}", "error", e.text, "code", e.code);
         write_result(result, path);
         fflush(stderr);
         _exit(err_exit_code(e.code));
     }
-    if (rank == 0) {
-        result = json_pack("{s:O, s:s, s:i}", "samples", t.samples, "versions", c.versions, "ranks", n_ranks);
+    if (team->rank == 0) {
+        result = json_pack("{s:O, s:s, s:i}", "samples", t.samples, "versions", c.versions, "ranks", team->size);
         code = write_result(result, path) < 0 ? 2 : 0;
     }
     json_decref(result);
@@ -82,18 +84,20 @@ int cmd_rank(int argc, char **argv)
         return cmd_usage("rank", "expected SPEC RESULT; `moelab run` starts ranks, nobody else needs to");
     json_error_t at;
     json_t *spec = json_load_file(argv[1], 0, &at), *result = NULL;
-    struct run run;
+    struct team *team = NULL;
     struct err e = { 0 };
+    int code = 0;
     if (!spec) {
         err_set(&e, ERR_INPUT, "%s:%d: %s", argv[1], at.line, at.text);
         return cmd_fail(&e);
     }
-    if (json_object_get(spec, "calibrate")) {
-        int code = calibrate(json_object_get(spec, "calibrate"), argv[2]);
-        json_decref(spec);
-        return code;
-    }
-    if (run_open(&run, spec, &e) < 0 || run_go(&run) < 0) {
+    if (team_open(&team, &e) == 0 && !team)
+        err_set(&e, ERR_INPUT, "moelab rank: this is none of several processes; `moelab run` starts those");
+    if (!e.code && json_object_get(spec, "calibrate"))
+        code = calibrate(team, json_object_get(spec, "calibrate"), argv[2]);
+    else if (!e.code)
+        rank_go(team, spec, &result, &e);
+    if (e.code) {
         result = json_pack("{s:s, s:i}", "error", e.text, "code", e.code);
         write_result(result, argv[2]);
         /* Not a word to MPI: leaving it would wait for the others, ending without having left it makes mpirun end
@@ -101,13 +105,9 @@ int cmd_rank(int argc, char **argv)
         fflush(stderr);
         _exit(err_exit_code(e.code));
     }
-    int32_t rank = run.machine.rank;
-    if (rank == 0) {
-        result = run_result(&run);
-        json_object_set_new(result, "spec", run_resolve(&run));
-    }
-    run_close(&run);
-    int code = rank == 0 && write_result(result, argv[2]) < 0 ? 2 : 0;
+    if (result && write_result(result, argv[2]) < 0)
+        code = 2;
+    team_leave(team);
     json_decref(result);
     json_decref(spec);
     return code;

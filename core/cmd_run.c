@@ -3,7 +3,9 @@
 #include "config.h"
 
 #include "cmd.h"
+#include "rank.h"
 #include "script.h"
+#include "team.h"
 
 #include <getopt.h>
 #include <stdio.h>
@@ -42,6 +44,21 @@ static int bad_option(const char *text, const struct option *o)
         known[n] = flags[n];
     }
     return cmd_unknown_option("run", text, known);
+}
+
+/* mpirun has started several: the first reads the scenario and leads the others through what is to run on ranks. */
+static int run_as_rank(const char *scenario, const struct script_options *o)
+{
+    struct err e = { 0 };
+    if (o->team->rank > 0)
+        rank_follow(o->team, &e);
+    else if (script_run(scenario, o, NULL, &e) == 0 || !o->team->lost)
+        rank_dismiss(o->team);
+    const int code = e.code ? cmd_fail(&e) : 0;
+    if (o->team->lost)
+        _exit(code); /* see cmd_rank.c */
+    team_leave(o->team);
+    return code;
 }
 
 int cmd_run(int argc, char **argv)
@@ -92,5 +109,9 @@ int cmd_run(int argc, char **argv)
     if (o.against && (!o.executor || !strcmp(o.executor, o.against)))
         return cmd_usage("run", "--against %s: expected --machine with another executor", o.against);
     struct err e = { 0 };
-    return script_run(argv[optind], &o, NULL, &e) < 0 ? cmd_fail(&e) : 0;
+    if (team_open(&o.team, &e) < 0)
+        return cmd_fail(&e);
+    if (!o.team)
+        return script_run(argv[optind], &o, NULL, &e) < 0 ? cmd_fail(&e) : 0;
+    return run_as_rank(argv[optind], &o);
 }

@@ -11,6 +11,7 @@
 #include "rank.h"
 #include "registry.h"
 #include "run.h"
+#include "team.h"
 
 #include <math.h>
 #include <stdio.h>
@@ -23,7 +24,18 @@ enum { MAX_RANKS = 256 }; /* processes on this machine */
 bool rank_wanted(const json_t *spec)
 {
     const char *executor = json_string_value(json_object_get(json_object_get(spec, "machine"), "executor"));
-    return executor && !strcmp(executor, "host");
+    return executor && (!strcmp(executor, "host") ||
+                        (!strcmp(executor, "cuda") && !json_is_true(json_object_get(spec, "virtual_ranks"))));
+}
+
+static const char *executor_of(const json_t *spec)
+{
+    return json_string_value(json_object_get(json_object_get(spec, "machine"), "executor"));
+}
+
+static bool on_host(const json_t *spec)
+{
+    return rank_wanted(spec) && !strcmp(executor_of(spec), "host");
 }
 
 int rank_number(const json_t *spec, struct err *e)
@@ -36,9 +48,9 @@ int rank_number(const json_t *spec, struct err *e)
     int n = t->n_devices;
     topology_free(t);
     if (n > MAX_RANKS)
-        return err_set(e, ERR_INPUT, "machine host: %d devices, expected at most %d: each is a process here, and there "
-                       "are %ld processors: make the machine's nodes fewer, or use machine flow", n, MAX_RANKS,
-                       sysconf(_SC_NPROCESSORS_ONLN));
+        return err_set(e, ERR_INPUT, "machine %s: %d devices, expected at most %d: each is a process here, and there "
+                       "are %ld processors: make the machine's nodes fewer, or use machine flow", executor_of(spec), n,
+                       MAX_RANKS, sysconf(_SC_NPROCESSORS_ONLN));
     return n;
 }
 
@@ -49,8 +61,8 @@ static int check_policies(const json_t *spec, struct err *e)
         const json_t *list = json_object_get(json_object_get(spec, "policies"), kind_name[kind]);
         for (size_t i = 0; i < json_array_size(list); i++)
             if (json_object_get(json_array_get(list, i), "lua"))
-                return err_set(e, ERR_INPUT, "machine host: %s %s is written in Lua, which ranks do not load: write it "
-                               "in C, or use machine flow", kind_name[kind],
+                return err_set(e, ERR_INPUT, "machine %s: %s %s is written in Lua, which ranks do not load: write it "
+                               "in C, or use machine flow", executor_of(spec), kind_name[kind],
                                json_string_value(json_object_get(json_array_get(list, i), "name")));
     }
     return 0;
@@ -132,16 +144,33 @@ static json_t *counting(const json_t *spec)
     return copy;
 }
 
-int rank_check(const json_t *spec, double *needed, struct err *e)
+/* mpirun has started as many ranks as the run has devices, or none. */
+static int check_team(const json_t *spec, const struct team *t, int n, struct err *e)
+{
+    static const char *const other[] = { "PMIX_RANK", "PMI_RANK" };
+    if (t && t->size != n)
+        return err_set(e, ERR_INPUT, "machine %s: %d MPI ranks, expected one for each of the %d devices",
+                       executor_of(spec), t->size, n);
+    for (int i = 0; i < 2 && !t; i++)
+        if (getenv(other[i]))
+            return err_set(e, ERR_INPUT, "machine %s: %s is set, so this is a rank already, but not of Open MPI's "
+                           "mpirun: start moelab with that, or alone", executor_of(spec), other[i]);
+    return 0;
+}
+
+int rank_check(const json_t *spec, const struct team *team, double *needed, struct err *e)
 {
     const char *given = json_string_value(json_object_get(spec, "where")), *where = given ? given : "run";
     struct memory_left left;
     struct host_need need = { 0 };
     struct host_bytes bytes = { 0 };
     struct run run;
-    if (getenv("OMPI_COMM_WORLD_RANK") || getenv("PMIX_RANK") || getenv("PMI_RANK"))
-        err_set(e, ERR_INPUT, "machine host: this is an MPI rank already; start moelab without mpirun");
-    if (e->code || rank_number(spec, e) < 0 || check_policies(spec, e) < 0 || read_left(&left, e) < 0)
+    const int n = rank_number(spec, e);
+    if (n < 0 || check_team(spec, team, n, e) < 0 || check_policies(spec, e) < 0)
+        return err_prefix(e, "%s", where);
+    if (!on_host(spec)) /* the device says itself what fits */
+        return 0;
+    if (read_left(&left, e) < 0)
         return err_prefix(e, "%s", where);
     double before = memory_own();
     json_t *copy = counting(spec);
@@ -162,7 +191,7 @@ int rank_check_again(const json_t *spec, double needed, struct err *e)
     char sum[16], there[16];
     const char *given = json_string_value(json_object_get(spec, "where"));
     struct memory_left left;
-    if (read_left(&left, e) == 0 && left.bytes >= 0 && needed > left.bytes)
+    if (on_host(spec) && read_left(&left, e) == 0 && left.bytes >= 0 && needed > left.bytes)
         err_set(e, ERR_INPUT, "machine host: the ranks would hold %s, and %s is available by now (%s)",
                 memory_text(needed, sum, sizeof sum), memory_text(left.bytes, there, sizeof there), left.source);
     return e->code ? err_prefix(e, "%s", given ? given : "run") : 0;
@@ -175,7 +204,7 @@ void rank_warn(const json_t *specs)
     long most = 0, processors = sysconf(_SC_NPROCESSORS_ONLN);
     json_array_foreach(specs, i, spec) {
         struct err ignored = { 0 }; /* said by the run */
-        long n = rank_wanted(spec) ? rank_number(spec, &ignored) : 0;
+        long n = on_host(spec) ? rank_number(spec, &ignored) : 0;
         most = n > most ? n : most;
     }
     if (most == 0)

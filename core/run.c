@@ -27,7 +27,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-static int open_machine(struct run *r, const json_t *m, bool verify, bool virtual_ranks)
+static int open_machine(struct run *r, const json_t *m, bool verify, struct team *team)
 {
     const char *executor = json_string_value(json_object_get(m, "executor"));
     const char *tier = json_string_value(json_object_get(m, "tier"));
@@ -42,11 +42,11 @@ static int open_machine(struct run *r, const json_t *m, bool verify, bool virtua
         r->recording = json_is_true(json_object_get(m, "counting"));
         if (r->recording)
             r->machine = (struct machine){ .topology = r->topology, .model = &r->model, .precision = PREC_FP32 };
-        else if (machine_open_host(&r->machine, r->topology, &r->model, verify, r->err) < 0)
+        else if (machine_open_host(&r->machine, r->topology, &r->model, verify, team, r->err) < 0)
             return err_prefix(r->err, "%s: machine host", r->where);
         r->graph.keep_items = true;
     } else if (!strcmp(executor, "cuda")) {
-        if (machine_open_cuda(&r->machine, r->topology, &r->model, r->precision, virtual_ranks, verify, r->err) < 0)
+        if (machine_open_cuda(&r->machine, r->topology, &r->model, r->precision, verify, team, r->err) < 0)
             return err_prefix(r->err, "%s: machine cuda", r->where);
         r->graph.keep_items = true;
     } else if (!strcmp(executor, "flow") || !strcmp(executor, "simgrid")) {
@@ -193,6 +193,11 @@ static int allocate(struct run *r)
 
 int run_open(struct run *r, json_t *spec, struct err *e)
 {
+    return run_open_rank(r, spec, NULL, e);
+}
+
+int run_open_rank(struct run *r, json_t *spec, struct team *team, struct err *e)
+{
     memset(r, 0, sizeof *r);
     r->err = e;
     r->spec = json_incref(spec);
@@ -201,8 +206,7 @@ int run_open(struct run *r, json_t *spec, struct err *e)
     r->seed = (uint64_t)json_integer_value(json_object_get(spec, "seed"));
     r->decisions = UINT64_C(0xcbf29ce484222325);
     if (run_read_model(r, json_object_get(spec, "model")) < 0 ||
-        open_machine(r, json_object_get(spec, "machine"), json_is_true(json_object_get(spec, "verify")),
-                     json_is_true(json_object_get(spec, "virtual_ranks"))) < 0 ||
+        open_machine(r, json_object_get(spec, "machine"), json_is_true(json_object_get(spec, "verify")), team) < 0 ||
         run_read_layout(r, json_object_get(spec, "layout")) < 0 ||
         workload_open(&r->workload, json_object_get(spec, "workload"), &r->model, r->topology->n_devices, r->seed,
                       r->where, e) < 0 ||

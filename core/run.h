@@ -108,6 +108,8 @@ struct run {
 
 /* Opens everything; every message starts with the scenario's file and line. */
 int run_open(struct run *, json_t *spec, struct err *);
+/* The same in a process that is one of several ranks. */
+int run_open_rank(struct run *, json_t *spec, struct team *, struct err *);
 /* Runs all steps. */
 int run_go(struct run *);
 /* {"metrics": {...}, "decisions": "...", "machine": "flow", ...} */

@@ -8,6 +8,8 @@
 #include <jansson.h>
 #include <stdbool.h>
 
+struct team;
+
 struct script_options {
     const char *out;            /* results directory; NULL: results/NAME-OF-SCRIPT */
     const char *executor;       /* --machine, or NULL */
@@ -17,6 +19,7 @@ struct script_options {
     double timeout_s;           /* of one run, and of the script's own loops */
     bool unsafe, progress, quiet;
     bool extrapolate;           /* --allow-extrapolation */
+    struct team *team;          /* sweep.h */
 };
 
 /* Runs a scenario. What it wrote is in `out` if this returns 0 or ERR_RUN (some runs failed), else nothing is.

@@ -359,7 +359,7 @@ static int n_run(lua_State *L)
     struct err e = { 0 };
     const char *name = luaL_checkstring(L, 1);
     json_t *specs = script_to_json(L, 2), *axes = script_to_json(L, 3), *results = NULL;
-    struct sweep_options o = { s->options->jobs, s->options->timeout_s, s->options->progress };
+    struct sweep_options o = { s->options->jobs, s->options->timeout_s, s->options->progress, s->options->team };
     script_clock_pause(); /* runs have their own */
     if (sweep(specs, &o, &results, &e) == 0)
         record_runs(&s->record, name, specs, axes, results, &e);

@@ -6,6 +6,7 @@
 #include "child.h"
 #include "rank.h"
 #include "run.h"
+#include "team.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -86,6 +87,17 @@ static void warn_if_long(const struct state *s, const struct run *r)
             r->machine.ops->name, text, ends);
 }
 
+static json_t *answer_of(json_t *o, double needed, const struct err *e)
+{
+    if (!o)
+        o = json_pack("{s:s, s:s, s:b}", "status", "failed", "error", e->text, "bad_input", e->code != ERR_RUN);
+    else
+        json_object_set_new(o, "status", json_string("ok"));
+    if (needed > 0 && e->code == 0)
+        json_object_set_new(o, "memory_needed", json_integer((json_int_t)needed));
+    return o;
+}
+
 static json_t *answer(const struct state *s, struct slot *slot)
 {
     json_t *spec = json_array_get(s->specs, s->n_started);
@@ -95,7 +107,7 @@ static json_t *answer(const struct state *s, struct slot *slot)
     const json_t *found = json_array_get(s->results, s->n_started); /* what the check left, or null */
     double needed = json_number_value(json_object_get(found, "memory_needed"));
     if (s->checking) {
-        o = rank_check(spec, &needed, &e) == 0 ? json_object() : NULL;
+        o = rank_check(spec, s->options->team, &needed, &e) == 0 ? json_object() : NULL;
     } else if (rank_wanted(spec)) {
         o = rank_check_again(spec, needed, &e) == 0 ? rank_launch(spec, &e) : NULL;
     } else {
@@ -108,14 +120,9 @@ static json_t *answer(const struct state *s, struct slot *slot)
         }
         run_close(&run);
     }
-    if (!o)
-        o = json_pack("{s:s, s:s, s:b}", "status", "failed", "error", e.text, "bad_input", e.code != ERR_RUN);
-    else
-        json_object_set_new(o, "status", json_string("ok"));
+    o = answer_of(o, needed, &e);
     if (resolved)
         json_object_set_new(o, "spec", resolved);
-    if (needed > 0 && e.code == 0)
-        json_object_set_new(o, "memory_needed", json_integer((json_int_t)needed));
     return o;
 }
 
@@ -195,6 +202,8 @@ static int start(struct state *s, struct job *j)
         child_begin(&slot->note);
         close(fd[0]);
         child(s, slot, fd[1]);
+        if (s->options->team)
+            _exit(0); /* this process is none of MPI's, whose handlers would run */
         exit(0); /* through atexit: sanitizers report leaks there */
     }
     close(fd[1]);
@@ -210,6 +219,19 @@ static json_t *failure(const struct state *s, const struct job *j, int status)
     return json_pack("{s:s, s:s}", "status", "failed", "error", text);
 }
 
+static void keep(struct state *s, size_t index, json_t *o)
+{
+    const char *error = json_string_value(json_object_get(o, "error"));
+    if (json_is_true(json_object_get(o, "bad_input")) && !s->bad_input) {
+        s->bad_input = true;
+        err_set(s->err, ERR_INPUT, "%s", error);
+    }
+    json_object_del(o, "bad_input");
+    s->n_failed += error != NULL;
+    json_array_set_new(s->results, index, o);
+    s->n_done++;
+}
+
 static void finish(struct state *s, struct job *j)
 {
     int status = 0;
@@ -222,15 +244,7 @@ static void finish(struct state *s, struct job *j)
         o = json_loadb(j->text, j->n, 0, NULL);
     if (!o)
         o = failure(s, j, status);
-    const char *error = json_string_value(json_object_get(o, "error"));
-    if (json_is_true(json_object_get(o, "bad_input")) && !s->bad_input) {
-        s->bad_input = true;
-        err_set(s->err, ERR_INPUT, "%s", error);
-    }
-    json_object_del(o, "bad_input");
-    s->n_failed += error != NULL;
-    json_array_set_new(s->results, j->index, o);
-    s->n_done++;
+    keep(s, j->index, o);
     free(j->text);
     memset(j, 0, sizeof *j);
     show_progress(s, false);
@@ -315,6 +329,42 @@ static bool passed_over(const struct state *s, size_t index)
                        : json_object_get(json_array_get(s->results, index), "error") != NULL;
 }
 
+/* With ranks that mpirun has started this process is one of them, and the run is its own. */
+static bool is_led(const struct state *s, size_t index)
+{
+    return s->options->team && !s->checking && rank_wanted(json_array_get(s->specs, index));
+}
+
+static void ring(int signal)
+{
+    static const char text[] = "moelab: a run did not end within its time (--run-timeout)\n";
+    (void)signal;
+    if (write(STDERR_FILENO, text, sizeof text - 1) < 0)
+        _exit(2);
+    _exit(1);
+}
+
+/* What cannot be told to the others ends this process, and mpirun ends theirs; so does a run that takes too long. */
+static void lead(struct state *s, size_t index)
+{
+    json_t *spec = json_array_get(s->specs, index), *o = NULL;
+    const json_t *found = json_array_get(s->results, index);
+    const double needed = json_number_value(json_object_get(found, "memory_needed"));
+    struct err e = { 0 };
+    signal(SIGALRM, ring);
+    alarm(s->options->timeout_s > 0 ? (unsigned)ceil(s->options->timeout_s) : 0);
+    if (rank_check_again(spec, needed, &e) == 0)
+        rank_lead(s->options->team, spec, &o, &e);
+    alarm(0);
+    if (s->options->team->lost) {
+        fflush(stdout);
+        fprintf(stderr, "moelab: %s\n", e.text);
+        _exit(err_exit_code(e.code));
+    }
+    keep(s, index, answer_of(o, needed, &e));
+    show_progress(s, false);
+}
+
 static void pass(struct state *s)
 {
     s->n_started = s->n_done = 0;
@@ -323,7 +373,9 @@ static void pass(struct state *s)
         for (int i = 0; i < s->n_jobs && !s->err->code; i++) {
             for (; s->n_started < s->n_total && passed_over(s, s->n_started); s->n_done++)
                 s->n_started++;
-            if (!s->job[i].pid && s->n_started < s->n_total)
+            if (s->n_started < s->n_total && is_led(s, s->n_started))
+                lead(s, s->n_started++);
+            else if (!s->job[i].pid && s->n_started < s->n_total)
                 start(s, &s->job[i]);
         }
         if (running(s) > 0)

@@ -8,7 +8,10 @@
 #include <jansson.h>
 #include <stdbool.h>
 
-struct sweep_options { int jobs; double timeout_s; bool progress; };
+struct team;
+
+/* team: the ranks that mpirun has started, of which this is the first; or NULL. */
+struct sweep_options { int jobs; double timeout_s; bool progress; struct team *team; };
 
 /* specs: array of run specifications. results (new array): per run {"status": "ok", "metrics": ..., ...} or
  * {"status": "failed", "error": "..."}; with "spec", what run_resolve() made of it, unless the run ended before or

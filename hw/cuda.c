@@ -1,13 +1,15 @@
 /* SPDX-License-Identifier: Apache-2.0
  * cuda.c - the module hw/cuda.so: task graphs on a GPU.
  *
- * All ranks of a run are in this process, each a set of streams on one GPU, and what they send each other is copied
- * (cuda_virtual.c). What is computed, and what is not: doc/gpu.md. */
+ * Either all ranks of a run are in this process, each a set of streams on one GPU, and what they send each other is
+ * copied (cuda_virtual.c); or each is a process with a GPU of its own, and NCCL carries it (cuda_nccl.c). What is
+ * computed, and what is not: doc/gpu.md. */
 #include "config.h"
 
 #include "cuda.h"
 #include "cuda_check.h"
 #include "cuda_rank.h"
+#include "host_order.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -24,8 +26,12 @@ static void set_times(struct machine *m, struct moe_graph *g)
         const int32_t id = c->plan.sequence[i];
         struct task *t = &g->task[id];
         double *own = &time[2 * id];
-        if (t->kind == TASK_JOIN) /* the latest end before it, collected below */
+        if (t->kind == TASK_JOIN) { /* the latest end before it, collected below */
             own[0] = own[1] = fmax(own[0], 0);
+        } else if (t->kind == TASK_ARRIVAL) {
+            own[0] = time[2 * t->exchange];
+            own[1] = fmax(own[0], own[1]);
+        }
         for (int64_t j = o->first[id]; j < o->first[id + 1]; j++)
             if (g->task[o->next[j]].kind == TASK_JOIN)
                 time[2 * o->next[j]] = fmax(time[2 * o->next[j]], own[1]);
@@ -36,6 +42,18 @@ static void set_times(struct machine *m, struct moe_graph *g)
     m->now += last;
 }
 
+static int share_error(struct cuda *c, double *max_error, struct err *e)
+{
+    double *all = malloc(sizeof *all * (size_t)c->team->size);
+    if (!all)
+        err_set(e, ERR_MEMORY, "rank %d: out of memory for %d ranks", c->team->rank, c->team->size);
+    if (team_agree(c->team, e) == 0 && c->team->ops->gather(c->team, max_error, sizeof *all, all, e) == 0)
+        for (int i = 0; i < c->team->size; i++)
+            *max_error = fmax(*max_error, all[i]);
+    free(all);
+    return e->code;
+}
+
 static int run_once(struct machine *m, struct moe_graph *g, struct err *e)
 {
     struct cuda *c = m->priv;
@@ -44,17 +62,35 @@ static int run_once(struct machine *m, struct moe_graph *g, struct err *e)
     set_times(m, g);
     if (m->verify)
         cuda_verify(m, c, g, e);
+    if (m->verify && c->team)
+        share_error(c, &m->max_error, e);
     c->draw++;
     return e->code;
+}
+
+/* Before the first step, when all ranks are known to be there. */
+static int connect(struct cuda *c, struct err *e)
+{
+    if (cuda_take_gpu(c, e) < 0)
+        return e->code;
+    cuda_top_k_check(e);
+    if (team_agree(c->team, e) < 0)
+        return e->code;
+    return c->team ? cuda_comm_nccl(&c->comm, c->team, e) : cuda_comm_virtual(&c->comm, c->n_ranks, e);
 }
 
 static int cuda_run(struct machine *m, struct moe_graph *g, struct err *e)
 {
     struct cuda *c = m->priv;
     if (g->n_route_layers != c->model->n_layers)
-        return err_set(e, ERR_RUN, "the graph keeps the routes of %d layers, expected %d", g->n_route_layers,
-                       c->model->n_layers);
-    return cuda_prepare(c, g, e) < 0 ? e->code : run_once(m, g, e);
+        err_set(e, ERR_RUN, "the graph keeps the routes of %d layers, expected %d", g->n_route_layers,
+                c->model->n_layers);
+    if (e->code || team_same_graph(c->team, c->team ? host_graph_hash(g) : 0, e) < 0)
+        return e->code;
+    if (!c->comm && connect(c, e) < 0)
+        return e->code;
+    cuda_prepare(c, g, e);
+    return team_agree(c->team, e) < 0 ? e->code : run_once(m, g, e);
 }
 
 static void close_rank(const struct cuda *c, struct cuda_rank *r)
@@ -122,36 +158,43 @@ static void cuda_close(struct machine *m)
 
 static const struct machine_ops cuda_ops = { .name = "cuda", .run = cuda_run, .again = run_once, .close = cuda_close };
 
-static int open_virtual(struct machine *m, struct err *e)
+static int cuda_open(struct machine *m, struct err *e)
 {
-    const int32_t n = m->topology->n_devices;
+    struct team *t = m->team;
+    const int32_t n = m->topology->n_devices, n_here = t ? 1 : n;
     const size_t experts = (size_t)m->model->n_layers * (size_t)m->model->n_experts;
-    if (n > MAX_VIRTUAL)
+    if (!t && n > MAX_VIRTUAL)
         return err_set(e, ERR_INPUT, "%d virtual ranks, expected at most %d: make the machine's nodes fewer", n,
                        MAX_VIRTUAL);
-    if (cuda_find_device(e) < 0 || CUDA_TRY(e, 0, cudaSetDevice(0)) < 0 || cuda_top_k_check(e) < 0)
+    if (t && t->size != n)
+        return err_set(e, ERR_INPUT, "%d ranks, expected one for each of the %d devices of %s", t->size, n,
+                       m->topology->name);
+    if (cuda_find_device(e) < 0)
         return e->code;
     struct cuda *c = calloc(1, sizeof *c);
     if (!c)
         return err_set(e, ERR_MEMORY, "out of memory for the machine");
     m->ops = &cuda_ops;
     m->priv = c;
+    m->rank = t ? t->rank : 0;
     c->model = m->model;
-    c->n_ranks = c->n_here = n;
+    c->team = t;
+    c->n_ranks = n;
+    c->n_here = n_here;
     c->half = m->precision == PREC_BF16;
     c->ring = RING;
     c->element = c->half ? 2 : sizeof(float);
-    c->rank = calloc((size_t)n, sizeof *c->rank);
-    c->stream = calloc((size_t)n * RANK_STREAMS, sizeof *c->stream);
+    c->rank = calloc((size_t)n_here, sizeof *c->rank);
+    c->stream = calloc((size_t)n_here * RANK_STREAMS, sizeof *c->stream);
     c->pinned = calloc(experts, sizeof *c->pinned);
     if (!c->rank || !c->stream || !c->pinned)
         return err_set(e, ERR_MEMORY, "out of memory for the machine");
-    for (int32_t i = 0; i < n; i++) {
-        c->rank[i].rank = i;
+    for (int32_t i = 0; i < n_here; i++) {
+        c->rank[i].rank = m->rank + i;
         if (!(c->rank[i].weights = calloc(experts, sizeof *c->rank[i].weights)))
             return err_set(e, ERR_MEMORY, "out of memory for the machine");
     }
-    return cuda_comm_virtual(&c->comm, n, e);
+    return 0;
 }
 
 const struct cuda_module moelab_cuda_module = {
@@ -162,5 +205,5 @@ const struct cuda_module moelab_cuda_module = {
     .task_size = sizeof(struct task),
     .kernel_size = sizeof(struct kernel),
     .model_size = sizeof(struct moe_model),
-    .open_virtual = open_virtual,
+    .open = cuda_open,
 };

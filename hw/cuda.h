@@ -9,13 +9,14 @@
 #include "graph.h"
 #include "machine.h"
 
-enum { CUDA_ABI = 1 };
+enum { CUDA_ABI = 2 };
 
 struct cuda_module {
     uint32_t abi, size;                  /* first for ever: CUDA_ABI, sizeof(struct cuda_module) */
     uint32_t machine_size, graph_size, task_size, kernel_size, model_size;
-    /* All ranks of the run in this process, as streams of one GPU. m->topology, model, precision and verify are set. */
-    int (*open_virtual)(struct machine *, struct err *);
+    /* m->topology, model, precision, verify and team are set. No team: all ranks of the run in this process, as streams
+     * of one GPU; else one of them, whose device has its number. */
+    int (*open)(struct machine *, struct err *);
 };
 
 /* The one symbol that the module exports. */

@@ -43,7 +43,7 @@ static int check(const struct cuda_module *c, const char *path, struct err *e)
 }
 
 int machine_open_cuda(struct machine *m, const struct topology *t, const struct moe_model *model, enum precision p,
-                      bool virtual_ranks, bool verify, struct err *e)
+                      bool verify, struct team *team, struct err *e)
 {
     char path[1024];
     memset(m, 0, sizeof *m);
@@ -51,12 +51,10 @@ int machine_open_cuda(struct machine *m, const struct topology *t, const struct 
     m->model = model;
     m->precision = p;
     m->verify = verify;
-    m->virtual_ranks = virtual_ranks;
+    m->virtual_ranks = !team;
+    m->team = team;
     if (p != PREC_BF16 && p != PREC_FP32)
         return err_set(e, ERR_INPUT, "model.precision: computes in bf16 and fp32, found %s", precision_name[p]);
-    if (!virtual_ranks)
-        return err_set(e, ERR_INPUT, "%d ranks: this version runs them on one GPU alone: set virtual_ranks = true (one "
-                       "process per GPU is not there yet)", t->n_devices);
     if (find_module(path, sizeof path, e) < 0)
         return e->code;
     /* Never closed: the CUDA runtime does not survive being unloaded. */
@@ -66,5 +64,5 @@ int machine_open_cuda(struct machine *m, const struct topology *t, const struct 
     const struct cuda_module *c = dlsym(handle, "moelab_cuda_module");
     if (check(c, path, e) < 0)
         return e->code;
-    return c->open_virtual(m, e);
+    return c->open(m, e);
 }

@@ -8,6 +8,7 @@
 #define CUDA_COMM_H
 
 #include "err.h"
+#include "team.h"
 
 #include <cuda_runtime_api.h>
 
@@ -25,6 +26,10 @@ struct cuda_comm_ops {
                 struct err *);
     int (*recv)(struct cuda_comm *, int32_t rank, void *, size_t bytes, int32_t peer, cudaStream_t, struct err *);
     int (*group_end)(struct cuda_comm *, struct err *);
+    /* What is queued on this stream afterwards begins on all ranks at about the same time. */
+    int (*barrier)(struct cuda_comm *, cudaStream_t, struct err *);
+    /* Until all that is queued on a stream is done, or cannot be any more. */
+    int (*wait)(struct cuda_comm *, cudaStream_t, struct err *);
     void (*close)(struct cuda_comm *);
 };
 
@@ -32,5 +37,7 @@ struct cuda_comm { const struct cuda_comm_ops *ops; };
 
 /* All ranks are here, on one GPU: copies on the receiver's stream. */
 int cuda_comm_virtual(struct cuda_comm **, int32_t n_ranks, struct err *);
+/* One here, the others in the team's processes: NCCL. All of them call this. */
+int cuda_comm_nccl(struct cuda_comm **, struct team *, struct err *);
 
 #endif

@@ -101,7 +101,8 @@ struct cuda {
     bool half;                     /* bf16 */
     size_t element;                /* bytes */
     int32_t draw;                  /* of inputs, so far */
-    struct cuda_comm *comm;
+    struct team *team;             /* NULL: all ranks are here */
+    struct cuda_comm *comm;        /* NULL: no step has run */
     struct cuda_rank *rank;        /* [n_here] */
     struct cuda_stream *stream;    /* [n_here * RANK_STREAMS] */
     struct cuda_plan plan;
@@ -114,6 +115,8 @@ struct cuda {
     double *time;                  /* [tasks][2] */
 };
 
+/* cuda_gpu.c: this process's GPU becomes the current one. Ranks in several processes all call this. */
+int cuda_take_gpu(struct cuda *, struct err *);
 /* cuda_prepare.c: checks the graph, makes its plan, and room for all that it touches. */
 int cuda_prepare(struct cuda *, const struct moe_graph *, struct err *);
 /* cuda_plan.c */

@@ -47,7 +47,7 @@ static int begin(struct cuda *c, struct err *e)
     return CUDA_TRY(e, c->rank[0].rank, cudaDeviceSynchronize());
 }
 
-/* Every stream that this plan uses waits for the start. */
+/* Every stream that this plan uses waits for the start, which ranks in other processes come to together. */
 static int start(struct cuda *c, struct err *e)
 {
     struct cuda_stream *first = NULL;
@@ -57,6 +57,7 @@ static int start(struct cuda *c, struct err *e)
             continue;
         if (!first) {
             first = &c->stream[s];
+            c->comm->ops->barrier(c->comm, first->stream, e);
             CUDA_TRY(e, rank, cudaEventRecord(c->zero, first->stream));
         } else {
             CUDA_TRY(e, rank, cudaStreamWaitEvent(c->stream[s].stream, c->zero, 0));
@@ -172,41 +173,65 @@ static double since_start(const struct cuda *c, int64_t event, struct err *e)
     return (double)ms * 1e-3;
 }
 
-/* An exchange begins when the last rank has come to it and ends when the last leaves it. */
+/* What is here; of an exchange, and of what arrives by it, as far as it is here. -infinity: nothing is. */
 static int read_times(struct cuda *c, const struct moe_graph *g, struct err *e)
 {
     for (int32_t id = 0; id < g->n_tasks && !e->code; id++) {
+        const struct task *t = &g->task[id];
         double *time = &c->time[2 * id];
-        const int32_t op = c->plan.task_op[id], n = g->task[id].kind == TASK_EXCHANGE ? c->n_here : 1;
-        time[0] = time[1] = op < 0 ? -INFINITY : 0;
+        const int32_t op = c->plan.task_op[id], n = t->kind == TASK_EXCHANGE ? c->n_here : 1;
+        const int32_t place = t->kind == TASK_ARRIVAL ? t->device - c->rank[0].rank : -1;
+        time[0] = time[1] = -INFINITY;
         for (int32_t i = 0; op >= 0 && i < n; i++) {
             time[0] = fmax(time[0], since_start(c, 2 * (int64_t)(op + i), e));
             time[1] = fmax(time[1], since_start(c, 2 * (int64_t)(op + i) + 1, e));
         }
-    }
-    for (int32_t id = 0; id < g->n_tasks && !e->code; id++) { /* what arrives on a rank is there when its own ends */
-        const struct task *t = &g->task[id];
-        const int32_t place = t->kind == TASK_ARRIVAL ? t->device - c->rank[0].rank : -1;
-        if (place >= 0 && place < c->n_here) {
-            c->time[2 * id] = c->time[2 * t->exchange];
-            c->time[2 * id + 1] = fmax(c->time[2 * id],
-                                       since_start(c, 2 * ((int64_t)c->plan.task_op[t->exchange] + place) + 1, e));
-        }
+        if (place >= 0 && place < c->n_here) /* when the device's own part of the exchange ends */
+            time[1] = since_start(c, 2 * ((int64_t)c->plan.task_op[t->exchange] + place) + 1, e);
     }
     return e->code;
 }
 
-int cuda_step(struct cuda *c, const struct moe_graph *g, struct err *e)
+/* Of all processes the latest: an exchange begins when the last rank has come to it and ends when the last leaves. */
+static int share_times(struct cuda *c, const struct moe_graph *g, struct err *e)
+{
+    const size_t n = 2 * (size_t)g->n_tasks;
+    double *all = c->team ? malloc(sizeof *all * n * (size_t)c->team->size + 1) : NULL;
+    if (c->team && !all)
+        err_set(e, ERR_MEMORY, "rank %d: out of memory for the times of %d tasks", c->team->rank, g->n_tasks);
+    if (c->team && team_agree(c->team, e) == 0 && c->team->ops->gather(c->team, c->time, sizeof *all * n, all, e) == 0)
+        for (size_t i = 0; i < n * (size_t)c->team->size; i++)
+            c->time[i % n] = fmax(c->time[i % n], all[i]);
+    free(all);
+    return e->code;
+}
+
+static int run_plan(struct cuda *c, const struct moe_graph *g, struct err *e)
 {
     const struct cuda_plan *p = &c->plan;
-    if (begin(c, e) < 0 || start(c, e) < 0)
-        return e->code;
+    start(c, e);
     for (int32_t i = 0; i < g->n_tasks && !e->code; i++)
         run_task(c, g, p->sequence[i], e);
     for (int64_t i = p->n_op - c->n_here; i < p->n_op && !e->code; i++) { /* after the step's last task */
         begin_op(c, g, (int32_t)i, e);
         end_op(c, (int32_t)i, e);
     }
-    CUDA_TRY(e, c->rank[0].rank, cudaDeviceSynchronize());
-    return e->code ? e->code : read_times(c, g, e);
+    for (int32_t s = 0; s < c->n_here * RANK_STREAMS && !e->code; s++)
+        if (c->stream[s].stream)
+            c->comm->ops->wait(c->comm, c->stream[s].stream, e);
+    return e->code;
+}
+
+int cuda_step(struct cuda *c, const struct moe_graph *g, struct err *e)
+{
+    begin(c, e);
+    if (team_agree(c->team, e) < 0)
+        return e->code;
+    if (run_plan(c, g, e) < 0) {
+        if (c->team) /* others wait for what never comes */
+            c->team->lost = true;
+        return e->code;
+    }
+    read_times(c, g, e);
+    return share_times(c, g, e);
 }

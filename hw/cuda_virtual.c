@@ -119,6 +119,20 @@ static int end(struct cuda_comm *c, struct err *e)
     return e->code;
 }
 
+/* All ranks are behind one event as it is. */
+static int barrier(struct cuda_comm *c, cudaStream_t s, struct err *e)
+{
+    (void)c;
+    (void)s;
+    return e->code;
+}
+
+static int wait_for(struct cuda_comm *c, cudaStream_t s, struct err *e)
+{
+    (void)c;
+    return CUDA_TRY(e, 0, cudaStreamSynchronize(s));
+}
+
 static void close_all(struct cuda_comm *c)
 {
     struct virtual_comm *v = of(c);
@@ -136,7 +150,8 @@ static void close_all(struct cuda_comm *c)
     free(v);
 }
 
-static const struct cuda_comm_ops virtual_ops = { "virtual", begin, send_one, receive_one, end, close_all };
+static const struct cuda_comm_ops virtual_ops = { "virtual", begin, send_one, receive_one, end, barrier, wait_for,
+                                                 close_all };
 
 int cuda_comm_virtual(struct cuda_comm **out, int32_t n_ranks, struct err *e)
 {

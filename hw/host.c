@@ -9,39 +9,14 @@
 #include "host.h"
 #include "host_model.h"
 #include "host_need.h"
+#include "host_order.h"
 #include "host_rank.h"
+#include "host_team.h"
 #include "memory.h"
 
-#include <cblas.h>
-#include <limits.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
-
-/* ---- what ranks agree on ---- */
-
-/* Graphs that differ would hang in their first exchange. */
-static int compare_graphs(const struct host *h, const struct moe_graph *g, struct err *e)
-{
-    uint64_t mine = host_graph_hash(g), all[h->n_ranks];
-    MPI_Allgather(&mine, 1, MPI_UINT64_T, all, 1, MPI_UINT64_T, MPI_COMM_WORLD);
-    for (int r = 1; r < h->n_ranks; r++)
-        if (all[r] != all[0])
-            return err_set(e, ERR_RUN, "rank %d decided otherwise than rank 0 (task graphs %016llx and %016llx): a "
-                           "policy depends on more than its inputs and the seed", r, (unsigned long long)all[r],
-                           (unsigned long long)all[0]);
-    return 0;
-}
-
-/* The first failure, by rank, becomes every rank's: all stop together and say the same. */
-static int agree(const struct host *h, struct err *e)
-{
-    int mine = e->code ? h->rank : INT_MAX, first;
-    MPI_Allreduce(&mine, &first, 1, MPI_INT, MPI_MIN, MPI_COMM_WORLD);
-    if (first != INT_MAX)
-        MPI_Bcast(e, (int)sizeof *e, MPI_BYTE, first, MPI_COMM_WORLD);
-    return e->code;
-}
 
 /* ---- the step ---- */
 
@@ -173,19 +148,21 @@ static int finish(struct host *h, const struct moe_graph *g, struct err *e)
     return e->code;
 }
 
-/* Once, with inputs of its own. From the walk on a failure of one rank leaves the others waiting: its process ends, and
+/* Once, with inputs of its own. In the walk a failure of one rank leaves the others waiting: its process ends, and
  * mpirun ends theirs. */
 static int run_once(struct machine *m, struct moe_graph *g, struct err *e)
 {
     struct host *h = m->priv;
     host_begin(h, g);
-    if (walk(h, g, e) < 0)
+    if (walk(h, g, e) < 0) {
+        m->team->lost = true;
         return e->code;
+    }
     share_times(m, g);
     finish(h, g, e);
-    if (agree(h, e) == 0 && m->verify) {
+    if (team_agree(m->team, e) == 0 && m->verify) {
         verify(m, h, g, e);
-        agree(h, e);
+        team_agree(m->team, e);
     }
     h->draw++;
     return e->code;
@@ -197,10 +174,10 @@ static int host_run(struct machine *m, struct moe_graph *g, struct err *e)
     if (g->n_route_layers != h->model->n_layers)
         err_set(e, ERR_RUN, "the graph keeps the routes of %d layers, expected %d", g->n_route_layers,
                 h->model->n_layers);
-    if (agree(h, e) < 0 || compare_graphs(h, g, e) < 0)
+    if (team_same_graph(m->team, host_graph_hash(g), e) < 0)
         return e->code;
     host_prepare(h, g, e);
-    if (agree(h, e) < 0 || run_once(m, g, e) < 0)
+    if (team_agree(m->team, e) < 0 || run_once(m, g, e) < 0)
         return e->code;
     m->peak_memory = memory_peak();
     MPI_Allreduce(MPI_IN_PLACE, &m->peak_memory, 1, MPI_DOUBLE, MPI_SUM, MPI_COMM_WORLD);
@@ -237,51 +214,32 @@ static void host_close(struct machine *m)
     MPI_Type_free(&h->row);
     free(h);
     m->priv = NULL;
-    MPI_Finalize();
 }
 
 static const struct machine_ops host_ops = { .name = "host", .run = host_run, .again = run_once,
                                              .close = host_close };
 
-static int become_rank(int *rank, int *n_ranks, struct err *e)
-{
-    if (MPI_Init(NULL, NULL) != MPI_SUCCESS)
-        return err_set(e, ERR_IO, "MPI does not start");
-    MPI_Comm_size(MPI_COMM_WORLD, n_ranks);
-    MPI_Comm_rank(MPI_COMM_WORLD, rank);
-    openblas_set_num_threads(1);
-    return 0;
-}
-
-static int calibrate(struct host_calibration *c, int *rank, int *n_ranks, struct err *e)
-{
-    if (become_rank(rank, n_ranks, e) < 0 || host_calibrate(c, e) < 0)
-        return e->code;
-    MPI_Finalize();
-    return 0;
-}
-
 static int host_open(struct machine *m, struct err *e)
 {
-    int n_ranks, rank;
-    if (become_rank(&rank, &n_ranks, e) < 0)
-        return e->code;
-    m->rank = rank;
-    if (n_ranks != m->topology->n_devices)
-        return err_set(e, ERR_INPUT, "%d MPI ranks, expected one for each of the %d devices of %s", n_ranks,
+    const struct team *t = m->team;
+    if (!t || strcmp(t->ops->name, TEAM_MPI) != 0)
+        return err_set(e, ERR_INPUT, "this process is no rank of MPI: moelab starts those, or mpirun does");
+    if (t->size != m->topology->n_devices)
+        return err_set(e, ERR_INPUT, "%d MPI ranks, expected one for each of the %d devices of %s", t->size,
                        m->topology->n_devices, m->topology->name);
+    m->rank = t->rank;
     struct host *h = calloc(1, sizeof *h);
     if (!h)
         return err_set(e, ERR_MEMORY, "out of memory for the machine");
     h->model = m->model;
-    h->rank = rank;
-    h->n_ranks = n_ranks;
+    h->rank = t->rank;
+    h->n_ranks = t->size;
     MPI_Type_contiguous(m->model->d_model, MPI_FLOAT, &h->row);
     MPI_Type_commit(&h->row);
     m->ops = &host_ops;
     m->priv = h;
     h->weights = calloc((size_t)m->model->n_layers * (size_t)m->model->n_experts, sizeof *h->weights);
-    h->count = calloc(4 * (size_t)n_ranks, sizeof *h->count);
+    h->count = calloc(4 * (size_t)t->size, sizeof *h->count);
     if (!h->weights || !h->count)
         return err_set(e, ERR_MEMORY, "out of memory for the machine");
     return 0;
@@ -294,6 +252,7 @@ const struct host_module moelab_host_module = {
     .graph_size = sizeof(struct moe_graph),
     .task_size = sizeof(struct task),
     .model_size = sizeof(struct moe_model),
+    .join = host_team_join,
     .open = host_open,
-    .calibrate = calibrate,
+    .calibrate = host_calibrate,
 };

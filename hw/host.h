@@ -9,16 +9,18 @@
 #include "graph.h"
 #include "host_calibrate.h"
 #include "machine.h"
+#include "team.h"
 
-enum { HOST_ABI = 3 };
+enum { HOST_ABI = 4 };
 
 struct host_module {
     uint32_t abi, size;                  /* first for ever: HOST_ABI, sizeof(struct host_module) */
     uint32_t machine_size, graph_size, task_size, model_size;
-    /* Becomes a rank. m->rank and m->priv are set; m->verify says whether outputs are checked. */
+    /* Becomes a rank, until the team is left. Nothing else works before. */
+    int (*join)(struct team **, struct err *);
+    /* m->team is set. m->rank and m->priv become so; m->verify says whether outputs are checked. */
     int (*open)(struct machine *, struct err *);
-    /* Becomes a rank and measures; nothing else can be done afterwards. */
-    int (*calibrate)(struct host_calibration *, int *rank, int *n_ranks, struct err *);
+    int (*calibrate)(struct host_calibration *, struct err *);
 };
 
 /* The one symbol that the module exports. */

@@ -57,20 +57,27 @@ static const struct host_module *load(struct err *e)
     return check(h, path, e) < 0 ? NULL : h;
 }
 
+int machine_join_host(struct team **t, struct err *e)
+{
+    const struct host_module *h = load(e);
+    return h ? h->join(t, e) : e->code;
+}
+
 int machine_open_host(struct machine *m, const struct topology *t, const struct moe_model *model, bool verify,
-                      struct err *e)
+                      struct team *team, struct err *e)
 {
     memset(m, 0, sizeof *m);
     m->topology = t;
     m->model = model;
     m->precision = PREC_FP32;
     m->verify = verify;
+    m->team = team;
     const struct host_module *h = load(e);
     return h ? h->open(m, e) : e->code;
 }
 
-int machine_calibrate_host(struct host_calibration *c, int *rank, int *n_ranks, struct err *e)
+int machine_calibrate_host(struct host_calibration *c, struct err *e)
 {
     const struct host_module *h = load(e);
-    return h ? h->calibrate(c, rank, n_ranks, e) : e->code;
+    return h ? h->calibrate(c, e) : e->code;
 }

@@ -17,4 +17,7 @@ void host_sequence(const struct moe_graph *, struct graph_order *order, int32_t 
 size_t host_place_sends(const struct moe_graph *, const struct graph_order *, const int32_t *sequence, int32_t rank,
                         size_t *at, bool *packed);
 
+/* Over everything that a rank acts on. The graph keeps at least one layer's routes. */
+uint64_t host_graph_hash(const struct moe_graph *);
+
 #endif

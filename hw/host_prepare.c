@@ -12,52 +12,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-static uint64_t mix(uint64_t h, uint64_t v)
-{
-    return moe_mix(h ^ v) + UINT64_C(0x9E3779B97F4A7C15);
-}
-
-static uint64_t mix_real(uint64_t h, double v)
-{
-    uint64_t bits;
-    memcpy(&bits, &v, sizeof bits);
-    return mix(h, bits);
-}
-
-/* Field by field: structures have holes. */
-uint64_t host_graph_hash(const struct moe_graph *g)
-{
-    uint64_t h = mix(mix(0, (uint64_t)g->n_tasks), (uint64_t)g->n_parts);
-    for (int32_t i = 0; i < g->n_tasks; i++) {
-        const struct task *t = &g->task[i];
-        const int64_t whole[] = { t->kind, t->op, t->payload, t->device, t->stream, t->layer, t->micro, t->exchange,
-                                  t->source, t->object, t->victim, t->passes, t->first, t->n, t->first_item,
-                                  t->n_items };
-        for (size_t j = 0; j < sizeof whole / sizeof *whole; j++)
-            h = mix(h, (uint64_t)whole[j]);
-        h = mix_real(mix_real(mix_real(h, t->flops), t->bytes), (double)t->fraction);
-    }
-    for (int64_t i = 0; i < g->n_edges; i++)
-        h = mix(mix(h, (uint64_t)g->edge[i].before), (uint64_t)g->edge[i].task);
-    for (int32_t i = 0; i < g->n_parts; i++) {
-        const struct moe_part *p = &g->part[i];
-        h = mix(mix(mix(mix(h, (uint64_t)p->src), (uint64_t)p->dst), (uint64_t)p->n_items),
-                (uint64_t)g->part_item[i]);
-        h = mix_real(h, p->bytes);
-    }
-    for (int32_t i = 0; i < g->n_experts; i++)
-        h = mix(mix(h, (uint64_t)g->expert[i]), (uint64_t)g->rows[i]);
-    for (int64_t i = 0; i < g->n_items; i++)
-        h = mix(h, (uint64_t)g->item[i]);
-    for (int64_t i = 0; i < g->route_first[g->n_route_layers]; i++) {
-        h = mix(mix(h, (uint64_t)g->route[i].token), (uint64_t)g->route[i].expert);
-        h = mix_real(h, (double)g->route[i].weight);
-    }
-    for (int32_t i = 0; i < g->n_tokens; i++)
-        h = mix(h, (uint64_t)g->token_device[i]);
-    return h;
-}
-
 /* Room for `need` floats. Touches what is new, so that no timed task meets a page for the first time. */
 static void reserve(struct pool *p, size_t need, struct err *e)
 {

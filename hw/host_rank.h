@@ -68,8 +68,6 @@ static inline int64_t route_of(const struct host *h, const struct moe_graph *g, 
     return h->route_of[(size_t)layer * ((size_t)g->n_tokens + 1) + (size_t)token];
 }
 
-/* Over everything that a rank acts on. The graph keeps at least one layer's routes. */
-uint64_t host_graph_hash(const struct moe_graph *);
 /* Checks that the graph can be run here and makes room for all that this rank will touch. */
 int host_prepare(struct host *, const struct moe_graph *, struct err *);
 /* Before each time it runs: rows are poisoned and the inputs placed. */

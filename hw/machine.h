@@ -294,6 +294,7 @@ void net_close(struct net *);
 
 struct moe_graph;
 struct machine;
+struct team;
 
 struct machine_ops {
     const char *name; /* what results say: "flow", "simgrid", "host", "cuda" */
@@ -316,6 +317,7 @@ struct machine {
     double now; /* end of what ran last */
     double joules; /* of what ran last; 0: not known */
     /* Machines that really compute; a simulated one leaves these at 0. */
+    struct team *team;/* of this process, or NULL */
     int32_t rank;     /* the device that this process is */
     bool verify;      /* compare every output with a plain reference, outside the times */
     bool virtual_ranks; /* all ranks are in this process, on one GPU */
@@ -326,16 +328,20 @@ struct machine {
 
 int machine_open_sim(struct machine *, const struct topology *, const struct moe_model *, enum precision,
                      enum net_tier, struct err *);
-/* Real execution over MPI, in a process that is a rank: loads the module hw/host.so. */
-int machine_open_host(struct machine *, const struct topology *, const struct moe_model *, bool verify, struct err *);
+/* Real execution over MPI, in a process that is a rank: loads the module hw/host.so. The team is MPI's. */
+int machine_open_host(struct machine *, const struct topology *, const struct moe_model *, bool verify, struct team *,
+                      struct err *);
+/* Becomes one of the ranks that mpirun has started. */
+int machine_join_host(struct team **, struct err *);
 bool machine_host_available(void);
-/* Real execution on a GPU, with all ranks of the run in this process: loads the module hw/cuda.so. */
-int machine_open_cuda(struct machine *, const struct topology *, const struct moe_model *, enum precision,
-                      bool virtual_ranks, bool verify, struct err *);
+/* Real execution on GPUs: loads the module hw/cuda.so. team NULL: all ranks of the run are in this process, on one
+ * GPU; else each in one of the team's, on a GPU of its own. */
+int machine_open_cuda(struct machine *, const struct topology *, const struct moe_model *, enum precision, bool verify,
+                      struct team *, struct err *);
 bool machine_cuda_available(void);
 /* Measures this computer, in a process that is a rank: host_calibrate.h. */
 struct host_calibration;
-int machine_calibrate_host(struct host_calibration *, int *rank, int *n_ranks, struct err *);
+int machine_calibrate_host(struct host_calibration *, struct err *);
 static inline int machine_run(struct machine *m, struct moe_graph *g, struct err *e) { return m->ops->run(m, g, e); }
 static inline void machine_close(struct machine *m) { if (m->ops) m->ops->close(m); m->ops = NULL; }
 

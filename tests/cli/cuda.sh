@@ -21,7 +21,14 @@ EOF
 }
 
 one several '' ''
-run_expect 2 'several.lua:2: machine cuda: 2 ranks: .* set virtual_ranks = true' "$moelab" run several.lua --out results
+if [ ! -e "$top_builddir/hw/cuda.so" ]; then
+    run_expect 2 'machine cuda: no module cuda.so' "$moelab" run several.lua --out results
+else
+    CUDA_VISIBLE_DEVICES= run_expect 2 'several.lua:2: machine cuda: no GPU' "$moelab" run several.lua --out results
+    ok "... said once" test "$(wc -l <"$work/err")" = 1
+fi
+one lua 'placement = moe.policy { kind = "placement", name = "mine", place = function() end },' ''
+run_expect 2 'machine cuda: placement mine is written in Lua, which ranks do not load' "$moelab" run lua.lua
 one fp8 'virtual_ranks = true,' 'precision = "fp8"'
 run_expect 2 'fp8.lua:2: machine cuda: model.precision: computes in bf16 and fp32, found fp8' \
     "$moelab" run fp8.lua --out results

@@ -65,7 +65,7 @@ one many 'machine = moe.machine "star-50GBps" { nodes = 300 },'
 run_expect 2 'machine host: 300 devices, expected at most 256' "$moelab" run many.lua
 one plain ''
 run_expect 2 'no mpirun on PATH' env PATH=/nowhere "$moelab" run plain.lua
-run_expect 2 'this is an MPI rank already' env PMIX_RANK=0 "$moelab" run plain.lua
+run_expect 2 'PMIX_RANK is set, so this is a rank already' env PMIX_RANK=0 "$moelab" run plain.lua
 run_expect 2 'moelab rank: expected SPEC RESULT' "$moelab" rank
 
 # placement NAME BODY: a policy whose place() is BODY and then puts every expert on device 0

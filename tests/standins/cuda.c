@@ -27,7 +27,7 @@ static struct {
     uint64_t seed;
     int64_t lose, n_waits, n_events, n_streams, n_live;
     cudaError_t count;
-    int n_devices, driver;
+    int n_devices, driver, device;
     size_t memory, used;
     double clock;
     struct CUstream_st *streams;
@@ -69,6 +69,7 @@ void standin_device(cudaError_t count, int n, int driver)
 {
     all.count = count;
     all.n_devices = n;
+    all.device = 0;
     all.driver = driver;
 }
 
@@ -151,6 +152,11 @@ cudaError_t standin_queue(cudaStream_t s, const char *what, double size, void (*
     return cudaSuccess;
 }
 
+void standin_note(cudaStream_t s, const char *what, double size)
+{
+    note("s%d %s %.0f\n", s->number, what, size);
+}
+
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t *s, unsigned flags)
 {
     (void)flags;
@@ -227,6 +233,19 @@ cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t from, cudaEvent_t to)
         return cudaErrorNotReady;
     *ms = (float)(to->time - from->time);
     return cudaSuccess;
+}
+
+cudaError_t cudaEventQuery(cudaEvent_t event)
+{
+    run_all();
+    return event->reached == event->queued ? cudaSuccess : cudaErrorNotReady;
+}
+
+/* More than is asked for, as a device may do. */
+cudaError_t cudaStreamSynchronize(cudaStream_t s)
+{
+    (void)s;
+    return run_all() ? cudaSuccess : cudaErrorLaunchTimeout;
 }
 
 cudaError_t cudaDeviceSynchronize(void)
@@ -324,8 +343,23 @@ cudaError_t cudaGetDeviceCount(int *n)
     return all.count;
 }
 
-cudaError_t cudaGetDevice(int *device) { *device = 0; return cudaSuccess; }
-cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidDevice; }
+cudaError_t cudaGetDevice(int *device) { *device = all.device; return cudaSuccess; }
+
+cudaError_t cudaSetDevice(int device)
+{
+    if (device < 0 || device >= all.n_devices)
+        return cudaErrorInvalidDevice;
+    all.device = device;
+    return cudaSuccess;
+}
+
+cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *about, int device)
+{
+    memset(about, 0, sizeof *about);
+    about->uuid.bytes[0] = (char)(device + 1);
+    return cudaSuccess;
+}
+
 cudaError_t cudaDriverGetVersion(int *version) { *version = all.driver; return cudaSuccess; }
 cudaError_t cudaRuntimeGetVersion(int *version) { *version = CUDART_VERSION; return cudaSuccess; }
 cudaError_t cudaGetLastError(void) { return cudaSuccess; }

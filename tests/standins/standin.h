@@ -22,7 +22,7 @@ int64_t standin_left(void);
 int64_t standin_waits(void);
 /* Bytes that the device has; 0: as many as asked for. */
 void standin_memory(size_t);
-/* What is asked about the device answers; standin_open() makes it one device, and a driver as old as the runtime. */
+/* What is asked about the devices answers; standin_open() makes it one device, and a driver as old as the runtime. */
 void standin_device(cudaError_t count, int n, int driver);
 /* One line for each call that was queued, in order: "s1 copy d2d 40", "s0 waits s1" (for what is marked there). Streams
  * by number, from 0. */
@@ -31,5 +31,15 @@ const char *standin_calls(void);
 /* Work that runs when its stream comes to it; `work` is copied. */
 cudaError_t standin_queue(cudaStream_t, const char *what, double size, void (*run)(const void *work), const void *work,
                           size_t n);
+
+/* A line of the record, and nothing else. */
+void standin_note(cudaStream_t, const char *what, double size);
+
+/* NCCL between processes that the test forks (nccl.c): sockets for n ranks, before; then each says which it is. A group
+ * moves its bytes when its stream comes to it, and sends and receives that do not match end the process with a word on
+ * stderr. dies: the group at which this rank ends without one, or -1. */
+void standin_nccl_open(int n_ranks);
+void standin_nccl_become(int rank, int dies);
+void standin_nccl_close(void);
 
 #endif

@@ -2,64 +2,17 @@
  * test_cuda.c - machine cuda without a GPU: the module's own code on stand-ins for CUDA and cuBLAS (standin.h), which
  * run streams as badly ordered as events allow. Whole steps are computed, and every layer is compared with the
  * reference; what is queued is compared with a list written by hand. */
-#include "core_test.h"
+#include "cuda_test.h"
 
-#include "cuda.h"
 #include "cuda_check.h"
 #include "cuda_kernels.h"
-#include "cuda_rank.h"
-#include "standin.h"
 
 /* ---- whole runs ---- */
-
-struct shape { int nodes, devices, layers, experts, k, batch, steps; };
-
-static json_t *spec_of(struct scratch *s, struct shape x)
-{
-    const int64_t n = (int64_t)x.nodes * x.devices * x.batch * x.steps;
-    uint8_t *expert = malloc((size_t)(n * x.layers * x.k));
-    assert_non_null(expert);
-    for (int64_t i = 0; i < n * x.layers; i++) { /* k different ones each, the low numbers more often */
-        const uint64_t r = moe_mix((uint64_t)i);
-        const int first = (int)(r % (uint64_t)x.experts * (r >> 32 & 0xff) / 256);
-        for (int j = 0; j < x.k; j++)
-            expert[i * x.k + j] = (uint8_t)((first + j * (1 + (int)(r >> 40 & 1))) % x.experts);
-    }
-    const char *trace = test_trace(s, "trace", x.nodes * x.devices * x.batch, x.steps, x.layers, x.experts, x.k,
-                                   expert);
-    free(expert);
-    json_t *machine = test_description("h800-ib", x.nodes);
-    json_object_set_new(machine, "devices", json_integer(x.devices));
-    json_t *spec = test_spec(machine, trace, x.layers, x.experts, x.k, x.batch, x.steps);
-    const char *const small[] = { "d_model", "d_expert", "n_heads", "d_head" };
-    const int size[] = { 24, 16, 1, 16 };
-    for (int i = 0; i < 4; i++)
-        test_set(spec, "model", small[i], json_integer(size[i]));
-    test_set(spec, "model", "precision", json_string("fp32"));
-    test_set(spec, NULL, "allow_extrapolation", json_true());
-    test_set(spec, NULL, "repetitions", json_integer(2));
-    return spec;
-}
-
-/* Opens the run on a simulated machine and puts ours in its place. */
-static struct run *open_run(json_t *spec, struct err *e)
-{
-    struct run *r = test_open_run(spec, e);
-    const enum precision p = r->precision;
-    machine_close(&r->machine);
-    r->machine = (struct machine){ .topology = r->topology, .model = &r->model, .precision = p, .verify = true,
-                                   .virtual_ranks = true };
-    r->tier = N_NET_TIERS;
-    r->graph.keep_items = true;
-    if (moelab_cuda_module.open_virtual(&r->machine, e) == 0)
-        ((struct cuda *)r->machine.priv)->ring = 1 << 12;
-    return r;
-}
 
 /* Takes the specification. The largest error of any output, or -1 and what failed. */
 static double run_spec(json_t *spec, struct err *e)
 {
-    struct run *r = open_run(spec, e);
+    struct run *r = cuda_open_run(spec, NULL, e);
     const double error = e->code || run_go(r) < 0 ? -1 : r->machine.max_error;
     test_close_run(r);
     json_decref(spec);
@@ -93,7 +46,7 @@ static void layouts_and_placements(void **state)
     for (size_t s = 0; s < sizeof shapes / sizeof *shapes; s++)
         for (int d = 0; d < 2; d++)
             for (int p = 0; p < 3; p++) {
-                json_t *spec = spec_of(*state, shapes[s]);
+                json_t *spec = cuda_spec(*state, shapes[s]);
                 test_policy(spec, "dispatch", dispatch[d]);
                 test_policy(spec, "placement", placement[p]);
                 assert_single(run_well(spec, seed++));
@@ -107,7 +60,7 @@ static void offloaded_experts(void **state)
     for (int p = 0; p < 3; p++)
         for (int share = 0; share < 2; share++)
             for (int order = 0; order < 3; order++) {
-                json_t *spec = spec_of(*state, (struct shape){ 2, 1, 2, 8, 2, 4, 4 });
+                json_t *spec = cuda_spec(*state, (struct shape){ 2, 1, 2, 8, 2, 4, 4 });
                 test_policy(spec, "offload", offload[p]);
                 test_set(spec, NULL, "cache", json_real(share ? 0.5 : 0.125));
                 assert_single(run_well(spec, seed++));
@@ -116,7 +69,7 @@ static void offloaded_experts(void **state)
 
 static void in_bf16(void **state)
 {
-    json_t *spec = spec_of(*state, (struct shape){ 2, 2, 2, 8, 2, 6, 2 });
+    json_t *spec = cuda_spec(*state, (struct shape){ 2, 2, 2, 8, 2, 6, 2 });
     test_set(spec, "model", "precision", json_string("bf16"));
     const double error = run_well(spec, 1);
     assert_true(error > 1e-4 && error < 1e-2); /* more than single precision's: bf16 it was */
@@ -132,7 +85,7 @@ static void lost_waits(void **state)
     int found = 0;
     standin_open(STANDIN_LAST, 0, -1);
     struct err e = { 0 };
-    json_t *spec = spec_of(*state, shape);
+    json_t *spec = cuda_spec(*state, shape);
     test_set(spec, NULL, "repetitions", json_integer(1));
     assert_true(run_spec(json_incref(spec), &e) >= 0);
     const int64_t n = standin_waits();
@@ -184,7 +137,7 @@ static void golden(void **state)
 {
     struct err e = { 0 };
     standin_open(STANDIN_LAST, 0, -1);
-    json_t *spec = spec_of(*state, (struct shape){ 2, 1, 1, 2, 1, 1, 1 });
+    json_t *spec = cuda_spec(*state, (struct shape){ 2, 1, 1, 2, 1, 1, 1 });
     test_set(spec, NULL, "repetitions", json_integer(1));
     run_spec(spec, &e);
     test_ok(e.code, &e);
@@ -203,11 +156,11 @@ static void conserves(void **state)
                                            { 3, 2, 2, 24, 4, 5, 1 }, { 2, 4, 2, 16, 4, 5, 1 } };
     for (size_t i = 0; i < 2 * sizeof shapes / sizeof *shapes; i++) {
         struct err e = { 0 };
-        json_t *spec = spec_of(*state, shapes[i / 2]);
+        json_t *spec = cuda_spec(*state, shapes[i / 2]);
         test_policy(spec, "dispatch", i % 2 ? "node-dedup" : "flat");
         test_set(spec, NULL, "repetitions", json_integer(1));
         standin_open(STANDIN_ANY, i, -1);
-        struct run *r = open_run(spec, &e);
+        struct run *r = cuda_open_run(spec, NULL, &e);
         test_ok(e.code < 0 ? e.code : run_go(r), &e);
         double carried = 0, copied = 0;
         for (int32_t j = 0; j < r->graph.n_parts; j++)
@@ -227,7 +180,7 @@ static void out_of_memory(void **state)
 {
     struct err e = { 0 };
     standin_open(STANDIN_LAST, 0, -1);
-    struct run *r = open_run(spec_of(*state, (struct shape){ 2, 1, 1, 4, 2, 4, 1 }), &e);
+    struct run *r = cuda_open_run(cuda_spec(*state, (struct shape){ 2, 1, 1, 4, 2, 4, 1 }), NULL, &e);
     test_ok(e.code, &e);
     standin_memory(5000); /* an expert of 24 x 16 takes 4608 */
     assert_int_equal(run_go(r), ERR_MEMORY);
