@@ -15,34 +15,46 @@
 
 /* ---- samples ---- */
 
-static const char *const what_name[N_HOST_WHATS] = { "gemm", "move", "attention", "exchange", "read" };
+static const char *const what_name[N_WHATS] = { "gemm", "move", "attention", "exchange", "read", "squares", "copy",
+                                                "write", "kernel", "launch", "events", "queue" };
+
+static int32_t groups_of(const struct host_sample *s)
+{
+    return s->groups > 1 ? s->groups : 1;
+}
 
 json_t *calibration_sample(const struct host_sample *s)
 {
-    json_t *o = json_pack("{s:s, s:f, s:f, s:f, s:i}", "what", what_name[s->what], "seconds", s->seconds, "low", s->low,
-                          "high", s->high, "n", s->n);
-    if (s->what == HOST_GEMM)
+    json_t *o = json_pack("{s:s, s:s, s:f, s:f, s:f, s:i}", "what", what_name[s->what], "precision",
+                          precision_name[s->precision], "seconds", s->seconds, "low", s->low, "high", s->high, "n",
+                          s->n);
+    if (s->what == HOST_GEMM) {
         json_object_set_new(o, "shape", json_pack("[I, I, I]", (json_int_t)s->shape.rows, (json_int_t)s->shape.n,
                                                   (json_int_t)s->shape.k));
-    else if (s->what == HOST_ATTENTION)
+        json_object_set_new(o, "groups", json_integer(groups_of(s)));
+    } else if (s->what == HOST_ATTENTION || s->what == GPU_KERNEL)
         json_object_set_new(o, "key", json_pack("[i, i, i, I, I, f, f]", s->key.op, s->key.heads, s->key.kv_heads,
                                                 (json_int_t)s->key.n, (json_int_t)s->key.k, s->key.rows,
                                                 s->key.context));
-    else
+    if (s->what != HOST_GEMM && s->what != HOST_ATTENTION)
         json_object_set_new(o, "bytes", json_real(s->bytes));
+    if (s->what == GPU_SQUARES)
+        json_object_set_new(o, "flops", json_real(s->flops));
     return o;
 }
 
 static bool read_sample(const json_t *o, struct host_sample *s)
 {
-    const char *what;
+    const char *what, *precision = json_string_value(json_object_get(o, "precision"));
     json_int_t rows, n, k;
     int op;
-    *s = (struct host_sample){ .what = N_HOST_WHATS };
+    *s = (struct host_sample){ .what = N_WHATS };
     if (json_unpack((json_t *)(uintptr_t)o, "{s:s, s:F, s:F, s:F, s:i}", "what", &what, "seconds", &s->seconds, "low",
                     &s->low, "high", &s->high, "n", &s->n) < 0)
         return false;
-    for (int i = 0; i < N_HOST_WHATS; i++)
+    for (int i = 0; precision && i < N_PRECISIONS; i++)
+        s->precision = strcmp(precision, precision_name[i]) ? s->precision : (enum precision)i;
+    for (int i = 0; i < N_WHATS; i++)
         s->what = strcmp(what, what_name[i]) ? s->what : (enum host_what)i;
     if (json_unpack(json_object_get(o, "shape"), "[I, I, I]", &rows, &n, &k) == 0)
         s->shape = (struct gemm_group){ rows, n, k };
@@ -52,8 +64,22 @@ static bool read_sample(const json_t *o, struct host_sample *s)
         s->key.n = n;
         s->key.k = k;
     }
+    s->groups = (int32_t)json_integer_value(json_object_get(o, "groups"));
     s->bytes = json_number_value(json_object_get(o, "bytes"));
-    return s->what < N_HOST_WHATS && s->seconds > 0;
+    s->flops = json_number_value(json_object_get(o, "flops"));
+    return s->what < N_WHATS && s->seconds > 0;
+}
+
+/* What is no sample, and machine host has not. */
+static void read_gpu(struct cuda_calibration *g, const json_t *o)
+{
+    const char *name = json_string_value(json_object_get(o, "gpu"));
+    const char *note = json_string_value(json_object_get(o, "note"));
+    snprintf(g->name, sizeof g->name, "%s", name ? name : "");
+    snprintf(g->note, sizeof g->note, "%s", note ? note : "");
+    g->sms = (int32_t)json_integer_value(json_object_get(o, "sms"));
+    g->memory = json_number_value(json_object_get(o, "memory"));
+    g->mem_bandwidth = json_number_value(json_object_get(o, "mem_bandwidth"));
 }
 
 int calibration_read(struct calibration *c, const json_t *o, struct err *e)
@@ -64,6 +90,7 @@ int calibration_read(struct calibration *c, const json_t *o, struct err *e)
     memset(c, 0, sizeof *c);
     c->n_ranks = (int)json_integer_value(json_object_get(o, "ranks"));
     snprintf(c->versions, sizeof c->versions, "%s", versions ? versions : "");
+    read_gpu(&c->gpu, o);
     c->sample = malloc(sizeof *c->sample * (json_array_size(list) + 1));
     if (!c->sample)
         return err_set(e, ERR_MEMORY, "out of memory for samples");
@@ -102,17 +129,28 @@ static struct kernel attention_kernel(const struct latency_key *key)
 
 static double modelled(const struct calibration *c, const struct host_sample *s)
 {
-    const struct gemm_bytes fp32 = { 4, 4, 4 };
+    const double in = compute_element_bytes(s->precision);
     switch (s->what) {
-    case HOST_GEMM: return cost_gemm(&c->device, PREC_FP32, 1, &s->shape, &fp32).seconds;
-    case HOST_MOVE: return cost_plain(&c->device, PREC_FP32, 0, s->bytes).seconds;
+    case HOST_GEMM: {
+        const struct kernel k = { .precision = s->precision, .groups = groups_of(s), .shape = s->shape,
+                                  .bytes = { in, in, fmax(in, 2) } };
+        return cost_kernel(&c->device, &k).seconds;
+    }
+    case HOST_MOVE:
+    case GPU_KERNEL:
+    case GPU_SQUARES: return cost_plain(&c->device, s->precision, s->flops, s->flops > 0 ? 0 : s->bytes).seconds;
     case HOST_ATTENTION: {
         const struct kernel k = attention_kernel(&s->key);
         return cost_kernel(&c->device, &k).seconds;
     }
     case HOST_EXCHANGE: return c->exchange_s + s->bytes * (c->n_ranks - 1) / c->link_bandwidth;
     case HOST_READ: return c->read_s + s->bytes / c->read_bandwidth;
-    case N_HOST_WHATS: break;
+    case GPU_WRITE: return c->write_s + s->bytes / c->write_bandwidth;
+    case GPU_COPY: return c->copy_s + s->bytes / c->copy_bandwidth;
+    case GPU_LAUNCH:
+    case GPU_EVENTS:
+    case GPU_QUEUE:
+    case N_WHATS: break;
     }
     return NAN;
 }
@@ -123,7 +161,7 @@ static double misfit(const struct calibration *c, enum host_what what)
     const double near = 0.2;
     double sum = 0;
     for (int i = 0; i < c->n; i++)
-        if (c->sample[i].what == what) {
+        if (c->sample[i].what == what && (c->only == N_PRECISIONS || c->sample[i].precision == c->only)) {
             const double d = log(modelled(c, &c->sample[i]) / c->sample[i].seconds);
             sum += near * near * (sqrt(1 + d * d / (near * near)) - 1);
         }
@@ -200,6 +238,13 @@ static int judge(struct calibration *c, enum host_what what, struct err *e)
     return 0;
 }
 
+/* Peaks are of products without end, with room for attention's rate. */
+static void settle_peak(struct calibration *c, enum precision p)
+{
+    c->device.peak[p] *= 1.05 * c->device.gemm.mma_efficiency;
+    c->device.gemm.mma_efficiency = 1 / 1.05;
+}
+
 /* Tiles of several heights and ways to join arithmetic and memory are tried; what fits best stays. */
 static void fit_gemm(struct calibration *c)
 {
@@ -224,22 +269,56 @@ static void fit_gemm(struct calibration *c)
         }
     }
     *d = best;
-    d->peak[PREC_FP32] *= 1.05 * d->gemm.mma_efficiency; /* of products without end, with room for attention's rate */
-    d->gemm.mma_efficiency = 1 / 1.05;
+    settle_peak(c, PREC_FP32);
 }
 
-/* The fastest of a family, in what it counts per second. */
-static double best_rate(const struct calibration *c, enum host_what what)
+/* Tiles are those that the model chooses, as DeepGEMM does. What an SM draws and stores, and how far memory hides, is
+ * found in bf16; other precisions have a peak of their own with that. */
+static void fit_gpu_gemm(struct calibration *c)
+{
+    struct device_spec *d = &c->device;
+    d->gemm.mma_efficiency = 0.5;
+    d->gemm.mem_efficiency = 0.8;
+    d->gemm.port_bandwidth = d->gemm.store_bandwidth = d->peak[PREC_BF16] / d->gemm.sms / 50;
+    d->gemm.launch_s = d->launch_s;
+    d->gemm.overlap = 2;
+    c->only = PREC_BF16;
+    fit(c, HOST_GEMM, (const struct parameter[]){ { &d->gemm.mma_efficiency, 0.02, 1 },
+                                                  { &d->gemm.mem_efficiency, 0.05, 1 },
+                                                  { &d->gemm.launch_s, 1e-9, 1e-3 },
+                                                  { &d->gemm.port_bandwidth, 1e6, 1e16 },
+                                                  { &d->gemm.store_bandwidth, 1e6, 1e16 },
+                                                  { &d->gemm.overlap, 1, 20 } }, 6);
+    settle_peak(c, PREC_BF16);
+    for (int p = 0; p < N_PRECISIONS; p++)
+        if (p != PREC_BF16 && d->peak[p] > 0) {
+            c->only = (enum precision)p;
+            fit(c, HOST_GEMM, (const struct parameter[]){ { &d->peak[p], 1e6, 1e18 } }, 1);
+        }
+    c->only = N_PRECISIONS;
+}
+
+/* The fastest of a family in one precision, in what it counts per second. */
+static double best_rate(const struct calibration *c, enum host_what what, enum precision p)
 {
     double best = 0;
     for (int i = 0; i < c->n; i++) {
         const struct host_sample *s = &c->sample[i];
-        const double amount = what == HOST_GEMM ? 2.0 * (double)s->shape.rows * (double)s->shape.n * (double)s->shape.k
+        const double amount = what == HOST_GEMM ? 2.0 * groups_of(s) * (double)s->shape.rows * (double)s->shape.n *
+                                                  (double)s->shape.k
                                                 : s->bytes;
-        if (s->what == what)
+        if (s->what == what && (p == N_PRECISIONS || s->precision == p))
             best = fmax(best, amount / s->seconds);
     }
     return best;
+}
+
+/* A fixed time, and bytes over a bandwidth. */
+static void fit_line(struct calibration *c, enum host_what what, double *fixed, double *bandwidth)
+{
+    *fixed = 1e-5;
+    *bandwidth = best_rate(c, what, N_PRECISIONS);
+    fit(c, what, (const struct parameter[]){ { fixed, 1e-9, 1 }, { bandwidth, 1e6, 1e14 } }, 2);
 }
 
 int calibration_fit(struct calibration *c, struct err *e)
@@ -247,24 +326,48 @@ int calibration_fit(struct calibration *c, struct err *e)
     struct device_spec *d = &c->device;
     *d = (struct device_spec){ .launch_s = 1e-7, .flops_efficiency = 0.5, .mem_efficiency = 0.5,
                                  .read_efficiency = 0.5 };
+    c->only = N_PRECISIONS;
     d->gemm.sms = 1;
     d->gemm.port_bandwidth = d->gemm.store_bandwidth = 1e16; /* caches are in mma_efficiency */
     /* More than is reached at best: parts of it are efficiencies, which may not exceed 1. */
-    d->peak[PREC_FP32] = 2 * best_rate(c, HOST_GEMM);
-    d->mem_bandwidth = 2 * best_rate(c, HOST_MOVE);
-    c->exchange_s = c->read_s = 1e-5;
-    c->link_bandwidth = best_rate(c, HOST_EXCHANGE);
-    c->read_bandwidth = best_rate(c, HOST_READ);
+    d->peak[PREC_FP32] = 2 * best_rate(c, HOST_GEMM, PREC_FP32);
+    d->mem_bandwidth = 2 * best_rate(c, HOST_MOVE, N_PRECISIONS);
     fit(c, HOST_MOVE, (const struct parameter[]){ { &d->mem_efficiency, 0.01, 1 }, { &d->launch_s, 1e-9, 1e-3 } }, 2);
     fit_gemm(c);
     fit(c, HOST_ATTENTION, (const struct parameter[]){ { &d->flops_efficiency, 0.01, 1 },
                                                        { &d->read_efficiency, 0.01, 1 } }, 2);
     if (c->n_ranks > 1)
-        fit(c, HOST_EXCHANGE, (const struct parameter[]){ { &c->exchange_s, 1e-9, 1 },
-                                                          { &c->link_bandwidth, 1e6, 1e13 } }, 2);
-    fit(c, HOST_READ, (const struct parameter[]){ { &c->read_s, 1e-9, 1 }, { &c->read_bandwidth, 1e6, 1e13 } }, 2);
+        fit_line(c, HOST_EXCHANGE, &c->exchange_s, &c->link_bandwidth);
+    fit_line(c, HOST_READ, &c->read_s, &c->read_bandwidth);
     for (int what = 0; what < N_HOST_WHATS; what++)
         if (judge(c, (enum host_what)what, e) < 0)
+            return e->code;
+    return 0;
+}
+
+int calibration_fit_gpu(struct calibration *c, struct err *e)
+{
+    static const enum host_what modelled_by[] = { HOST_GEMM, HOST_MOVE, GPU_SQUARES, GPU_KERNEL, GPU_COPY, HOST_READ,
+                                                  GPU_WRITE, HOST_EXCHANGE };
+    struct device_spec *d = &c->device;
+    *d = (struct device_spec){ .launch_s = 2e-6, .flops_efficiency = 0.5, .mem_efficiency = 0.8 };
+    c->only = N_PRECISIONS;
+    d->gemm.sms = fmax(1, round((double)c->gpu.sms / c->n_ranks));
+    snprintf(d->name, sizeof d->name, "%s", c->gpu.name);
+    d->memory = c->gpu.memory / c->n_ranks;
+    for (int p = 0; p < N_PRECISIONS; p++)
+        d->peak[p] = 2 * best_rate(c, HOST_GEMM, (enum precision)p);
+    d->mem_bandwidth = fmax(c->gpu.mem_bandwidth / c->n_ranks, 1.05 * best_rate(c, HOST_MOVE, N_PRECISIONS));
+    fit(c, HOST_MOVE, (const struct parameter[]){ { &d->mem_efficiency, 0.01, 1 }, { &d->launch_s, 1e-9, 1e-3 } }, 2);
+    fit_gpu_gemm(c);
+    fit(c, GPU_SQUARES, (const struct parameter[]){ { &d->flops_efficiency, 0.01, 1 } }, 1);
+    fit_line(c, GPU_COPY, &c->copy_s, &c->copy_bandwidth);
+    fit_line(c, HOST_READ, &c->read_s, &c->read_bandwidth);
+    fit_line(c, GPU_WRITE, &c->write_s, &c->write_bandwidth);
+    if (c->n_ranks > 1)
+        fit_line(c, HOST_EXCHANGE, &c->exchange_s, &c->link_bandwidth);
+    for (size_t i = 0; i < sizeof modelled_by / sizeof *modelled_by; i++)
+        if (modelled_by[i] != (c->n_ranks > 1 ? GPU_KERNEL : HOST_EXCHANGE) && judge(c, modelled_by[i], e) < 0)
             return e->code;
     return 0;
 }

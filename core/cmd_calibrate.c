@@ -1,10 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0
- * cmd_calibrate.c - moelab calibrate: measures the computer it runs on and writes a machine file. */
+ * cmd_calibrate.c - moelab calibrate: measures the computer it runs on, or its GPU, and writes a machine file. */
 #include "config.h"
 
 #include "calibrate.h"
 #include "cmd.h"
 #include "rank.h"
+#include "script.h"
 
 #include <errno.h>
 #include <stdio.h>
@@ -12,20 +13,28 @@
 #include <string.h>
 #include <unistd.h>
 
-struct ask { const char *name, *out, *raw; int n_ranks; };
+struct ask { const char *name, *out, *raw, *like; int n_ranks; bool gpu; };
 
 static void help(void)
 {
-    printf("usage: moelab calibrate [NAME] [--ranks N] [--out FILE] [--samples FILE]\n\n"
+    printf("usage: moelab calibrate [NAME] [--ranks N] [--out FILE] [--samples FILE]\n"
+           "       moelab calibrate [NAME] --gpu [--ranks N | --like MACHINE] [--out FILE] [--samples FILE]\n\n"
            "Measures this computer as machine host uses it, on all ranks at once: products of matrices, copies,\n"
            "attention, exchanges, reads of files in $TMPDIR; fits a machine file to that, and writes it with the\n"
            "date, versions and how well each model fits. Takes some seconds; nothing else should run.\n\n"
-           "  NAME            what the machine is called (cpu-localhost)\n"
-           "  --ranks N       as many ranks as later runs have (one per processor)\n"
+           "With --gpu it measures GPU 0 as machine cuda uses it: products of matrices, alone and in groups, copies\n"
+           "within its memory and from and to pinned memory, kernels of its own, what starting one takes.\n\n"
+           "  NAME            what the machine is called (cpu-localhost, or gpu-localhost)\n"
+           "  --ranks N       as many ranks as later runs have (one per processor); with --gpu as many virtual ranks\n"
+           "                  of one GPU, which then are the machine's devices (1)\n"
+           "  --gpu           measure a GPU\n"
+           "  --like MACHINE  where links between GPUs come from, which one GPU cannot measure (there are none)\n"
            "  --out FILE      where to (NAME.lua)\n"
            "  --samples FILE  what was measured, as JSON, too\n\n"
-           "Example:\n  moelab calibrate cpu-localhost --ranks 2\n"
-           "  moelab run scenarios/validation.lua --machine host --against flow\n");
+           "Examples:\n  moelab calibrate cpu-localhost --ranks 2\n"
+           "  moelab run scenarios/validation.lua --machine host --against flow\n"
+           "  moelab calibrate gpu-localhost --gpu\n"
+           "  moelab run scenarios/gpu/offload.lua --against flow --set machine=gpu-localhost.lua\n");
 }
 
 static int read_ranks(const char *text, int *n)
@@ -40,9 +49,10 @@ static int read_ranks(const char *text, int *n)
 
 static int parse(int argc, char **argv, struct ask *a)
 {
-    static const char *const known[] = { "--ranks", "--out", "--samples", "--help", NULL };
+    static const char *const known[] = { "--gpu", "--ranks", "--like", "--out", "--samples", "--help", NULL };
     for (int i = 1; i < argc; i++) {
-        const char **to = !strcmp(argv[i], "--out") ? &a->out : !strcmp(argv[i], "--samples") ? &a->raw : NULL;
+        const char **to = !strcmp(argv[i], "--out") ? &a->out : !strcmp(argv[i], "--samples") ? &a->raw
+                          : !strcmp(argv[i], "--like") ? &a->like : NULL;
         const bool ranks = !strcmp(argv[i], "--ranks");
         if ((to || ranks) && i + 1 == argc)
             return cmd_usage("calibrate", "%s: expected a value", argv[i]);
@@ -52,6 +62,8 @@ static int parse(int argc, char **argv, struct ask *a)
             *to = argv[i + 1];
         if (to || ranks)
             i++;
+        else if (!strcmp(argv[i], "--gpu"))
+            a->gpu = true;
         else if (cmd_is_option(argv[i]))
             return cmd_unknown_option("calibrate", argv[i], known);
         else if (a->name)
@@ -59,6 +71,14 @@ static int parse(int argc, char **argv, struct ask *a)
         else
             a->name = argv[i];
     }
+    if (a->like && !a->gpu)
+        return cmd_usage("calibrate", "--like %s: expected with --gpu", a->like);
+    if (a->like && a->n_ranks > 1)
+        return cmd_usage("calibrate", "--like %s, --ranks %d: expected one of them: virtual ranks have no links "
+                         "between GPUs", a->like, a->n_ranks);
+    if (a->n_ranks == 0)
+        a->n_ranks = a->gpu ? 1 : (int)sysconf(_SC_NPROCESSORS_ONLN);
+    a->name = a->name ? a->name : a->gpu ? "gpu-localhost" : "cpu-localhost";
     return 0;
 }
 
@@ -71,14 +91,18 @@ static int check_name(const char *name)
 }
 
 /* Whole or not at all. */
-static int write_file(const struct calibration *c, const char *name, const char *path, struct err *e)
+static int write_file(const struct calibration *c, const struct ask *a, const json_t *like, const char *path,
+                      struct err *e)
 {
     char own[1024];
     snprintf(own, sizeof own, "%s.%ld", path, (long)getpid());
     FILE *f = fopen(own, "w");
     if (!f)
         return err_set(e, ERR_INPUT, "%s: %s", path, strerror(errno));
-    calibration_write(c, name, f);
+    if (a->gpu)
+        calibration_write_gpu(c, a->name, like, a->like, f);
+    else
+        calibration_write(c, a->name, f);
     if (fclose(f) != 0 || rename(own, path) < 0) {
         err_set(e, ERR_IO, "%s: %s", path, strerror(errno));
         unlink(own);
@@ -113,32 +137,91 @@ static void summary(const struct calibration *c, const char *path)
            c->link_bandwidth / 1e9, c->exchange_s * 1e6, c->read_bandwidth / 1e9, path);
 }
 
+/* ---- a GPU ---- */
+
+static void summary_gpu(const struct calibration *c, const char *path)
+{
+    static const char *const what[N_WHATS] = {
+        [HOST_GEMM] = "products", [HOST_MOVE] = "bytes moved", [GPU_SQUARES] = "squares", [GPU_KERNEL] = "kernels",
+        [GPU_COPY] = "copies", [HOST_READ] = "loads", [GPU_WRITE] = "to the host", [HOST_EXCHANGE] = "exchanges",
+    };
+    const struct device_spec *d = &c->device;
+    printf("  %-12s %6s  %8s  %14s  %s\n", "measured", "sizes", "spread", "error, median", "largest");
+    for (int i = 0; i < N_WHATS; i++)
+        if (what[i] && c->quality[i].n > 0)
+            printf("  %-12s %6d  %6.1f %%  %12.1f %%  %5.1f %%\n", what[i], c->quality[i].n, 100 * c->quality[i].spread,
+                   100 * c->quality[i].median, 100 * c->quality[i].largest);
+    printf("\n  %s\n  %.4g TFLOP/s in bf16, %.4g in fp32; %.4g GB/s of copies, %.4g GB/s from the host after %.3g us\n",
+           c->versions, d->peak[PREC_BF16] * d->gemm.mma_efficiency / 1e12,
+           d->peak[PREC_FP32] * d->gemm.mma_efficiency / 1e12, c->copy_bandwidth / 1e9, c->read_bandwidth / 1e9,
+           c->read_s * 1e6);
+    calibration_say_gpu(c, "  ", stdout);
+    printf("  written: %s\n", path);
+}
+
+static void take(void *self, const struct host_sample *s)
+{
+    json_array_append_new(self, calibration_sample(s));
+}
+
+static void show_size(void *self, int done, int of)
+{
+    (void)self;
+    if (isatty(STDERR_FILENO))
+        fprintf(stderr, done < of ? "\rcalibrating a GPU: %d of %d sizes" : "\r\033[K", done, of);
+}
+
+/* Samples and versions, as rank_calibrate() has them. */
+static json_t *measure_gpu(int n_ranks, struct err *e)
+{
+    json_t *samples = json_array();
+    struct cuda_calibration c = { .n_ranks = n_ranks, .take = take, .step = show_size, .taker = samples };
+    if (machine_calibrate_cuda(&c, e) == 0)
+        return json_pack("{s:o, s:s, s:i, s:s, s:s, s:i, s:f, s:f}", "samples", samples, "versions", c.versions,
+                         "ranks", n_ranks, "gpu", c.name, "note", c.note, "sms", (int)c.sms, "memory", c.memory,
+                         "mem_bandwidth", c.mem_bandwidth);
+    err_prefix(e, "calibrate");
+    json_decref(samples);
+    return NULL;
+}
+
+/* The machine whose links are taken over. */
+static json_t *read_like(const char *name, struct err *e)
+{
+    json_t *o = NULL;
+    char file[600];
+    if (!name || script_machine(name, &o, file, sizeof file, e) < 0)
+        return NULL;
+    if (!json_is_object(json_object_get(o, "device")))
+        err_set(e, ERR_INPUT, "--like %s: found a machine without a table `device`, expected one node or several that "
+                "are alike", name);
+    return o;
+}
+
 int cmd_calibrate(int argc, char **argv)
 {
     if (argc > 1 && (!strcmp(argv[1], "--help") || !strcmp(argv[1], "-h"))) {
         help();
         return 0;
     }
-    struct ask a = { .n_ranks = (int)sysconf(_SC_NPROCESSORS_ONLN) };
-    if (parse(argc, argv, &a) != 0)
-        return 2;
-    a.name = a.name ? a.name : "cpu-localhost";
-    if (check_name(a.name) != 0)
+    struct ask a = { 0 };
+    if (parse(argc, argv, &a) != 0 || check_name(a.name) != 0)
         return 2;
     char path[200];
     snprintf(path, sizeof path, "%s.lua", a.name);
     const char *out = a.out ? a.out : path;
     struct calibration c = { 0 };
     struct err e = { 0 };
-    if (check_writable(out, &e) < 0)
-        return cmd_fail(&e);
-    json_t *samples = rank_calibrate(a.n_ranks, &e);
+    json_t *like = read_like(a.like, &e), *samples = NULL;
+    if (!e.code && check_writable(out, &e) == 0)
+        samples = a.gpu ? measure_gpu(a.n_ranks, &e) : rank_calibrate(a.n_ranks, &e);
     if (samples && a.raw && json_dump_file(samples, a.raw, JSON_INDENT(1) | JSON_REAL_PRECISION(9)) < 0)
         err_set(&e, ERR_INPUT, "%s: %s", a.raw, strerror(errno));
-    if (!e.code && calibration_read(&c, samples, &e) == 0 && calibration_fit(&c, &e) == 0 &&
-        write_file(&c, a.name, out, &e) == 0)
-        summary(&c, out);
+    if (!e.code && calibration_read(&c, samples, &e) == 0 &&
+        (a.gpu ? calibration_fit_gpu : calibration_fit)(&c, &e) == 0 && write_file(&c, &a, like, out, &e) == 0)
+        (a.gpu ? summary_gpu : summary)(&c, out);
     calibration_free(&c);
     json_decref(samples);
+    json_decref(like);
     return e.code ? cmd_fail(&e) : 0;
 }

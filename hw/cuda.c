@@ -206,4 +206,5 @@ const struct cuda_module moelab_cuda_module = {
     .kernel_size = sizeof(struct kernel),
     .model_size = sizeof(struct moe_model),
     .open = cuda_open,
+    .calibrate = cuda_calibrate,
 };

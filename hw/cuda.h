@@ -6,6 +6,7 @@
 #ifndef CUDA_H
 #define CUDA_H
 
+#include "cuda_calibrate.h"
 #include "graph.h"
 #include "machine.h"
 
@@ -17,6 +18,7 @@ struct cuda_module {
     /* m->topology, model, precision, verify and team are set. No team: all ranks of the run in this process, as streams
      * of one GPU; else one of them, whose device has its number. */
     int (*open)(struct machine *, struct err *);
+    int (*calibrate)(struct cuda_calibration *, struct err *);
 };
 
 /* The one symbol that the module exports. */

@@ -42,10 +42,24 @@ static int check(const struct cuda_module *c, const char *path, struct err *e)
     return 0;
 }
 
+static const struct cuda_module *load(struct err *e)
+{
+    char path[1024];
+    if (find_module(path, sizeof path, e) < 0)
+        return NULL;
+    /* Never closed: the CUDA runtime does not survive being unloaded. */
+    void *handle = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+    if (!handle) {
+        err_set(e, ERR_INPUT, "%s", dlerror());
+        return NULL;
+    }
+    const struct cuda_module *c = dlsym(handle, "moelab_cuda_module");
+    return check(c, path, e) < 0 ? NULL : c;
+}
+
 int machine_open_cuda(struct machine *m, const struct topology *t, const struct moe_model *model, enum precision p,
                       bool verify, struct team *team, struct err *e)
 {
-    char path[1024];
     memset(m, 0, sizeof *m);
     m->topology = t;
     m->model = model;
@@ -55,14 +69,12 @@ int machine_open_cuda(struct machine *m, const struct topology *t, const struct 
     m->team = team;
     if (p != PREC_BF16 && p != PREC_FP32)
         return err_set(e, ERR_INPUT, "model.precision: computes in bf16 and fp32, found %s", precision_name[p]);
-    if (find_module(path, sizeof path, e) < 0)
-        return e->code;
-    /* Never closed: the CUDA runtime does not survive being unloaded. */
-    void *handle = dlopen(path, RTLD_NOW | RTLD_LOCAL);
-    if (!handle)
-        return err_set(e, ERR_INPUT, "%s", dlerror());
-    const struct cuda_module *c = dlsym(handle, "moelab_cuda_module");
-    if (check(c, path, e) < 0)
-        return e->code;
-    return c->open(m, e);
+    const struct cuda_module *c = load(e);
+    return c ? c->open(m, e) : e->code;
+}
+
+int machine_calibrate_cuda(struct cuda_calibration *c, struct err *e)
+{
+    const struct cuda_module *module = load(e);
+    return module ? module->calibrate(c, e) : e->code;
 }

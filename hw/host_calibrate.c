@@ -32,12 +32,6 @@ struct bench {
     struct host_calibration *c;
 };
 
-static int by_value(const void *a, const void *b)
-{
-    const double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
-
 /* One size: runs `work` again and again, on all ranks at once. */
 static void measure(struct bench *b, struct host_sample s, void (*work)(struct bench *, const struct host_sample *))
 {
@@ -54,33 +48,16 @@ static void measure(struct bench *b, struct host_sample s, void (*work)(struct b
         took[n++] = span[1];
         sum += span[1];
     }
-    qsort(took, (size_t)n, sizeof *took, by_value);
-    s.seconds = n % 2 ? took[n / 2] : (took[n / 2 - 1] + took[n / 2]) / 2;
-    s.low = took[n / 4];
-    s.high = took[n - 1 - n / 4];
-    s.n = n;
-    b->sample[b->n++] = s;
+    b->sample[b->n++] = host_sample_of(s, took, n);
     if (b->rank == 0 && b->c->step)
         b->c->step(b->c->taker);
 }
 
-/* Of each size the pass that is neither the fastest nor the slowest; quartiles from the outermost. */
 static void hand_over(const struct bench *b)
 {
     const int n = b->n / b->n_passes;
     for (int i = 0; i < n; i++) {
-        struct host_sample s = b->sample[i];
-        double pass[PASSES];
-        s.n = 0;
-        for (int p = 0; p < b->n_passes; p++) {
-            const struct host_sample *x = &b->sample[p * n + i];
-            pass[p] = x->seconds;
-            s.low = fmin(s.low, x->low);
-            s.high = fmax(s.high, x->high);
-            s.n += x->n;
-        }
-        qsort(pass, (size_t)b->n_passes, sizeof *pass, by_value);
-        s.seconds = pass[b->n_passes / 2];
+        const struct host_sample s = host_sample_middle(&b->sample[i], n, b->n_passes);
         b->c->take(b->c->taker, &s);
     }
 }

@@ -6,16 +6,30 @@
 #include "err.h"
 #include "machine.h"
 
-enum host_what { HOST_GEMM, HOST_MOVE, HOST_ATTENTION, HOST_EXCHANGE, HOST_READ, N_HOST_WHATS };
+/* The first N_HOST_WHATS are those of machine host, the others of a GPU alone (cuda_calibrate.h). */
+enum host_what {
+    HOST_GEMM, HOST_MOVE, HOST_ATTENTION, HOST_EXCHANGE, HOST_READ, N_HOST_WHATS,
+    GPU_SQUARES = N_HOST_WHATS, GPU_COPY, GPU_WRITE, GPU_KERNEL, GPU_LAUNCH, GPU_EVENTS, GPU_QUEUE, N_WHATS
+};
 
 struct host_sample {
     enum host_what what;
+    enum precision precision;  /* of machine host always PREC_FP32 */
+    int32_t groups;            /* GEMM: of this shape, each with its own weights; 0 is 1 */
     struct gemm_group shape;   /* GEMM */
-    struct latency_key key;    /* ATTENTION */
-    double bytes;              /* MOVE: read and written together; EXCHANGE: from each rank to each other one; READ */
+    struct latency_key key;    /* ATTENTION, KERNEL */
+    double bytes;              /* MOVE, COPY, KERNEL: read and written together; EXCHANGE: from each rank to each other
+                                  one; READ, WRITE: from and to the host */
+    double flops;              /* SQUARES */
     double seconds, low, high; /* median and quartiles of n tries, each that of the slowest rank */
     int32_t n;
 };
+
+/* With median and quartiles of n tries, which are sorted. */
+struct host_sample host_sample_of(struct host_sample, double *took, int n);
+/* Of one size, the pass that is neither the fastest nor the slowest; quartiles from the outermost. Passes over all
+ * sizes lie one behind another. */
+struct host_sample host_sample_middle(const struct host_sample *first, int n_sizes, int n_passes);
 
 typedef void host_sample_fn(void *taker, const struct host_sample *);
 

@@ -10,6 +10,20 @@ run_expect 2 'calibrate: --ranks: expected a value' "$moelab" calibrate --ranks
 run_expect 2 'unknown option "?--rank' "$moelab" calibrate --rank=2
 run_expect 2 'a/b: expected a name of letters' "$moelab" calibrate a/b
 run_expect 2 'two: expected one name' "$moelab" calibrate one two
+run_expect 2 '--like dgx-h100: expected with --gpu' "$moelab" calibrate --like dgx-h100
+run_expect 2 '--like dgx-h100, --ranks 2: expected one of them' "$moelab" calibrate --gpu --like dgx-h100 --ranks 2
+run_expect 2 'no machine named "dgx-h10"' "$moelab" calibrate --gpu --like dgx-h10
+run_expect 2 "/nowhere/x.lua: No such file" "$moelab" calibrate --gpu --out /nowhere/x.lua
+if [ ! -e "$top_builddir/hw/cuda.so" ]; then
+  run_expect 2 'calibrate: no module cuda.so .*--with-cuda' "$moelab" calibrate --gpu
+else
+  run_expect 2 'calibrate: no GPU: ' env CUDA_VISIBLE_DEVICES= "$moelab" calibrate --gpu --samples samples.json
+  if command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; then
+    ok "a GPU is measured" "$moelab" calibrate gpu --gpu --samples "$work/samples.json" --out "$work/gpu.lua"
+    ok "... and is a machine" "$moelab" machine show "$work/gpu.lua"
+  fi
+fi
+ok "nothing is written" test -z "$(ls)"
 if [ ! -e "$top_builddir/hw/host.so" ] || ! command -v mpirun >/dev/null; then
   run_expect 2 'built without MPI or OpenBLAS|no mpirun on PATH' "$moelab" calibrate
   plan

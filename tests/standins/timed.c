@@ -1,0 +1,326 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * timed.c - see timed.h. */
+#define _DEFAULT_SOURCE
+#include "timed.h"
+
+#include "cuda_kernels.h"
+#include "cuda_rank.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+struct CUstream_st { double now; struct CUstream_st *next; };
+struct CUevent_st { double time; };
+struct cublasContext { int unused; };
+struct block { char *at; size_t bytes; struct block *next; };
+
+static struct {
+    struct timed_gpu gpu;
+    struct CUstream_st *streams;
+    struct block *blocks;
+    int n_streams, n_left;
+    size_t used;
+} all;
+
+void timed_open(const struct timed_gpu *g)
+{
+    all.gpu = *g;
+}
+
+int timed_left(void) { return all.n_left; }
+
+/* ---- time ---- */
+
+static cudaError_t spend(cudaStream_t s, double fixed, double bytes, double bandwidth)
+{
+    s->now += fixed + (bytes > 0 ? all.n_streams * bytes / bandwidth : 0);
+    return cudaSuccess;
+}
+
+/* What one of the streams has of the GPU. */
+static struct device_spec part(void)
+{
+    struct device_spec d = all.gpu.device;
+    for (int p = 0; p < N_PRECISIONS; p++)
+        d.peak[p] /= all.n_streams;
+    d.mem_bandwidth /= all.n_streams;
+    d.gemm.sms = round(d.gemm.sms / all.n_streams);
+    return d;
+}
+
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t *s, unsigned flags)
+{
+    (void)flags;
+    *s = calloc(1, sizeof **s);
+    (*s)->next = all.streams;
+    all.streams = *s;
+    all.n_streams++;
+    all.n_left++;
+    return cudaSuccess;
+}
+
+cudaError_t cudaStreamDestroy(cudaStream_t s)
+{
+    struct CUstream_st **at = &all.streams;
+    while (*at != s)
+        at = &(*at)->next;
+    *at = s->next;
+    free(s);
+    all.n_streams--;
+    all.n_left--;
+    return cudaSuccess;
+}
+
+cudaError_t cudaEventCreate(cudaEvent_t *event)
+{
+    *event = calloc(1, sizeof **event);
+    all.n_left++;
+    return cudaSuccess;
+}
+
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned flags)
+{
+    (void)flags;
+    return cudaEventCreate(event);
+}
+
+cudaError_t cudaEventDestroy(cudaEvent_t event)
+{
+    free(event);
+    all.n_left--;
+    return cudaSuccess;
+}
+
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t s)
+{
+    event->time = s->now;
+    return cudaSuccess;
+}
+
+cudaError_t cudaStreamWaitEvent(cudaStream_t s, cudaEvent_t event, unsigned flags)
+{
+    (void)flags;
+    s->now = fmax(s->now, event->time);
+    return cudaSuccess;
+}
+
+cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t from, cudaEvent_t to)
+{
+    *ms = (float)(1e3 * (to->time - from->time));
+    return cudaSuccess;
+}
+
+/* Clocks begin anew, so that floats of milliseconds keep their digits. */
+cudaError_t cudaDeviceSynchronize(void)
+{
+    for (struct CUstream_st *s = all.streams; s; s = s->next)
+        s->now = 0;
+    return cudaSuccess;
+}
+
+/* ---- memory ---- */
+
+static void need(const void *at, double bytes)
+{
+    for (const struct block *b = all.blocks; b; b = b->next)
+        if ((const char *)at >= b->at && (const char *)at + (size_t)bytes <= b->at + b->bytes)
+            return;
+    fprintf(stderr, "timed: %.0f bytes from %p were not allocated\n", bytes, at);
+    abort();
+}
+
+static cudaError_t take(void **p, size_t bytes, int access)
+{
+    struct block *b = calloc(1, sizeof *b);
+    if ((double)(all.used + bytes) > all.gpu.memory) {
+        free(b);
+        return cudaErrorMemoryAllocation;
+    }
+    *p = mmap(NULL, bytes, access, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (*p == MAP_FAILED)
+        abort();
+    *b = (struct block){ *p, bytes, all.blocks };
+    all.blocks = b;
+    all.used += bytes;
+    all.n_left++;
+    return cudaSuccess;
+}
+
+cudaError_t cudaMalloc(void **p, size_t bytes) { return take(p, bytes, PROT_NONE); }
+
+cudaError_t cudaHostAlloc(void **p, size_t bytes, unsigned flags)
+{
+    (void)flags;
+    return take(p, bytes, PROT_READ | PROT_WRITE);
+}
+
+cudaError_t cudaFree(void *p)
+{
+    for (struct block **at = &all.blocks; p && *at; at = &(*at)->next)
+        if ((*at)->at == p) {
+            struct block *b = *at;
+            *at = b->next;
+            munmap(b->at, b->bytes);
+            all.used -= b->bytes;
+            all.n_left--;
+            free(b);
+            return cudaSuccess;
+        }
+    return p ? cudaErrorInvalidValue : cudaSuccess;
+}
+
+cudaError_t cudaFreeHost(void *p) { return cudaFree(p); }
+
+cudaError_t cudaMemGetInfo(size_t *left, size_t *whole)
+{
+    *whole = (size_t)all.gpu.memory;
+    *left = *whole - all.used;
+    return cudaSuccess;
+}
+
+cudaError_t cudaMemset(void *p, int value, size_t bytes)
+{
+    (void)value;
+    need(p, (double)bytes);
+    return cudaSuccess;
+}
+
+cudaError_t cudaMemcpy(void *to, const void *from, size_t bytes, enum cudaMemcpyKind kind)
+{
+    (void)from;
+    if (kind == cudaMemcpyHostToDevice)
+        need(to, (double)bytes);
+    return cudaSuccess;
+}
+
+cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, enum cudaMemcpyKind kind, cudaStream_t s)
+{
+    const struct timed_gpu *g = &all.gpu;
+    const double n = (double)bytes;
+    need(to, n);
+    need(from, n);
+    return kind == cudaMemcpyDeviceToDevice ? spend(s, g->copy_s, 2 * n, g->copy_bandwidth)
+           : kind == cudaMemcpyHostToDevice ? spend(s, g->load_s, n, g->load_bandwidth)
+                                            : spend(s, g->store_s, n, g->store_bandwidth);
+}
+
+/* ---- kernels ---- */
+
+cudaError_t cuda_gather(cudaStream_t s, size_t bytes, int32_t n, const int32_t *index, const void *from, void *to)
+{
+    need(index, 4.0 * n);
+    need(from, (double)bytes * n);
+    need(to, (double)bytes * n);
+    return spend(s, 0, n * (2 * (double)bytes + 4), all.gpu.permute_bandwidth);
+}
+
+/* As many outputs of each token as the lists have room for: first[n] is on the device. */
+cudaError_t cuda_combine(cudaStream_t s, bool half, int32_t d, int32_t n, struct cuda_combine l, const void *rows,
+                         void *to)
+{
+    const double row = (half ? 2.0 : 4.0) * d, outputs = (double)((const int32_t *)l.weight - l.row) / n;
+    need(l.before, 4.0 * n);
+    need(l.first, 4.0 * (n + 1));
+    need(l.row, 4.0 * outputs * n);
+    need(l.weight, 4.0 * outputs * n);
+    need(rows, (outputs + 1) * n * row);
+    need(to, n * row);
+    return spend(s, 0, n * ((outputs + 2) * row + (2 + 2 * outputs) * 4), all.gpu.combine_bandwidth);
+}
+
+cudaError_t cuda_top_k(cudaStream_t s, int32_t n, int32_t n_experts, int32_t k, const float *logits, int32_t *ids)
+{
+    need(logits, 4.0 * n * n_experts);
+    need(ids, 4.0 * n * k);
+    return spend(s, 0, 4.0 * n * (n_experts + k), all.gpu.top_k_bandwidth);
+}
+
+cudaError_t cuda_move(cudaStream_t s, int64_t n, const float *from, float *to)
+{
+    const struct device_spec d = part();
+    need(from, 4.0 * (double)n);
+    need(to, 4.0 * (double)n);
+    s->now += cost_plain(&d, PREC_BF16, 0, 8.0 * (double)n).seconds;
+    return cudaSuccess;
+}
+
+/* In place of cuda_math.c. */
+int cuda_run_kernel(struct cuda *c, struct cuda_rank *r, struct cuda_stream *s, const struct kernel *k, struct err *e)
+{
+    const struct device_spec d = part();
+    struct kernel whole = *k;
+    const double rows = (double)k->shape.rows, n = (double)k->shape.n, depth = (double)k->shape.k;
+    whole.bytes = (struct gemm_bytes){ (double)c->element, (double)c->element, (double)c->element };
+    need(r->operands.at, (double)c->element * (rows * depth + depth * n));
+    need(r->results.at, (double)c->element * rows * n);
+    s->stream->now += cost_kernel(&d, &whole).seconds;
+    return e->code;
+}
+
+int cuda_run_plain(struct cuda *c, struct cuda_rank *r, struct cuda_stream *s, double flops, double bytes,
+                   struct err *e)
+{
+    const struct device_spec d = part();
+    (void)r;
+    s->stream->now += cost_plain(&d, c->half ? PREC_BF16 : PREC_FP32, flops, bytes).seconds;
+    return e->code;
+}
+
+/* ---- the device and cuBLAS ---- */
+
+cudaError_t cudaGetDeviceCount(int *n)
+{
+    *n = all.gpu.devices == cudaSuccess;
+    return all.gpu.devices;
+}
+
+cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *p, int device)
+{
+    (void)device;
+    snprintf(p->name, sizeof p->name, "Made-up GPU");
+    p->major = 9;
+    p->multiProcessorCount = (int)all.gpu.device.gemm.sms;
+    return cudaSuccess;
+}
+
+/* kHz and bits of the memory bandwidth, for both edges of the clock. */
+cudaError_t cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr what, int device)
+{
+    (void)device;
+    *value = what == cudaDevAttrMemoryClockRate ? (int)(all.gpu.device.mem_bandwidth / 2e3 / 512) : 4096;
+    return cudaSuccess;
+}
+
+cudaError_t cudaGetDevice(int *device) { *device = 0; return cudaSuccess; }
+cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidDevice; }
+
+cudaError_t cudaDriverGetVersion(int *v)
+{
+    *v = all.gpu.devices == cudaSuccess ? CUDART_VERSION : 0;
+    return cudaSuccess;
+}
+
+cudaError_t cudaRuntimeGetVersion(int *v) { *v = CUDART_VERSION; return cudaSuccess; }
+cudaError_t cudaGetLastError(void) { return cudaSuccess; }
+const char *cudaGetErrorString(cudaError_t code) { return code == cudaSuccess ? "no error" : "an error"; }
+
+cublasStatus_t cublasCreate(cublasHandle_t *h)
+{
+    *h = calloc(1, sizeof **h);
+    all.n_left++;
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+cublasStatus_t cublasDestroy(cublasHandle_t h)
+{
+    free(h);
+    all.n_left--;
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+cublasStatus_t cublasSetStream(cublasHandle_t h, cudaStream_t s) { (void)h; (void)s; return CUBLAS_STATUS_SUCCESS; }
+cublasStatus_t cublasGetVersion(cublasHandle_t h, int *v) { (void)h; *v = 130102; return CUBLAS_STATUS_SUCCESS; }
+const char *cublasGetStatusString(cublasStatus_t code) { (void)code; return "success"; }
