@@ -34,7 +34,8 @@ static void help(void)
            "Examples:\n  moelab calibrate cpu-localhost --ranks 2\n"
            "  moelab run scenarios/validation.lua --machine host --against flow\n"
            "  moelab calibrate gpu-localhost --gpu\n"
-           "  moelab run scenarios/gpu/offload.lua --against flow --set machine=gpu-localhost.lua\n");
+           "  moelab run scenarios/gpu/offload.lua --machine cuda --against flow \\\n"
+           "      --set machine=gpu-localhost.lua\n");
 }
 
 static int read_ranks(const char *text, int *n)

@@ -165,7 +165,7 @@ local function other_precision(model)
 end
 
 --- What has to be known of the executions to read the table: lines, each once.
-local function notes(list, a, b)
+function against.notes(list, a, b)
   local lines, seen = {}, {}
   local function note(...)
     local line = string.format(...)
@@ -184,7 +184,10 @@ local function notes(list, a, b)
   local mpirun = native.option("mpirun")
   for _, one in ipairs(list) do
     for _, run in ipairs { one.measured, one.simulated } do
-      if (run.machine == "host" or run.virtual_ranks) and run.devices == 1 then
+      if run.machine == "cuda" and run.devices == 1 then
+        note("One GPU: what is measured is computing and loading. Nothing was exchanged, and nothing here is about " ..
+             "all-to-all between GPUs.")
+      elseif run.machine == "host" and run.devices == 1 then
         note("Machine %s had one rank: nothing was exchanged.", run.machine)
       elseif run.machine == "host" and mpirun then
         note("Ranks of machine host were started by \"%s\": those that share a computer share its memory, and what " ..
@@ -192,7 +195,9 @@ local function notes(list, a, b)
       elseif run.machine == "host" then
         note("Ranks of machine host share this computer's memory: nothing here is about a network between hosts.")
       elseif run.virtual_ranks then
-        note("Virtual ranks share one GPU: nothing here is about all-to-all between GPUs.")
+        note("Virtual ranks share one GPU: they have a part of it each, exchanges are copies within its memory, and " ..
+             "nothing here is about all-to-all between GPUs. A machine file from \"moelab calibrate --gpu --ranks " ..
+             "%d\" says the same of them.", run.devices)
       end
     end
   end
@@ -319,7 +324,7 @@ function against.report(runs, a, b, has_executors)
     end
     measured_runs[i] = m.run
   end
-  local text, said = { string.format("\n%s: measured on %s, simulated on %s\n\n", runs.name, a, b) }, notes(list, a, b)
+  local text, said = { string.format("\n%s: measured on %s, simulated on %s\n\n", runs.name, a, b) }, against.notes(list, a, b)
   for _, one in ipairs(list) do text[#text + 1] = print_run(one) .. "\n" end
   if #list > 0 then text[#text + 1] = print_summary(list, a, b) end
   for _, line in ipairs(said) do text[#text + 1] = "  " .. line .. "\n" end

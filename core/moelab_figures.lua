@@ -30,11 +30,17 @@ local function check_metric(where, what, name)
   return metric
 end
 
--- Mean and spread over the runs that share labels on the named axes.
+-- Mean and spread over the runs that share labels on the named axes, of a figure or of what a function says of a run.
 local function aggregate(list, name)
   local n, sum, squares = 0, 0.0, 0.0
   for _, r in ipairs(list) do
-    local v = value(r, name)
+    local v
+    if type(name) == "function" then
+      v = r.status == "ok" and name(r) or nil
+      v = is_finite(v) and v or nil
+    else
+      v = value(r, name)
+    end
     if v then n, sum, squares = n + 1, sum + v, squares + v * v end
   end
   if n == 0 then return nil, 0, 0 end

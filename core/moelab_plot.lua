@@ -2,7 +2,7 @@
 --
 -- moelab_plot.lua - runs:plot: the data, a gnuplot script that anyone can run again, the picture. Part of moelab.lua.
 local native, check, figures, Runs = ...
-local fail, here, at_key, options_of = check.fail, check.here, check.at_key, check.options_of
+local fail, here, at_key, options_of, text_of = check.fail, check.here, check.at_key, check.options_of, check.text_of
 
 local function one_line(s) return (tostring(s):gsub("%c", " ")) end
 
@@ -22,7 +22,7 @@ local palette = { "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E0
 local function plot_series(self, o, where)
   local x_labels = self.axis[o.x].labels
   local series = {}
-  local names = o.group and self.axis[o.group].labels or { o.y }
+  local names = o.group and self.axis[o.group].labels or { type(o.y) == "string" and o.y or o.ylabel }
   for _, name in ipairs(names) do
     local runs = o.group and self:filter { [o.group] = name } or self
     local points = {}
@@ -50,7 +50,8 @@ local function plot_series(self, o, where)
 end
 
 --- Draws a figure: writes NAME.dat and NAME.gp, and NAME.png if gnuplot is there.
----   x      axis along the bottom                 y      figure (mean over steps and over other axes)
+---   x      axis along the bottom                 y      figure (mean over steps and over other axes), or a
+---                                                       function of a run that returns a number or nil
 ---   group  axis: one colour per label            kind   "bars" (default) or "lines" (x must be numbers)
 ---   file   "NAME.png"                            title, xlabel, ylabel; percent = true for shares
 ---   bound  true: adds the bound, one per label of a group that is no policy; ceiling: label of the group that none
@@ -58,13 +59,15 @@ end
 function Runs:plot(o)
   local where = here()
   o = options_of(where, "runs:plot", o, {
-    x = "string", y = "string", group = "string", file = "string", title = "string", xlabel = "string",
+    x = "string", y = "string|function", group = "string", file = "string", title = "string", xlabel = "string",
     ylabel = "string", kind = "string", bound = "boolean", ceiling = "string", logx = "boolean", logy = "boolean",
     percent = "boolean" }, { "x", "y", "file" })
   local stem = o.file:match("^([%w_][%w_.-]*)%.png$")
   if not stem then fail(at_key(where, "file"), "runs:plot.file: expected \"NAME.png\", found \"%s\"", o.file) end
   self:check_axes(where, "runs:plot", { o.x, o.group })
-  local metric = figures.check_metric(where, "runs:plot", o.y)
+  local own = type(o.y) == "function"
+  if own and not o.ylabel then fail(text_of(where), "runs:plot: ylabel is missing: y is a function") end
+  local metric = not own and figures.check_metric(where, "runs:plot", o.y)
   local lines = o.kind == "lines"
   if o.kind and not lines and o.kind ~= "bars" then
     fail(at_key(where, "kind"), "runs:plot.kind: expected \"bars\" or \"lines\", found \"%s\"", tostring(o.kind))
@@ -77,7 +80,8 @@ function Runs:plot(o)
       s.drawn = s.drawn or p.mean ~= nil -- gnuplot refuses a series without a point: all its runs failed
     end
   end
-  local scale, unit = figures.scale_of(figures.unit[metric], largest)
+  local scale, unit = 1, ""
+  if metric then scale, unit = figures.scale_of(figures.unit[metric], largest) end
   if o.percent then scale, unit = 0.01, "%" end
   local function cell(v) return figures.is_finite(v) and string.format("%.9g", v / scale) or "NaN" end
 

@@ -25,7 +25,7 @@ ok "nothing is written" test ! -e results
 # The arithmetic, with results made up: files of the prelude, called as it calls them.
 cat >made-up.lua <<'EOF'
 local function part(name, ...) return assert(loadfile(os.getenv("CORE") .. "/moelab_" .. name .. ".lua"))(...) end
-local native = { metrics = function() return { step_s = "s" } end }
+local native = { metrics = function() return { step_s = "s" } end, option = function() end }
 local check = part("check", native)
 local figures = part("figures", native, check)
 local against = part("against", native, check, figures, {}, tostring)
@@ -98,6 +98,20 @@ assert(s[1].worst.label == "c" and s[2].worst.label == "a")
 list[4] = one("d", 10, 0, 13)
 near(against.summary(list)[1].median, 0.25)
 assert(#against.summary {} == 0)
+
+-- What an execution cannot say, once each: one GPU, several ranks on one, and nothing where GPUs were as many as ranks.
+local function notes(n, virtual)
+  local m = { machine = "cuda", devices = n, virtual_ranks = virtual }
+  return against.notes({ { measured = m, simulated = { machine = "flow", devices = n } },
+                         { measured = m, simulated = { machine = "flow", devices = n } } }, "cuda", "flow")
+end
+local lines = notes(1, true)
+assert(#lines == 1 and lines[1]:find("what is measured is computing and loading", 1, true) and
+       lines[1]:find("nothing here is about all-to-all between GPUs", 1, true), lines[1])
+lines = notes(8, true)
+assert(#lines == 1 and lines[1]:find("Virtual ranks share one GPU", 1, true) and
+       lines[1]:find("calibrate --gpu --ranks 8", 1, true), lines[1])
+assert(#notes(8, nil) == 0)
 EOF
 ok "errors, orders and medians of made-up results" env CORE="$top_srcdir/core" "$moelab" run made-up.lua --unsafe
 
