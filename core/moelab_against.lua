@@ -324,7 +324,8 @@ function against.report(runs, a, b, has_executors)
     end
     measured_runs[i] = m.run
   end
-  local text, said = { string.format("\n%s: measured on %s, simulated on %s\n\n", runs.name, a, b) }, against.notes(list, a, b)
+  local text = { string.format("\n%s: measured on %s, simulated on %s\n\n", runs.name, a, b) }
+  local said = against.notes(list, a, b)
   for _, one in ipairs(list) do text[#text + 1] = print_run(one) .. "\n" end
   if #list > 0 then text[#text + 1] = print_summary(list, a, b) end
   for _, line in ipairs(said) do text[#text + 1] = "  " .. line .. "\n" end

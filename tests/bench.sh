@@ -89,6 +89,8 @@ if [ -e hw/host.so ] && command -v mpirun >/dev/null; then
     awk '{ print 100 * $2 / $1 }')"
 fi
 
+MOELAB=$moelab bash tests/bench_gpu.sh "$dir"
+
 step 256 2 500 3
 step 4096 40 2000 1
 echo "    ASTRA-sim, one uniform all-to-all (W1) at N = 1024: 13.5 s, 970 MB; a step has 116, uneven, drawn and checked"

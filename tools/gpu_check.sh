@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 #
 # gpu_check.sh TARBALL SOURCES REPORT - builds moelab from what `make dist` made, checks on the GPU of this machine that
-# it computes what it should, runs scenarios/gpu/*.lua, and writes what they said into the file REPORT.
+# it computes what it should, calibrates a machine file, runs scenarios/gpu/*.lua against a simulation of that machine,
+# and writes what they said into the file REPORT, and the machine into REPORT.lua. Ends within 8 minutes.
 #
 # Needs a C compiler, make, nvcc and no network. SOURCES is a folder with lua-5.4*.tar.* and jansson-2*.tar.*, or "-"
 # where both are installed and pkg-config knows them. Exit status: 0 all was well, 1 something failed, 2 it cannot start.
@@ -27,11 +28,19 @@ failed=0
 
 say() { echo "$*" | tee -a "$report"; }
 
-# part SECONDS TITLE COMMAND...: what it prints goes into the report; of what fails, the end.
+# part SECONDS TITLE COMMAND...: what it prints goes into the report; of what fails, the end. All parts together have
+# 470 s; one for which too little is left is not begun.
 part()
 {
-    local limit=$1 title=$2 began=$SECONDS code
+    local limit=$1 title=$2 began=$SECONDS code left=$((470 - SECONDS))
     shift 2
+    if [ $left -lt 5 ]; then
+        say "== $title: NOT RUN, no time is left"
+        : >"$work/log"
+        failed=1
+        return 1
+    fi
+    [ "$limit" -le $left ] || limit=$left
     timeout "$limit" "$@" >"$work/log" 2>&1 </dev/null
     code=$?
     say "== $title: $([ $code = 0 ] && echo done || echo "FAILED, exit status $code$([ $code = 124 ] &&
@@ -39,7 +48,7 @@ part()
     [ $code = 0 ] || failed=1
     return $code
 }
-shown() { part "$@"; local code=$?; tail -n 60 "$work/log" | tee -a "$report"; return $code; }
+shown() { part "$@"; local code=$?; tail -n "${lines:-60}" "$work/log" | tee -a "$report"; return $code; }
 built() { part "$@" || { tail -n 30 "$work/log" | tee -a "$report"; exit 1; }; }
 
 # unpack PATTERN: the one such archive in SOURCES, into $work
@@ -72,13 +81,33 @@ fi
 mkdir "$work/moelab" && tar -C "$work/moelab" --strip-components=1 -xf "$tarball" && cd "$work/moelab" || exit 2
 built 120 "moelab, configured" ./configure --without-simgrid --without-mpi --without-openblas --with-cuda
 built 240 "moelab" make -j"$jobs"
+
+# Whatever comes next needs a GPU: without one, this says why, and nothing else is tried.
+machine=()
+if shown 100 "calibration" ./moelab calibrate gpu --gpu --out "$work/gpu.lua" --samples "$work/samples.json"; then
+    cp "$work/log" "$work/calibration.txt"
+    cp "$work/gpu.lua" "$report.lua"
+    machine=(--set machine="$work/gpu.lua")
+elif grep -Eq 'no GPU|the driver is for CUDA' "$work/log"; then
+    say "== THERE IS NO GPU to use here: nothing was computed, and nothing else is tried"
+    exit 1
+else
+    say "== simulations below are of the machine files that scenarios name, not of this GPU"
+fi
 shown 120 "outputs against the reference" ./moelab run scenarios/gpu/verify.lua --out "$work/verify"
 say "largest relative errors: $(grep -Eo '"verified":[0-9.e-]+' "$work/verify/runs.jsonl" 2>/dev/null | sort | uniq |
     tr '\n' ' ')"
-for scenario in layouts offload; do
-    shown 100 "$scenario, measured" ./moelab run "scenarios/gpu/$scenario.lua" --out "$work/$scenario"
-    shown 30 "$scenario, simulated (machine file as published, not calibrated)" ./moelab run \
-        "scenarios/gpu/$scenario.lua" --machine flow --allow-extrapolation --out "$work/$scenario.flow"
+lines=400
+for scenario in offload gemm kernels; do
+    shown 70 "$scenario, measured and simulated" ./moelab run "scenarios/gpu/$scenario.lua" --machine cuda \
+        --against flow "${machine[@]}" --out "$work/$scenario"
 done
+machine=()
+shown 60 "calibration of eight virtual ranks" ./moelab calibrate virtual --gpu --ranks 8 --out "$work/virtual.lua" &&
+    machine=(--set machine="$work/virtual.lua" --set machine.nodes=2 --set machine.devices=4)
+shown 70 "layouts on eight virtual ranks, measured and simulated" ./moelab run scenarios/gpu/layouts.lua \
+    --machine cuda --against flow "${machine[@]}" --out "$work/layouts"
+shown 60 "targets" bash tests/bench_gpu.sh "$work"
+[ ! -e "$work/gpu.lua" ] || { echo "== the machine file, $(basename "$report").lua"; cat "$work/gpu.lua"; } >>"$report"
 say "== $([ $failed = 0 ] && echo "all was well" || echo "SOMETHING FAILED") after $SECONDS s"
 exit $failed
