@@ -89,6 +89,8 @@ int calibration_read(struct calibration *c, const json_t *o, struct err *e)
     size_t i;
     memset(c, 0, sizeof *c);
     c->n_ranks = (int)json_integer_value(json_object_get(o, "ranks"));
+    c->n_nodes = (int)json_integer_value(json_object_get(o, "nodes"));
+    c->n_nodes = c->n_nodes > 1 ? c->n_nodes : 1;
     snprintf(c->versions, sizeof c->versions, "%s", versions ? versions : "");
     read_gpu(&c->gpu, o);
     c->sample = malloc(sizeof *c->sample * (json_array_size(list) + 1));

@@ -21,7 +21,7 @@ struct fit_quality { int n; double median, largest, spread; };
 struct calibration {
     struct host_sample *sample;
     int n, room;
-    int n_ranks;
+    int n_ranks, n_nodes;            /* nodes: of virtual ranks, as many on each; 0 is 1 */
     char versions[400];              /* of what was measured with */
     /* fitted */
     struct device_spec device;       /* of one rank: peak and efficiencies, memory, gemm, launch */

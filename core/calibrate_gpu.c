@@ -125,7 +125,7 @@ static void write_head(const struct calibration *c, const char *date, const char
         say(c, GPU_KERNEL, "rows", "as bytes: permute, unpermute, top-k; not fitted", f);
     say(c, HOST_READ, "loads", "pcie: from pinned memory of the host", f);
     if (c->n_ranks > 1)
-        say(c, HOST_EXCHANGE, "exchanges", "nvlink, nic (both copies within memory), exchange.startup", f);
+        say(c, HOST_EXCHANGE, "exchanges", "nvlink, nic (parts of copies within memory), exchange.startup", f);
     say(c, GPU_COPY, "copies", "not in this file", f);
     say(c, GPU_WRITE, "writes", "not in this file: to pinned memory of the host", f);
     fprintf(f, "--\n"
@@ -207,21 +207,26 @@ static void write_host(const struct calibration *c, const char *date, FILE *f)
             "    assumed = \"bandwidth: what copies both ways at once take, so that it limits none; flops: no figure, "
             "nothing computes there\",\n"
             "  },\n",
-            memory / 1e9, c->n_ranks * (c->read_bandwidth + c->write_bandwidth) / 1e9, date);
+            memory / 1e9 / c->n_nodes, c->n_ranks / c->n_nodes * (c->read_bandwidth + c->write_bandwidth) / 1e9, date);
 }
 
+/* All copies share one memory. Links within nodes and between them have parts of what there is, so that an even
+ * exchange among all takes as long as it did. */
 static void write_links(const struct calibration *c, const char *date, FILE *f)
 {
     static const char *const link[] = { "nvlink", "nic" };
+    const double within = (double)(c->n_ranks / c->n_nodes - 1) / (c->n_ranks - 1), part[] = { within, 1 - within };
     for (int i = 0; i < 2; i++)
-        fprintf(f,
-                "\n  %s = {\n"
-                "    bandwidth = \"%.5g GB/s\",\n"
-                "    latency   = \"1 ns\",\n"
-                "    source    = \"moelab calibrate --gpu, %s: copies between virtual ranks, all at once\",\n"
-                "    assumed   = \"latency: within exchange.startup\",\n"
-                "  },\n",
-                link[i], c->link_bandwidth / 1e9, date);
+        if (part[i] > 0)
+            fprintf(f,
+                    "\n  %s = {\n"
+                    "    bandwidth = \"%.5g GB/s\",\n"
+                    "    latency   = \"1 ns\",\n"
+                    "    source    = \"moelab calibrate --gpu, %s: copies between virtual ranks, all at once\",\n"
+                    "    assumed   = \"%slatency: within exchange.startup\",\n"
+                    "  },\n",
+                    link[i], part[i] * c->link_bandwidth / 1e9, date,
+                    within > 0 && within < 1 ? "bandwidth: a part of all copies', as an even exchange has them; " : "");
     fprintf(f,
             "\n  exchange = {\n"
             "    startup = \"%.4g us\",\n"
@@ -247,7 +252,7 @@ void calibration_write_gpu(const struct calibration *c, const char *name, const 
         fprintf(f, "%.40s%s%.60s", c->gpu.name, like_name ? ", links as " : "", like_name ? like_name : "");
     fprintf(f, "\",\n");
     if (!like)
-        fprintf(f, "  nodes   = 1,\n  devices = %d,\n\n", c->n_ranks);
+        fprintf(f, "  nodes   = %d,\n  devices = %d,\n\n", c->n_nodes, c->n_ranks / c->n_nodes);
     write_device(c, date, f);
     write_pcie(c, date, json_object_get(like, "pcie"), f);
     json_object_foreach((json_t *)(uintptr_t)like, key, v) {

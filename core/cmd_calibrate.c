@@ -13,7 +13,7 @@
 #include <string.h>
 #include <unistd.h>
 
-struct ask { const char *name, *out, *raw, *like; int n_ranks; bool gpu; };
+struct ask { const char *name, *out, *raw, *like; int n_ranks, n_nodes; bool gpu; };
 
 static void help(void)
 {
@@ -26,7 +26,7 @@ static void help(void)
            "within its memory and from and to pinned memory, kernels of its own, what starting one takes.\n\n"
            "  NAME            what the machine is called (cpu-localhost, or gpu-localhost)\n"
            "  --ranks N       as many ranks as later runs have (one per processor); with --gpu as many virtual ranks\n"
-           "                  of one GPU, which then are the machine's devices (1)\n"
+           "                  of one GPU, which then are the machine's devices (1), or 2x4: four on each of two nodes\n"
            "  --gpu           measure a GPU\n"
            "  --like MACHINE  where links between GPUs come from, which one GPU cannot measure (there are none)\n"
            "  --out FILE      where to (NAME.lua)\n"
@@ -38,13 +38,22 @@ static void help(void)
            "      --set machine=gpu-localhost.lua\n");
 }
 
-static int read_ranks(const char *text, int *n)
+/* "8", or "2x4": on each of two nodes. */
+static int read_ranks(const char *text, struct ask *a)
 {
     char *end;
-    const long value = strtol(text, &end, 10);
-    if (*end || end == text || value < 1 || value > 256)
+    long each = strtol(text, &end, 10), nodes = 1;
+    bool ok = end != text && each >= 1 && each <= 256;
+    if (ok && *end == 'x') {
+        const char *second = end + 1;
+        nodes = each;
+        each = strtol(second, &end, 10);
+        ok = end != second && each >= 1 && each <= 256 && nodes * each <= 256;
+    }
+    if (!ok || *end)
         return cmd_usage("calibrate", "--ranks %s: expected 1 to 256", text);
-    *n = (int)value;
+    a->n_ranks = (int)(nodes * each);
+    a->n_nodes = (int)nodes;
     return 0;
 }
 
@@ -57,7 +66,7 @@ static int parse(int argc, char **argv, struct ask *a)
         const bool ranks = !strcmp(argv[i], "--ranks");
         if ((to || ranks) && i + 1 == argc)
             return cmd_usage("calibrate", "%s: expected a value", argv[i]);
-        if (ranks && read_ranks(argv[i + 1], &a->n_ranks) != 0)
+        if (ranks && read_ranks(argv[i + 1], a) != 0)
             return 2;
         if (to)
             *to = argv[i + 1];
@@ -74,6 +83,9 @@ static int parse(int argc, char **argv, struct ask *a)
     }
     if (a->like && !a->gpu)
         return cmd_usage("calibrate", "--like %s: expected with --gpu", a->like);
+    if (a->n_nodes > 1 && !a->gpu)
+        return cmd_usage("calibrate", "--ranks %dx%d: expected nodes with --gpu alone", a->n_nodes,
+                         a->n_ranks / a->n_nodes);
     if (a->like && a->n_ranks > 1)
         return cmd_usage("calibrate", "--like %s, --ranks %d: expected one of them: virtual ranks have no links "
                          "between GPUs", a->like, a->n_ranks);
@@ -173,14 +185,14 @@ static void show_size(void *self, int done, int of)
 }
 
 /* Samples and versions, as rank_calibrate() has them. */
-static json_t *measure_gpu(int n_ranks, struct err *e)
+static json_t *measure_gpu(const struct ask *a, struct err *e)
 {
     json_t *samples = json_array();
-    struct cuda_calibration c = { .n_ranks = n_ranks, .take = take, .step = show_size, .taker = samples };
+    struct cuda_calibration c = { .n_ranks = a->n_ranks, .take = take, .step = show_size, .taker = samples };
     if (machine_calibrate_cuda(&c, e) == 0)
-        return json_pack("{s:o, s:s, s:i, s:s, s:s, s:i, s:f, s:f}", "samples", samples, "versions", c.versions,
-                         "ranks", n_ranks, "gpu", c.name, "note", c.note, "sms", (int)c.sms, "memory", c.memory,
-                         "mem_bandwidth", c.mem_bandwidth);
+        return json_pack("{s:o, s:s, s:i, s:i, s:s, s:s, s:i, s:f, s:f}", "samples", samples, "versions", c.versions,
+                         "ranks", a->n_ranks, "nodes", a->n_nodes, "gpu", c.name, "note", c.note, "sms", (int)c.sms,
+                         "memory", c.memory, "mem_bandwidth", c.mem_bandwidth);
     err_prefix(e, "calibrate");
     json_decref(samples);
     return NULL;
@@ -215,7 +227,7 @@ int cmd_calibrate(int argc, char **argv)
     struct err e = { 0 };
     json_t *like = read_like(a.like, &e), *samples = NULL;
     if (!e.code && check_writable(out, &e) == 0)
-        samples = a.gpu ? measure_gpu(a.n_ranks, &e) : rank_calibrate(a.n_ranks, &e);
+        samples = a.gpu ? measure_gpu(&a, &e) : rank_calibrate(a.n_ranks, &e);
     if (samples && a.raw && json_dump_file(samples, a.raw, JSON_INDENT(1) | JSON_REAL_PRECISION(9)) < 0)
         err_set(&e, ERR_INPUT, "%s: %s", a.raw, strerror(errno));
     if (!e.code && calibration_read(&c, samples, &e) == 0 &&

@@ -26,7 +26,7 @@ enum { MOST_TIMES = 32, LAUNCHES = 256 };
 /* Bytes, of all ranks together: of operands that are read, of what is written, and in the host's memory; and what the
  * largest kernel needs of the first two. */
 static const size_t READ = (size_t)1 << 30, WRITTEN = (size_t)1 << 29, PINNED = (size_t)1 << 28, LEAST = 1 << 27;
-enum { PLUG = 1 << 24, PLUGS = 4 }; /* floats, how often for each rank: what the GPU does meanwhile */
+enum { PLUG = 1 << 24, PLUGS = 4 }; /* floats, how often for each rank and MOST_TIMES: what the GPU does meanwhile */
 /* Kernels of rows: tokens if there is room, their width, outputs of each that are summed, experts to choose from. */
 enum { TOKENS = 1 << 16, WIDTH = 4096, OUTPUTS = 4, EXPERTS = 256, CHOSEN = 8 };
 
@@ -56,7 +56,7 @@ static double time_once(struct bench *b, const struct host_sample *s, work_fn *w
 {
     struct cuda_rank *r = b->cuda.rank;
     double longest = 0;
-    for (int i = 0; i < PLUGS * b->cuda.n_ranks; i++)
+    for (int i = 0; i < PLUGS * b->cuda.n_ranks * (1 + times / MOST_TIMES); i++)
         CUDA_TRY(e, 0, cuda_move(stream_of(b, 0), PLUG, r->operands.at, r->results.at));
     CUDA_TRY(e, 0, cudaEventRecord(b->zero, stream_of(b, 0)));
     for (int32_t i = 1; i < b->cuda.n_ranks; i++)

@@ -61,8 +61,11 @@ unpack()
 }
 
 say "moelab on a GPU: $(basename "$tarball"), $(date -u +%Y-%m-%dT%H:%MZ), $(uname -m), $jobs processors"
-nvidia-smi --query-gpu=name,memory.total,driver_version,clocks.max.sm --format=csv,noheader 2>&1 | head -n 8 |
-    tee -a "$report"
+if command -v nvidia-smi >/dev/null; then
+    nvidia-smi --query-gpu=name,memory.total,driver_version,clocks.max.sm --format=csv,noheader 2>&1 | head -n 8
+else
+    echo "no nvidia-smi on PATH"
+fi | tee -a "$report"
 nvcc --version | tail -n 2 | tee -a "$report"
 
 if [ "$sources" != - ]; then
@@ -103,8 +106,8 @@ for scenario in offload gemm kernels; do
         --against flow "${machine[@]}" --out "$work/$scenario"
 done
 machine=()
-shown 60 "calibration of eight virtual ranks" ./moelab calibrate virtual --gpu --ranks 8 --out "$work/virtual.lua" &&
-    machine=(--set machine="$work/virtual.lua" --set machine.nodes=2 --set machine.devices=4)
+shown 60 "calibration of eight virtual ranks" ./moelab calibrate virtual --gpu --ranks 2x4 --out "$work/virtual.lua" &&
+    machine=(--set machine="$work/virtual.lua")
 shown 70 "layouts on eight virtual ranks, measured and simulated" ./moelab run scenarios/gpu/layouts.lua \
     --machine cuda --against flow "${machine[@]}" --out "$work/layouts"
 shown 60 "targets" bash tests/bench_gpu.sh "$work"

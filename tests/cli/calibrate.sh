@@ -10,6 +10,9 @@ run_expect 2 'calibrate: --ranks: expected a value' "$moelab" calibrate --ranks
 run_expect 2 'unknown option "?--rank' "$moelab" calibrate --rank=2
 run_expect 2 'a/b: expected a name of letters' "$moelab" calibrate a/b
 run_expect 2 'two: expected one name' "$moelab" calibrate one two
+run_expect 2 '--ranks 2x0: expected 1 to 256' "$moelab" calibrate --gpu --ranks 2x0
+run_expect 2 '--ranks 20x20: expected 1 to 256' "$moelab" calibrate --gpu --ranks 20x20
+run_expect 2 '--ranks 2x4: expected nodes with --gpu alone' "$moelab" calibrate --ranks 2x4
 run_expect 2 '--like dgx-h100: expected with --gpu' "$moelab" calibrate --like dgx-h100
 run_expect 2 '--like dgx-h100, --ranks 2: expected one of them' "$moelab" calibrate --gpu --like dgx-h100 --ranks 2
 run_expect 2 'no machine named "dgx-h10"' "$moelab" calibrate --gpu --like dgx-h10

@@ -95,8 +95,8 @@ run verify.lua
 run offload.lua --machine cuda --against flow --set machine=gpu.lua
 run gemm.lua --machine cuda --against flow --set machine=gpu.lua
 run kernels.lua --machine cuda --against flow --set machine=gpu.lua
-calibrate virtual --gpu --ranks 8
-run layouts.lua --machine cuda --against flow --set machine=virtual.lua --set machine.nodes=2 --set machine.devices=4
+calibrate virtual --gpu --ranks 2x4
+run layouts.lua --machine cuda --against flow --set machine=virtual.lua
 run empty.lua --quiet"
 ok "... the report has what each said" test "$(grep -c '^  said of ' report)" = 5
 ok "... and the machine" test "$(tail -n 2 report | head -n 1)" = "$(cat report.lua)"

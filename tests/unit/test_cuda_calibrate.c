@@ -217,6 +217,41 @@ static void links_of_another(void **state)
     calibration_free(&c);
 }
 
+/* Seconds of an even exchange: the busiest link's. */
+static double even_exchange(const struct topology *t, double bytes)
+{
+    double most = 0, on[t->n_links];
+    memset(on, 0, sizeof on);
+    for (int32_t i = 0; i < t->n_devices; i++)
+        for (int32_t j = 0; j < t->n_devices; j++) {
+            int32_t link[TOPOLOGY_MAX_HOPS];
+            for (int k = 0, n = i == j ? 0 : topology_route(t, i, j, 0, link, NULL); k < n; k++)
+                on[link[k]] += bytes;
+        }
+    for (int32_t i = 0; i < t->n_links; i++)
+        most = fmax(most, on[i] / t->link[i].bandwidth);
+    return most;
+}
+
+/* However they are spread over nodes, an even exchange takes three copies of a quarter of the bandwidth. */
+static void virtual_nodes(void **state)
+{
+    struct calibration c;
+    measure(&c, &made_up, 4);
+    for (int nodes = 1; nodes <= 4; nodes *= 2) {
+        json_t *d;
+        c.n_nodes = nodes;
+        char *path = written(*state, &c, NULL, NULL);
+        struct topology *t = load(path, &d);
+        assert_true(t->n_nodes == nodes && t->n_devices == 4);
+        assert_near(even_exchange(t, 1e6), 3 * 1e6 / (1.8e12 / 2 / 4), 0.02);
+        topology_free(t);
+        json_decref(d);
+        free(path);
+    }
+    calibration_free(&c);
+}
+
 static void virtual_machine(void **state)
 {
     struct calibration c;
@@ -279,6 +314,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(file_is_a_machine, scratch_make, scratch_remove),
         cmocka_unit_test_setup_teardown(links_of_another, scratch_make, scratch_remove),
         cmocka_unit_test_setup_teardown(virtual_machine, scratch_make, scratch_remove),
+        cmocka_unit_test_setup_teardown(virtual_nodes, scratch_make, scratch_remove),
         cmocka_unit_test(little_memory),
         cmocka_unit_test(no_gpu),
     };
