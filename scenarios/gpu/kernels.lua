@@ -1,7 +1,8 @@
 -- SPDX-License-Identifier: Apache-2.0
 --
 -- Kernels that move rows against their bytes, over tokens of width 4096: moelab run scenarios/gpu/kernels.lua. A gate is
--- a norm, a small product and top-k; what top-k does alone, and what copies reach, `moelab calibrate --gpu` says.
+-- a norm, a small product and top-k; what top-k does alone, these with 65,536 tokens, and what copies reach,
+-- `moelab calibrate --gpu` says. The simulation reads a token before unpermute, in the norm.
 local moe = require "moelab"
 
 local d_model, top_k, experts = 4096, 4, 64
@@ -20,7 +21,7 @@ local runs = moe.experiment {
   repetitions   = 3,
   workload      = moe.prefill { trace = moe.synth { layers = 1, experts = experts, top_k = top_k, requests = 256,
                                                     tokens_per_request = 256 },
-                                tokens_per_device = moe.each { 1024, 4096, 16384, 32768 }, steps = 1, context = 16,
+                                tokens_per_device = moe.each { 512, 1024, 2048, 4096 }, steps = 1, context = 16,
                                 profile = 0 },
 }:run()
 runs:table {
