@@ -107,10 +107,11 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t s, cudaEvent_t event, unsigned flag
     return cudaSuccess;
 }
 
+/* What ends before it begins was not waited for. */
 cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t from, cudaEvent_t to)
 {
     *ms = (float)(1e3 * (to->time - from->time));
-    return cudaSuccess;
+    return to->time < from->time ? cudaErrorInvalidValue : cudaSuccess;
 }
 
 /* Clocks begin anew, so that floats of milliseconds keep their digits. */
