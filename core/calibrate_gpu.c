@@ -5,6 +5,7 @@
 
 #include "calibrate.h"
 
+#include <math.h>
 #include <string.h>
 #include <time.h>
 #include <unistd.h>
@@ -72,29 +73,36 @@ static const struct host_sample *find_gemm(const struct calibration *c, enum pre
     return NULL;
 }
 
+/* In %. */
+static double spread_of(const struct host_sample *s)
+{
+    return 100 * (s->high - s->low) / s->seconds;
+}
+
 void calibration_say_gpu(const struct calibration *c, const char *indent, FILE *f)
 {
     const struct host_sample *launch = find(c, GPU_LAUNCH), *events = find(c, GPU_EVENTS), *queue = find(c, GPU_QUEUE);
     for (int i = 0; i < c->n; i++) {
         const struct host_sample *s = &c->sample[i];
         if (s->what == GPU_KERNEL)
-            fprintf(f, "%s%s, %.0f tokens x %lld: %.4g GB/s, %.1f %% of copies\n", indent,
+            fprintf(f, "%s%s, %.0f tokens x %lld: %.4g GB/s, %.1f %% of copies, spread %.1f %%\n", indent,
                     s->key.op == LATENCY_PERMUTE ? "permute" : s->key.op == LATENCY_COMBINE ? "unpermute" : "top-k",
                     s->key.rows, (long long)s->key.n, s->bytes / s->seconds / 1e9,
-                    100 * s->bytes / s->seconds / c->copy_bandwidth);
+                    100 * s->bytes / s->seconds / c->copy_bandwidth, spread_of(s));
     }
     for (int p = 0; p < N_PRECISIONS; p++) {
         const struct host_sample *one = find_gemm(c, (enum precision)p, 1, 4096),
                                  *groups = find_gemm(c, (enum precision)p, 8, 512);
         if (one && groups)
-            fprintf(f, "%s8 products of 512 rows in %s: %.4g TFLOP/s, %.1f %% of one with 4096 rows\n", indent,
-                    precision_name[p],
+            fprintf(f, "%s8 products of 512 rows in %s: %.4g TFLOP/s, %.1f %% of one with 4096 rows, spread %.1f %%\n",
+                    indent, precision_name[p],
                     2 * 4096.0 * (double)one->shape.n * (double)one->shape.k / groups->seconds / 1e12,
-                    100 * one->seconds / groups->seconds);
+                    100 * one->seconds / groups->seconds, fmax(spread_of(one), spread_of(groups)));
     }
     if (launch && events && queue)
-        fprintf(f, "%sa kernel: %.3g us back to back, %.3g us alone between two events; queueing one takes the host "
-                "%.3g us\n", indent, launch->seconds * 1e6, events->seconds * 1e6, queue->seconds * 1e6);
+        fprintf(f, "%sa kernel: %.3g us back to back (spread %.1f %%), %.3g us alone between two events (%.1f %%); "
+                "queueing one takes the host %.3g us (%.1f %%)\n", indent, launch->seconds * 1e6, spread_of(launch),
+                events->seconds * 1e6, spread_of(events), queue->seconds * 1e6, spread_of(queue));
     if (c->gpu.note[0])
         fprintf(f, "%s%s\n", indent, c->gpu.note);
 }

@@ -22,7 +22,7 @@ if [ ! -s "$dir/calibration.txt" ] &&
 fi
 
 of_copies() { # kernel: its share of the bandwidth of copies, in %
-  sed -n "s/^ *$1, .*, \([0-9.]*\) % of copies\$/\1/p" "$dir/calibration.txt"
+  sed -n "s/^ *$1, .*, \([0-9.]*\) % of copies, spread.*/\1/p" "$dir/calibration.txt"
 }
 echo "GPU: $(sed -n 's/^ *moelab [^,]*, \(.*\)$/\1/p' "$dir/calibration.txt")"
 for kernel in permute unpermute top-k; do

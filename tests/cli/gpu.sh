@@ -61,10 +61,10 @@ broken:calibrate) echo "moelab: rank 0, GPU 0: cudaMalloc: an error" >&2; exit 1
     echo "  measured     sizes"
     echo "  moelab 0.1.0, Made-up GPU (compute capability 9.0, 96 SMs), driver 13.0"
     echo "  300 TFLOP/s in bf16, 30 in fp32; 1800 GB/s of copies, 50 GB/s from the host after 8 us"
-    echo "  permute, 65536 tokens x 4096: 1620 GB/s, 90.0 % of copies"
-    echo "  unpermute, 65536 tokens x 4096: 1440 GB/s, 79.9 % of copies"
-    echo "  top-k, 65536 tokens x 256: 1440 GB/s, 80.0 % of copies"
-    echo "  8 products of 512 rows in bf16: 241.6 TFLOP/s, 90.1 % of one with 4096 rows" ;;
+    echo "  permute, 65536 tokens x 4096: 1620 GB/s, 90.0 % of copies, spread 0.1 %"
+    echo "  unpermute, 65536 tokens x 4096: 1440 GB/s, 79.9 % of copies, spread 0.1 %"
+    echo "  top-k, 65536 tokens x 256: 1440 GB/s, 80.0 % of copies, spread 0.1 %"
+    echo "  8 products of 512 rows in bf16: 241.6 TFLOP/s, 90.1 % of one with 4096 rows, spread 0.2 %" ;;
 slow:run) exit 1 ;;
 *:run)
     mkdir -p "$out"

@@ -189,7 +189,7 @@ static void file_is_a_machine(void **state)
     assert_near(compute_plain(&t->device[0], PREC_BF16, 0, 1e9), 3e-6 + 1e9 / (0.8 * 2.048e12), 0.02);
     loads_are_found(t);
     file_says(path, "-- Not measured: links between GPUs: there are none in this machine.");
-    file_says(path, "permute, 65536 tokens x 4096: 1620 GB/s, 90.0 % of copies");
+    file_says(path, "permute, 65536 tokens x 4096: 1620 GB/s, 90.0 % of copies, spread 0.0 %");
     file_says(path, "Made-up GPU (compute capability 9.0, 96 SMs), driver ");
     file_says(path, "cuBLAS 13.1.2");
     topology_free(t);
