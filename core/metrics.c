@@ -298,6 +298,7 @@ int metrics_step(struct metrics *m, const struct moe_graph *g, const struct topo
     v[METRIC_permute_s][at] = slowest(&s, MOE_OP_PERMUTE);
     v[METRIC_unpermute_s][at] = slowest(&s, MOE_OP_COMBINE);
     v[METRIC_shared_s][at] = shared > 0 ? shared : NAN;
+    v[METRIC_decide_s][at] = m->decide_s > 0 ? m->decide_s : NAN;
     v[METRIC_load_s][at] = m->accesses > 0 ? load : NAN;
     v[METRIC_migration_s][at] = migration;
     v[METRIC_collective_s][at] = collective > 0 ? collective : NAN;

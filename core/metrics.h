@@ -23,6 +23,7 @@
     M(unpermute_s, "s", "time of the slowest device's adding up of outputs, summed over layers")                      \
     M(other_s, "s", "time of the slowest device's dense FFNs, embedding, head and optimiser, summed over layers")     \
     M(collective_s, "s", "time in which partial sums or gradients of what devices share were on their way")           \
+    M(decide_s, "s", "time before the step in which policies decided and it was laid out, where times are real")      \
     M(load_s, "s", "time that expert weights were on their way, summed over the busiest device's loads")              \
     M(migration_s, "s", "time in which weights moved to their new devices")                                           \
     M(imbalance, "", "largest / mean rows computed per device, mean over layers")                                     \
@@ -56,6 +57,7 @@ struct metrics {
     int32_t n_layers;
     int64_t routed, kept, accesses, hits;
     double loaded_bytes;
+    double decide_s; /* of this step; 0: it is not told */
 };
 
 void metrics_free(struct metrics *);

@@ -14,6 +14,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 /* A hash of what was decided: equal on every rank, with any number of jobs, on any machine. A word at a time: it
  * sees every route of every layer. */
@@ -318,8 +319,16 @@ static int run_graph(struct run *r, int32_t step)
     return rc < 0 ? rc : metrics_end_step(&r->metrics, ops->again ? r->n_repetitions : 0, r->err);
 }
 
+static double now_s(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
 int pipeline_step(struct run *r, int32_t step)
 {
+    const double began = now_s();
     graph_reset(&r->graph);
     workload_step(&r->workload);
     if (lay_out_migration(r) < 0)
@@ -348,5 +357,6 @@ int pipeline_step(struct run *r, int32_t step)
         return r->err->code;
     if (r->recording)
         return placement_observe(r, step);
+    r->metrics.decide_s = r->machine.ops->again ? now_s() - began : 0;
     return run_graph(r, step) < 0 || observe_step(r, step) < 0 ? r->err->code : placement_observe(r, step);
 }

@@ -87,6 +87,21 @@ if [ -e hw/host.so ] && command -v mpirun >/dev/null; then
   line "... orders of runs that agree" ">99" % "$(sed -n \
     's/^ *\([0-9]*\) pairs of runs differ.*; \([0-9]*\) of them.*/\1 \2/p' "$dir/validation/against.txt" |
     awk '{ print 100 * $2 / $1 }')"
+  sed 's/batch_per_device = .*steps = 3/batch_per_device = 512, steps = 3/; s/moe.each { "contiguous", "eplb" }/"eplb"/
+    s/offload .*=.*/offload = "none",/' scenarios/validation.lua >"$dir/share.lua"
+  (cd "$dir" && "$root/$moelab" run share.lua --machine host --quiet --out share)
+  line "host, 1,024 tokens, hidden 1,024: deciding, gate, permuting, adding up" "<10" "% of a step" "$(
+    awk 'function mean(name) {
+        if (!match($0, "\"" name "\":{[^}]*\"mean\":[0-9.e-]+"))
+          return 0
+        text = substr($0, RSTART, RLENGTH)
+        sub(/.*:/, "", text)
+        return text + 0
+      }
+      { decide = mean("decide_s")
+        share = 100 * (decide + mean("gate_s") + mean("permute_s") + mean("unpermute_s")) / (mean("step_s") + decide)
+        most = share > most ? share : most }
+      END { print most }' "$dir/share/runs.jsonl")"
 fi
 
 MOELAB=$moelab bash tests/bench_gpu.sh "$dir"
