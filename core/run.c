@@ -300,12 +300,18 @@ json_t *run_result(const struct run *r)
         json_object_set_new(o, "models", models_json(r->topology, r->tier, true));
     if (r->tier < N_NET_TIERS && r->topology->energy)
         json_object_set_new(json_object_get(o, "models"), "energy", json_string("watts, joules per byte"));
+    if (r->tier < N_NET_TIERS && r->topology->pace != 1)
+        json_object_set_new(o, "pace", json_real(r->topology->pace));
     if (r->extrapolated)
         json_object_set(o, "extrapolated", r->extrapolated);
     if (r->machine.virtual_ranks)
         json_object_set_new(o, "virtual_ranks", json_true());
     if (r->machine.verify)
         json_object_set_new(o, "verified", json_real(r->machine.max_error));
+    if (r->machine.probe_s > 0)
+        json_object_set_new(o, "probe_s", json_real(r->machine.probe_s));
+    if (r->machine.set_aside > 0)
+        json_object_set_new(o, "set_aside", json_integer(r->machine.set_aside));
     if (r->machine.peak_memory > 0)
         json_object_set_new(o, "peak_memory", json_integer((json_int_t)r->machine.peak_memory));
     if (r->offloading)

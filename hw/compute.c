@@ -22,25 +22,27 @@ double compute_element_bytes(enum precision p)
     return element_bytes[p];
 }
 
-/* efficiency: of memory's bandwidth. */
+/* efficiency: of memory's bandwidth. adds_up: neither hides behind the other, as on a processor. */
 static struct kernel_cost roofline(const struct device_spec *d, enum precision p, double flops, double bytes,
-                                   double efficiency)
+                                   double efficiency, bool adds_up)
 {
     double arithmetic = flops > 0 ? flops / (d->peak[p] * d->flops_efficiency) : 0;
     double memory = bytes / (d->mem_bandwidth * efficiency);
-    return (struct kernel_cost){ fmax(arithmetic, memory) + d->launch_s, arithmetic, memory, bytes };
+    const double both = adds_up ? arithmetic + memory : fmax(arithmetic, memory);
+    return (struct kernel_cost){ both + d->launch_s, arithmetic, memory, bytes };
 }
 
 struct kernel_cost cost_plain(const struct device_spec *d, enum precision p, double flops, double bytes)
 {
-    return roofline(d, p, flops, bytes, d->mem_efficiency);
+    return roofline(d, p, flops, bytes, d->mem_efficiency, false);
 }
 
 struct kernel_cost cost_known(const struct device_spec *d, enum precision p, double flops, double bytes,
                               const struct latency_key *key)
 {
-    const bool reads = (key->op == LATENCY_DECODE || key->op == LATENCY_PREFILL) && d->read_efficiency > 0;
-    struct kernel_cost c = roofline(d, p, flops, bytes, reads ? d->read_efficiency : d->mem_efficiency);
+    const bool reads = key->op == LATENCY_DECODE || key->op == LATENCY_PREFILL;
+    const double own = reads ? d->read_efficiency : key->op == LATENCY_COMBINE ? d->combine_efficiency : 0;
+    struct kernel_cost c = roofline(d, p, flops, bytes, own > 0 ? own : d->mem_efficiency, reads && own > 0);
     if (!d->tables || key->op == LATENCY_NONE || key->rows <= 0)
         return c;
     /* What was measured keeps arithmetic and memory as busy as the model says. */

@@ -40,6 +40,16 @@ static bool is_vector(const struct device_spec *d, const struct gemm_group *g)
     return g->rows == 1 && d->gemm.vector_efficiency > 0;
 }
 
+/* What is read and written, in seconds. A processor's library puts weights in order before it multiplies, and reads
+ * rows as they lie, as it reads the weights of a product of one row: those go at another rate. */
+static double memory_seconds(const struct device_spec *d, double rows, double weights, double vectors)
+{
+    const double packed = d->mem_bandwidth * d->gemm.mem_efficiency;
+    if (d->gemm.vector_efficiency <= 0)
+        return (rows + weights + vectors) / packed;
+    return weights / packed + (rows + vectors) / (d->mem_bandwidth * d->gemm.vector_efficiency);
+}
+
 static double tiles_of(const struct device_spec *d, const struct gemm_group *g, int64_t tile_m, int64_t tile_n)
 {
     if (g->rows <= 0 || is_vector(d, g))
@@ -73,16 +83,17 @@ static int64_t choose_tile(const struct device_spec *d, int32_t n_groups, const 
 struct kernel_cost cost_gemm(const struct device_spec *d, enum precision p, int32_t n_groups,
                              const struct gemm_group *group, const struct gemm_bytes *b)
 {
-    double sum = 0, busy = 0, bytes = 0, vectors = 0, waves, n_tiles = 0, seconds = 0, one = 0;
+    double sum = 0, busy = 0, rows = 0, weights = 0, vectors = 0, waves, n_tiles = 0, seconds = 0, one = 0;
     for (int32_t g = 0; g < n_groups; g++) {
         const double m = (double)group[g].rows, n = (double)group[g].n, k = (double)group[g].k;
         if (group[g].rows <= 0)
             continue;
-        const double moved = m * k * b->in + n * k * b->weight + m * n * b->out;
-        bytes += moved;
+        const bool vector = is_vector(d, &group[g]);
         busy++;
         sum += m;
-        vectors += is_vector(d, &group[g]) ? moved : 0;
+        rows += vector ? 0 : m * k * b->in + m * n * b->out;
+        weights += vector ? 0 : n * k * b->weight;
+        vectors += vector ? m * k * b->in + n * k * b->weight + m * n * b->out : 0;
     }
     if (busy == 0)
         return (struct kernel_cost){ 0 };
@@ -94,8 +105,7 @@ struct kernel_cost cost_gemm(const struct device_spec *d, enum precision p, int3
         seconds += tiles_of(d, &group[g], tile_m, tile_n) * one;
     }
     const double computing = n_tiles > 0 ? waves * seconds / n_tiles : 0, q = d->gemm.overlap;
-    const double packed = (bytes - vectors) / (d->mem_bandwidth * d->gemm.mem_efficiency);
-    const double memory = packed + (vectors > 0 ? vectors / (d->mem_bandwidth * d->gemm.vector_efficiency) : 0);
+    const double bytes = rows + weights + vectors, memory = memory_seconds(d, rows, weights, vectors);
     const double modelled = d->gemm.launch_s + pow(pow(computing, q) + pow(memory, q), 1 / q);
     if (!d->tables)
         return (struct kernel_cost){ modelled, computing, memory, bytes };

@@ -30,7 +30,8 @@ struct device_spec {
     double launch_s;            /* fixed cost of one kernel */
     double flops_efficiency;    /* of peak, reached by a large GEMM */
     double mem_efficiency;      /* of mem_bandwidth, reached by a large copy */
-    double read_efficiency;     /* the same by attention's core, which reads; 0: mem_efficiency */
+    double read_efficiency;     /* the same by attention's core, whose arithmetic adds to that; 0: mem_efficiency */
+    double combine_efficiency;  /* and by sums of rows that lie apart; 0: mem_efficiency */
     struct {                    /* grouped GEMMs: gemm.c */
         double sms;             /* tiles at once */
         double tile_m;          /* rows of a tile 16 wide; 0: tiles as DeepGEMM chooses them */
@@ -73,6 +74,8 @@ struct topology {
     int32_t *first_device;       /* [N + 1] of each node: nodes may differ */
     struct device_spec *device;  /* [D] */
     struct exchange_costs exchange;
+    double pace;                 /* what devices compute, and exchange over nvlink, takes so many times as long */
+    double probe_s;              /* of machine host's probe as it was calibrated, undisturbed; 0: not known */
     int32_t n_links;
     struct link *link;           /* one direction each; shared by every route over it */
     int32_t n_changes;
@@ -323,6 +326,8 @@ struct machine {
     bool virtual_ranks; /* all ranks are in this process, on one GPU */
     double max_error; /* largest so far, relative */
     double peak_memory; /* bytes that all ranks together held at most, or 0 */
+    int32_t set_aside;/* repetitions of machine host that others disturbed */
+    double probe_s;   /* median of what machine host's probes took around those that count; 0: none were */
     void *priv;
 };
 

@@ -30,6 +30,7 @@ static void device_fill(struct device_spec *d, const json_t *device, const json_
     d->flops_efficiency = topology_number(device, "flops_efficiency");
     d->mem_efficiency = topology_number(device, "mem_efficiency");
     d->read_efficiency = topology_number(device, "read_efficiency");
+    d->combine_efficiency = topology_number(device, "combine_efficiency");
     for (int p = 0; p < N_PRECISIONS; p++)
         d->peak[p] = topology_number(peak, precision_name[p]);
     d->gemm.sms = topology_number(gemm, "sms");
@@ -104,11 +105,34 @@ static int add_tables(struct topology *t, const json_t *files, const char *file,
     return 0;
 }
 
+/* Links have theirs (topology_links.c). What is slow is the processor, as one whose other half is busy: what memory
+ * alone limits takes as long as before. */
+static void apply_pace(struct topology *t)
+{
+    for (int32_t i = 0; t->device && i < t->n_devices; i++) {
+        struct device_spec *d = &t->device[i];
+        d->mem_bandwidth /= t->pace;
+        d->mem_efficiency *= t->pace; /* of moves: the product stays */
+        d->combine_efficiency *= t->pace;
+        d->launch_s *= t->pace;
+        d->gemm.port_bandwidth /= t->pace;
+        d->gemm.store_bandwidth /= t->pace;
+        d->gemm.launch_s *= t->pace;
+        for (int p = 0; p < N_PRECISIONS; p++)
+            d->peak[p] /= t->pace;
+    }
+    t->exchange.startup *= t->pace;
+    t->exchange.per_peer *= t->pace;
+    t->exchange.per_message *= t->pace;
+}
+
 static int build(struct topology *t, const char *file, struct err *err)
 {
     struct parts parts = { 0 };
     int32_t node = 0, device = 0;
     int rc = topology_check(t->description, &parts, file, err);
+    t->pace = rc == 0 ? topology_number(t->description, "pace") : 1;
+    t->probe_s = rc == 0 ? topology_number(t->description, "probe_s") : 0;
     if (rc == 0 && (rc = copy_name(t->name, t->description, "", file, err)) == 0)
         rc = allocate(t, &parts, file, err);
     for (int32_t i = 0; i < parts.n_groups && rc == 0; i++)
@@ -122,6 +146,7 @@ static int build(struct topology *t, const char *file, struct err *err)
                                            topology_number(parts.exchange, "per_message"),
                                            topology_number(parts.exchange, "message_overhead"),
                                            topology_number(parts.exchange, "collective_sms") };
+    apply_pace(t);
     if (rc == 0)
         rc = energy_build(t, &parts, file, err);
     const json_t *tables = json_object_get(t->description, "tables");

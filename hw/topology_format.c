@@ -65,6 +65,8 @@ static const struct field fields[] = {
     { TOP, "summary", STRING, true, 0, 0, 0, "" },
     { TOP, "nodes", INTEGER, false, 1, TOPOLOGY_MAX_DEVICES, 0, "nodes" },
     { TOP, "devices", INTEGER, false, 1, TOPOLOGY_MAX_DEVICES, 0, "devices per node" },
+    { TOP, "pace", NUMBER, false, 0.1, 10, 1, "times as long" },
+    { TOP, "probe_s", NUMBER, false, 1e-9, 1, 0, "of machine host's probe" },
 
     { GROUP, "nodes", INTEGER, true, 1, TOPOLOGY_MAX_DEVICES, 0, "nodes" },
     { GROUP, "devices", INTEGER, true, 1, TOPOLOGY_MAX_DEVICES, 0, "devices per node" },
@@ -76,6 +78,7 @@ static const struct field fields[] = {
     { DEVICE, "flops_efficiency", NUMBER, true, SHARE, 0, "of peak" },
     { DEVICE, "mem_efficiency", NUMBER, true, SHARE, 0, "of mem_bandwidth" },
     { DEVICE, "read_efficiency", NUMBER, false, SHARE, 0, "of mem_bandwidth" },
+    { DEVICE, "combine_efficiency", NUMBER, false, SHARE, 0, "of mem_bandwidth" },
 
     { PEAK, "fp32", RATE, false, 1e9, 1e19, 0, "" },
     { PEAK, "tf32", RATE, false, 1e9, 1e19, 0, "" },

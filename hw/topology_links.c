@@ -120,9 +120,9 @@ static void add_nvlink(struct topology *t, struct group_links *l, const struct g
         return;
     l->nvlink = t->n_links;
     if (l->mesh)
-        add_mesh(t, l, effective(g->table[NVLINK]), latency);
+        add_mesh(t, l, effective(g->table[NVLINK]) / t->pace, latency);
     else
-        add_device_links(t, l, "nvlink", effective(g->table[NVLINK]), latency, 0);
+        add_device_links(t, l, "nvlink", effective(g->table[NVLINK]) / t->pace, latency, 0);
 }
 
 static void add_pcie(struct topology *t, struct group_links *l, const struct group *g)

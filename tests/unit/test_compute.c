@@ -55,6 +55,33 @@ static void one_gemm(void **state)
     assert_true(compute_gemm(&spec, PREC_BF16, 1, &none, &b) == 0);
 }
 
+/* As `moelab calibrate` writes it: a tile is a row 16 wide, weights are put in order at one rate and rows read at
+ * another, attention's arithmetic and reading add up, sums of rows have a bandwidth of their own. */
+static void processor(void **state)
+{
+    (void)state;
+    struct device_spec d = spec;
+    d.peak[PREC_FP32] = 1e11;
+    d.read_efficiency = 0.5;
+    d.combine_efficiency = 0.25;
+    d.gemm.sms = 1;
+    d.gemm.tile_m = 1;
+    d.gemm.overlap = 1;
+    d.gemm.port_bandwidth = d.gemm.store_bandwidth = 1e18;
+    d.gemm.vector_efficiency = 0.6;
+    const struct gemm_bytes b = { 4, 4, 4 };
+    const struct gemm_group g = { 7, 40, 500 }, one = { 1, 40, 500 };
+    assert_near(compute_gemm(&d, PREC_FP32, 1, &g, &b),
+                1e-6 + 2.0 * 7 * 48 * 500 / 0.8e11 + 4.0 * 40 * 500 / 0.9e12 + 4.0 * (7 * 500 + 7 * 40) / 0.6e12, 1e-9);
+    assert_near(compute_gemm(&d, PREC_FP32, 1, &one, &b), 1e-6 + 4.0 * (500 + 40 * 500 + 40) / 0.6e12, 1e-9);
+    const struct latency_key decode = { .op = LATENCY_DECODE, .rows = 1 }, sum = { .op = LATENCY_COMBINE, .rows = 8e9 };
+    assert_near(cost_known(&d, PREC_FP32, 1e9, 8e9, &decode).seconds, 1e9 / 0.5e11 + 8e9 / 0.5e12 + 3e-6, 1e-12);
+    assert_near(cost_known(&d, PREC_FP32, 0, 8e9, &sum).seconds, 8e9 / 0.25e12 + 3e-6, 1e-12);
+    d.read_efficiency = d.combine_efficiency = 0;
+    assert_near(cost_known(&d, PREC_FP32, 1e9, 8e9, &decode).seconds, 1e9 / 0.5e11 + 3e-6, 1e-12);
+    assert_near(cost_known(&d, PREC_FP32, 0, 8e9, &sum).seconds, 8e9 / 0.8e12 + 3e-6, 1e-12);
+}
+
 /* Groups share the waves: ten of one tile each take as long as one of ten, but read ten times the rows' operand. */
 static void groups_share_waves(void **state)
 {
@@ -149,7 +176,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(plain),
-        cmocka_unit_test(one_gemm),
+        cmocka_unit_test(one_gemm), cmocka_unit_test(processor),
         cmocka_unit_test(groups_share_waves),
         cmocka_unit_test(experts),
         cmocka_unit_test(more_rows_never_faster),

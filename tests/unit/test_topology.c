@@ -43,6 +43,39 @@ static void precisions(void **state)
     topology_free(t);
 }
 
+/* A computer that takes twice as long for what its processors do; moves, which memory limits, and files stay. */
+static void pace(void **state)
+{
+    struct err e = { 0 };
+    struct topology *t = test_machine("dgx-h100", 1), *slow = NULL;
+    json_t *d = test_description("dgx-h100", 1);
+    (void)state;
+    json_object_set_new(d, "pace", json_real(2));
+    json_object_set_new(d, "probe_s", json_real(0.001));
+    assert_int_equal(topology_build(&slow, d, "file", &e), 0);
+    assert_true(t->pace == 1 && t->probe_s == 0 && slow->pace == 2 && slow->probe_s == 0.001);
+    const struct gemm_group g = { 300, 4096, 4096 };
+    const struct gemm_bytes b = { 2, 2, 2 };
+    assert_near(compute_gemm(&slow->device[0], PREC_BF16, 1, &g, &b),
+                2 * compute_gemm(&t->device[0], PREC_BF16, 1, &g, &b), 1e-12);
+    assert_near(compute_plain(&slow->device[0], PREC_BF16, 1e13, 0),
+                2 * compute_plain(&t->device[0], PREC_BF16, 1e13, 0), 1e-12);
+    const double launch = t->device[0].launch_s;
+    assert_near(compute_plain(&slow->device[0], PREC_BF16, 0, 1e9) - 2 * launch,
+                compute_plain(&t->device[0], PREC_BF16, 0, 1e9) - launch, 1e-9);
+    assert_near(slow->exchange.startup, 2 * t->exchange.startup, 1e-12);
+    for (int32_t l = 0; l < t->n_links; l++) {
+        const double twice = strstr(t->link[l].name, "nvlink") ? 2 : 1;
+        assert_near(t->link[l].bandwidth, twice * slow->link[l].bandwidth, 1e-12);
+    }
+    json_object_set_new(d, "pace", json_real(0));
+    topology_free(slow);
+    assert_int_equal(topology_build(&slow, d, "file", &e), ERR_INPUT);
+    assert_non_null(strstr(e.text, "pace"));
+    json_decref(d);
+    topology_free(t);
+}
+
 static void link_figures(void **state)
 {
     (void)state;
@@ -284,7 +317,8 @@ static void missing_links(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(shipped_files), cmocka_unit_test(precisions),    cmocka_unit_test(link_figures),
+        cmocka_unit_test(shipped_files), cmocka_unit_test(precisions),
+        cmocka_unit_test(pace),          cmocka_unit_test(link_figures),
         cmocka_unit_test(pcie_tree),
         cmocka_unit_test(routes_nvlink), cmocka_unit_test(routes_pcie),   cmocka_unit_test(many_devices),
         cmocka_unit_test(refused),       cmocka_unit_test(missing_links),
