@@ -15,8 +15,8 @@
 
 /* ---- samples ---- */
 
-static const char *const what_name[N_WHATS] = { "gemm", "move", "attention", "exchange", "read", "squares", "copy",
-                                                "write", "kernel", "launch", "events", "queue" };
+static const char *const what_name[N_WHATS] = { "gemm", "move", "sum", "attention", "exchange", "read", "probe",
+                                                "squares", "copy", "write", "kernel", "launch", "events", "queue" };
 
 static int32_t groups_of(const struct host_sample *s)
 {
@@ -141,6 +141,11 @@ static double modelled(const struct calibration *c, const struct host_sample *s)
     case HOST_MOVE:
     case GPU_KERNEL:
     case GPU_SQUARES: return cost_plain(&c->device, s->precision, s->flops, s->flops > 0 ? 0 : s->bytes).seconds;
+    case HOST_SUM: {
+        const struct latency_key key = { .op = LATENCY_COMBINE, .rows = s->bytes };
+        return cost_known(&c->device, PREC_FP32, 0, s->bytes, &key).seconds;
+    }
+    case HOST_PACE: return c->probe_s;
     case HOST_ATTENTION: {
         const struct kernel k = attention_kernel(&s->key);
         return cost_kernel(&c->device, &k).seconds;
@@ -329,12 +334,16 @@ int calibration_fit(struct calibration *c, struct err *e)
     *d = (struct device_spec){ .launch_s = 1e-7, .flops_efficiency = 0.5, .mem_efficiency = 0.5,
                                  .read_efficiency = 0.5 };
     c->only = N_PRECISIONS;
+    c->probe_s = 1e-3;
     d->gemm.sms = 1;
     d->gemm.port_bandwidth = d->gemm.store_bandwidth = 1e16; /* caches are in mma_efficiency */
     /* More than is reached at best: parts of it are efficiencies, which may not exceed 1. */
     d->peak[PREC_FP32] = 2 * best_rate(c, HOST_GEMM, PREC_FP32);
     d->mem_bandwidth = 2 * best_rate(c, HOST_MOVE, N_PRECISIONS);
     fit(c, HOST_MOVE, (const struct parameter[]){ { &d->mem_efficiency, 0.01, 1 }, { &d->launch_s, 1e-9, 1e-3 } }, 2);
+    d->combine_efficiency = d->mem_efficiency;
+    fit(c, HOST_SUM, (const struct parameter[]){ { &d->combine_efficiency, 0.01, 1 } }, 1);
+    fit(c, HOST_PACE, (const struct parameter[]){ { &c->probe_s, 1e-6, 1 } }, 1);
     fit_gemm(c);
     fit(c, HOST_ATTENTION, (const struct parameter[]){ { &d->flops_efficiency, 0.01, 1 },
                                                        { &d->read_efficiency, 0.01, 1 } }, 2);

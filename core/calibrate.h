@@ -27,6 +27,7 @@ struct calibration {
     struct device_spec device;       /* of one rank: peak and efficiencies, memory, gemm, launch */
     double exchange_s, link_bandwidth;
     double read_s, read_bandwidth;
+    double probe_s;                  /* host_probe(), on all ranks */
     double write_s, write_bandwidth, copy_s, copy_bandwidth; /* of a GPU: to the host, and within its memory */
     struct fit_quality quality[N_WHATS];
     enum precision only;             /* while fitting: samples of this one alone; N_PRECISIONS: of all */

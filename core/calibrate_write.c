@@ -53,6 +53,7 @@ void calibration_write(const struct calibration *c, const char *name, FILE *f)
             date, c->n_ranks, c->n_ranks == 1 ? "" : "s", c->versions, "");
     say(f, "products", "gemm: tiles, memory, launch", &c->quality[HOST_GEMM]);
     say(f, "bytes", "mem_bandwidth x mem_efficiency, launch_s", &c->quality[HOST_MOVE]);
+    say(f, "sums", "mem_bandwidth x combine_efficiency", &c->quality[HOST_SUM]);
     say(f, "attention", "peak x flops_efficiency, or bytes: read_efficiency", &c->quality[HOST_ATTENTION]);
     if (c->n_ranks > 1)
         say(f, "exchanges", "nvlink (memory that ranks share), exchange.startup", &c->quality[HOST_EXCHANGE]);
@@ -64,7 +65,8 @@ void calibration_write(const struct calibration *c, const char *name, FILE *f)
             "  name    = \"%s\",\n"
             "  summary = \"%d rank%s of machine host on %s\",\n"
             "  nodes   = 1,\n"
-            "  devices = %d,\n\n"
+            "  devices = %d,\n"
+            "  probe_s = %.4g, -- of machine host's probe, when nobody disturbed it\n\n"
             "  device = {\n"
             "    name          = \"one thread of %s\",\n"
             "    memory        = \"%.4g GB\",\n"
@@ -75,6 +77,7 @@ void calibration_write(const struct calibration *c, const char *name, FILE *f)
             "    flops_efficiency = %.3g,\n"
             "    mem_efficiency   = %.3g,\n"
             "    read_efficiency  = %.3g,\n"
+            "    combine_efficiency = %.3g,\n"
             "    gemm = {\n"
             "      sms = 1, tile_m = %.0f, mma_efficiency = %.3g, port_bandwidth = \"10000 TB/s\", "
             "store_bandwidth = \"10000 TB/s\",\n"
@@ -82,9 +85,11 @@ void calibration_write(const struct calibration *c, const char *name, FILE *f)
             "    },\n"
             "    assumed = \"memory: the computer's over its ranks; peak: 1.05 of what products tend to\",\n"
             "  },\n\n",
-            name, c->n_ranks, c->n_ranks == 1 ? "" : "s", cpu, c->n_ranks, cpu, memory / c->n_ranks / 1e9,
+            name, c->n_ranks, c->n_ranks == 1 ? "" : "s", cpu, c->n_ranks, c->probe_s, cpu,
+            memory / c->n_ranks / 1e9,
             d->mem_bandwidth / 1e9, d->peak[PREC_FP32] / 1e9, date, fmax(d->launch_s, 1e-9), d->flops_efficiency,
-            d->mem_efficiency, d->read_efficiency, d->gemm.tile_m, d->gemm.mma_efficiency, d->gemm.mem_efficiency,
+            d->mem_efficiency, d->read_efficiency, d->combine_efficiency, d->gemm.tile_m, d->gemm.mma_efficiency,
+            d->gemm.mem_efficiency,
             d->gemm.vector_efficiency, fmax(d->gemm.launch_s, 1e-9), d->gemm.overlap);
     if (c->n_ranks > 1)
         fprintf(f,

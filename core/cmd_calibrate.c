@@ -138,7 +138,8 @@ static int check_writable(const char *path, struct err *e)
 
 static void summary(const struct calibration *c, const char *path)
 {
-    static const char *const what[N_HOST_WHATS] = { "products", "bytes moved", "attention", "exchanges", "reads" };
+    static const char *const what[N_HOST_WHATS] = { "products", "bytes moved", "sums of rows", "attention",
+                                                     "exchanges", "reads", "probe" };
     printf("  %-12s %6s  %8s  %14s  %s\n", "measured", "sizes", "spread", "error, median", "largest");
     for (int i = 0; i < N_HOST_WHATS; i++)
         if (c->n_ranks > 1 || i != HOST_EXCHANGE)

@@ -418,6 +418,8 @@ end
 
 --- Runs every combination and returns the runs.
 function Experiment:run()
+  local second = native.option("against")
+  if second then against.set_pace(self, native.option("executor"), second) end
   local results = native.run(self.name, self.specs, self.axes)
   local list = {}
   for i, r in ipairs(results) do
@@ -425,7 +427,6 @@ function Experiment:run()
     list[i] = r
   end
   local runs = setmetatable({ name = self.name, list = list, axis_names = self.axis_names, axis = self.axis }, Runs)
-  local second = native.option("against")
   return second and against.report(runs, native.option("executor"), second, self.has_executors) or runs
 end
 

@@ -135,7 +135,13 @@ local function print_run(one)
     rows[#rows + 1] = { "  " .. r.phase, figures.number(r.measured / scale), figures.number(r.simulated / scale),
                         percent(r.error, true), percent(r.spread) }
   end
-  return Runs.lay_out(rows, 1)
+  local text, aside = Runs.lay_out(rows, 1), one.measured.set_aside
+  if one.simulated.pace then
+    text = text .. string.format("    the computer took %.2f times as long for a probe as when it was calibrated, " ..
+                                 "and so does what is simulated\n", one.simulated.pace)
+  end
+  if aside then text = text .. string.format("    %d disturbed repetitions were set aside\n", aside) end
+  return text
 end
 
 local function print_summary(list, a, b)
@@ -298,6 +304,19 @@ local function runs_of(runs, list, a, has_executors)
     end
   end
   return setmetatable({ name = runs.name, list = list, axis_names = names, axis = axis }, Runs)
+end
+
+--- What simulates a run of machine host takes the computer as fast as that run found it: core/sweep.c looks there.
+function against.set_pace(experiment, a, b)
+  local of = { [a] = {}, [b] = {} }
+  for i in ipairs(experiment.specs) do
+    local list = of[experiment.axes[i].executor]
+    list[#list + 1] = i
+  end
+  for i, at in ipairs(of[b]) do
+    local machine = experiment.specs[at].machine
+    if a == "host" and machine.description.probe_s then experiment.specs[at].pace_of = of[a][i] - 1 end
+  end
 end
 
 --- Prints and writes the comparison; `runs` are of both executors. Returns those of the first.

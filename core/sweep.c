@@ -183,6 +183,22 @@ static void show_progress(const struct state *s, bool last)
     fflush(stderr);
 }
 
+/* A run that is compared with one of machine host simulates the computer as fast as that found it (moelab_against.lua):
+ * pace_of is the index of that run, which has ended. What becomes of it is part of the machine, and of the manifest. */
+static void set_pace(const struct state *s, size_t index)
+{
+    json_t *spec = json_array_get(s->specs, index), *of = json_object_get(spec, "pace_of");
+    json_t *description = json_object_get(json_object_get(spec, "machine"), "description");
+    const double then = json_number_value(json_object_get(description, "probe_s"));
+    const json_t *run = of ? json_array_get(s->results, (size_t)json_integer_value(of)) : NULL;
+    const double now = json_number_value(json_object_get(run, "probe_s"));
+    if (!of || s->checking)
+        return;
+    if (then > 0 && now > 0)
+        json_object_set_new(description, "pace", json_real(fmin(fmax(now / then, 0.1), 10)));
+    json_object_del(spec, "pace_of");
+}
+
 static int start(struct state *s, struct job *j)
 {
     int fd[2];
@@ -190,6 +206,7 @@ static int start(struct state *s, struct job *j)
         return err_set(s->err, ERR_IO, "cannot make a pipe: %s", strerror(errno));
     struct slot *slot = &s->board->slot[j - s->job];
     memset(slot, 0, sizeof *slot);
+    set_pace(s, s->n_started);
     fflush(NULL);
     pid_t pid = fork();
     if (pid < 0) {

@@ -148,6 +148,28 @@ static int finish(struct host *h, const struct moe_graph *g, struct err *e)
     return e->code;
 }
 
+/* ---- whether others are at work on this computer ---- */
+
+enum { SPARE = 10 };
+static const double DISTURBED = 1.12; /* of the shortest probe, and more */
+
+/* A few products on all ranks at once, outside of all times: how long the slowest took. 0: there are no operands. */
+static double look_around(struct host *h)
+{
+    int has = h->rings.room_in >= HOST_PROBE && h->rings.room_out >= HOST_PROBE;
+    double span = 0;
+    MPI_Allreduce(MPI_IN_PLACE, &has, 1, MPI_INT, MPI_MIN, MPI_COMM_WORLD);
+    if (!has)
+        return 0;
+    MPI_Barrier(MPI_COMM_WORLD);
+    span -= host_now();
+    host_probe(&h->rings);
+    span += host_now();
+    MPI_Allreduce(MPI_IN_PLACE, &span, 1, MPI_DOUBLE, MPI_MAX, MPI_COMM_WORLD);
+    h->probe_s = h->probe_s > 0 && h->probe_s < span ? h->probe_s : span;
+    return span;
+}
+
 /* Once, with inputs of its own. In the walk a failure of one rank leaves the others waiting: its process ends, and
  * mpirun ends theirs. */
 static int run_once(struct machine *m, struct moe_graph *g, struct err *e)
@@ -168,6 +190,48 @@ static int run_once(struct machine *m, struct moe_graph *g, struct err *e)
     return e->code;
 }
 
+static int by_value(const void *a, const void *b)
+{
+    const double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+static int keep_probe(struct machine *m, double probe, struct err *e)
+{
+    struct host *h = m->priv;
+    if (h->n_probes == h->room_probes) {
+        const int32_t room = 2 * h->room_probes + 64;
+        double *grown = realloc(h->probe, sizeof *grown * (size_t)room);
+        if (!grown)
+            return err_set(e, ERR_MEMORY, "rank %d: out of memory for %d times", h->rank, room);
+        h->probe = grown;
+        h->room_probes = room;
+    }
+    h->probe[h->n_probes++] = probe;
+    qsort(h->probe, (size_t)h->n_probes, sizeof *h->probe, by_value);
+    m->probe_s = h->probe[h->n_probes / 2];
+    return 0;
+}
+
+/* Once more. What somebody else on this computer has slowed down is set aside and done again: a processor whose other
+ * half is busy, or that is taken away, takes half as long again for the probe before or after, too. */
+static int run_again(struct machine *m, struct moe_graph *g, struct err *e)
+{
+    struct host *h = m->priv;
+    const double now = m->now;
+    for (;;) {
+        const double before = look_around(h);
+        m->now = now;
+        if (run_once(m, g, e) < 0)
+            return e->code;
+        const double after = look_around(h);
+        if (fmax(before, after) <= DISTURBED * h->probe_s || h->spare == 0)
+            return keep_probe(m, (before + after) / 2, e);
+        h->spare--;
+        m->set_aside++;
+    }
+}
+
 static int host_run(struct machine *m, struct moe_graph *g, struct err *e)
 {
     struct host *h = m->priv;
@@ -177,6 +241,9 @@ static int host_run(struct machine *m, struct moe_graph *g, struct err *e)
     if (team_same_graph(m->team, host_graph_hash(g), e) < 0)
         return e->code;
     host_prepare(h, g, e);
+    if (h->spare == 0) /* there was no quiet in the last step: what is quiet is found anew */
+        h->probe_s = 0;
+    h->spare = SPARE;
     if (team_agree(m->team, e) < 0 || run_once(m, g, e) < 0)
         return e->code;
     m->peak_memory = memory_peak();
@@ -195,6 +262,7 @@ static void host_close(struct machine *m)
     for (size_t i = 0; i < sizeof pools / sizeof *pools; i++)
         free(pools[i]->data);
     free(h->weights);
+    free(h->probe);
     free(h->token_row);
     free(h->route_row);
     free(h->route_of);
@@ -216,7 +284,7 @@ static void host_close(struct machine *m)
     m->priv = NULL;
 }
 
-static const struct machine_ops host_ops = { .name = "host", .run = host_run, .again = run_once,
+static const struct machine_ops host_ops = { .name = "host", .run = host_run, .again = run_again,
                                              .close = host_close };
 
 static int host_open(struct machine *m, struct err *e)
@@ -234,6 +302,8 @@ static int host_open(struct machine *m, struct err *e)
     h->model = m->model;
     h->rank = t->rank;
     h->n_ranks = t->size;
+    h->probe_s = m->topology->probe_s;
+    h->spare = SPARE;
     MPI_Type_contiguous(m->model->d_model, MPI_FLOAT, &h->row);
     MPI_Type_commit(&h->row);
     m->ops = &host_ops;

@@ -8,7 +8,7 @@
 
 /* The first N_HOST_WHATS are those of machine host, the others of a GPU alone (cuda_calibrate.h). */
 enum host_what {
-    HOST_GEMM, HOST_MOVE, HOST_ATTENTION, HOST_EXCHANGE, HOST_READ, N_HOST_WHATS,
+    HOST_GEMM, HOST_MOVE, HOST_SUM, HOST_ATTENTION, HOST_EXCHANGE, HOST_READ, HOST_PACE, N_HOST_WHATS,
     GPU_SQUARES = N_HOST_WHATS, GPU_COPY, GPU_WRITE, GPU_KERNEL, GPU_LAUNCH, GPU_EVENTS, GPU_QUEUE, N_WHATS
 };
 
@@ -18,8 +18,8 @@ struct host_sample {
     int32_t groups;            /* GEMM: of this shape, each with its own weights; 0 is 1 */
     struct gemm_group shape;   /* GEMM */
     struct latency_key key;    /* ATTENTION, KERNEL */
-    double bytes;              /* MOVE, COPY, KERNEL: read and written together; EXCHANGE: from each rank to each other
-                                  one; READ, WRITE: from and to the host */
+    double bytes;              /* MOVE, SUM, COPY, KERNEL: read and written together; EXCHANGE: from each rank to each
+                                  other one; READ, WRITE: from and to the host */
     double flops;              /* SQUARES */
     double seconds, low, high; /* median and quartiles of n tries, each that of the slowest rank */
     int32_t n;

@@ -11,6 +11,7 @@
 #endif
 
 #include "host_kernels.h"
+#include "host_model.h"
 
 #include <cblas.h>
 #include <math.h>
@@ -25,7 +26,7 @@ static const double FLOPS_PER_BYTE = 16; /* above it arithmetic is what takes ti
 /* Touches all of it; random, not zeros: arithmetic on those may be faster. */
 static float *ring(size_t floats, struct err *e)
 {
-    float *p = aligned_alloc(64, (floats * sizeof *p + 63) / 64 * 64);
+    float *p = host_take(floats * sizeof *p);
     if (!p)
         err_set(e, ERR_MEMORY, "out of memory for %zu bytes of made-up operands", floats * sizeof *p);
     for (size_t i = 0; p && i < floats; i++)
@@ -115,6 +116,43 @@ static void soften(float *score, size_t rows, size_t n)
     }
 }
 
+/* The same for each kind of processor: what the compiler makes for all of them is four numbers wide. */
+#if defined __x86_64__ && defined __GNUC__ && !defined __clang__
+#define EACH_KIND __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define EACH_KIND
+#endif
+
+enum { LANES = 16, FEW = 8 };
+
+/* Decoding reads every key once for the few queries that share it, and a product's way of putting operands in order
+ * first would take longer than that. score: [q][n]. width: a multiple of LANES. */
+EACH_KIND static void look_at_keys(const float *keys, size_t n, size_t width, const float *query, size_t q, float scale,
+                                   float *score)
+{
+    for (size_t i = 0; i < n; i++)
+        for (size_t j = 0; j < q; j++) {
+            float lane[LANES] = { 0 };
+            for (size_t at = 0; at < width; at += LANES)
+                for (size_t l = 0; l < LANES; l++)
+                    lane[l] += keys[i * width + at + l] * query[j * width + at + l];
+            for (size_t half = LANES / 2; half > 0; half /= 2)
+                for (size_t l = 0; l < half; l++)
+                    lane[l] += lane[l + half];
+            score[j * n + i] = scale * lane[0];
+        }
+}
+
+/* out: [q][width] */
+EACH_KIND static void add_values(const float *values, size_t n, size_t width, const float *score, size_t q, float *out)
+{
+    memset(out, 0, q * width * sizeof *out);
+    for (size_t i = 0; i < n; i++)
+        for (size_t j = 0; j < q; j++)
+            for (size_t at = 0; at < width; at++)
+                out[j * width + at] += score[j * n + i] * values[i * width + at];
+}
+
 static void attend(struct host_rings *r, const struct kernel *k)
 {
     const size_t n = (size_t)host_seen(k), key = (size_t)k->key.n, value = (size_t)k->key.k, q = host_queries(k);
@@ -128,14 +166,17 @@ static void attend(struct host_rings *r, const struct kernel *k)
         for (int64_t b = 0; b < blocks; b++) {
             const float *query = operand(r, q * key);
             float *score = result(r, q * (n + value));
-            if (q == 1)
-                cblas_sgemv(CblasRowMajor, CblasNoTrans, (int)n, (int)key, scale, keys, (int)key, query, 1, 0, score,
-                            1);
+            const bool few = q <= FEW && key % LANES == 0;
+            if (few)
+                look_at_keys(keys, n, key, query, q, scale, score);
             else
                 cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, (int)q, (int)n, (int)key, scale, query, (int)key,
                             keys, (int)key, 0, score, (int)n);
             soften(score, q, n);
-            host_gemm((int64_t)q, (int64_t)value, (int64_t)n, score, values, score + q * n);
+            if (few)
+                add_values(values, n, value, score, q, score + q * n);
+            else
+                host_gemm((int64_t)q, (int64_t)value, (int64_t)n, score, values, score + q * n);
         }
     }
 }
@@ -151,6 +192,45 @@ static void move(struct host_rings *r, double bytes)
         for (size_t i = 0; i < some; i++)
             to[i] = 0.5f * from[i];
     }
+}
+
+void host_sum_rows(float *out, const float *before, int64_t n, const float *const *row, const float *weight, int32_t d)
+{
+    memcpy(out, before, sizeof *out * (size_t)d);
+    for (int64_t i = 0; i < n; i++)
+        cblas_saxpy(d, weight[i], row[i], 1, out, 1);
+    host_normalise(out, d);
+}
+
+void host_run_sums(struct host_rings *r, double bytes, int32_t d)
+{
+    enum { ROWS = 2 };
+    static const float weight[ROWS] = { 0.6f, 0.4f };
+    const size_t n = (size_t)ceil(bytes / ((ROWS + 1) * sizeof(float) * (double)d));
+    for (size_t done = 0, some; done < n; done += some) {
+        const size_t fit = r->room_in / ((ROWS + 1) * (size_t)d);
+        some = n - done < fit ? n - done : fit;
+        const float *from = operand(r, some * (ROWS + 1) * (size_t)d);
+        for (uint64_t i = 0; i < some; i++) {
+            const float *row[ROWS + 1];
+            for (uint64_t j = 0; j <= ROWS; j++)
+                row[j] = from + moe_mix((ROWS + 1) * i + j) % (some * (ROWS + 1)) * (size_t)d;
+            host_sum_rows(result(r, (size_t)d), row[ROWS], ROWS, row, weight, d);
+        }
+    }
+}
+
+/* Of what fits into the nearest caches, and takes about half a millisecond. */
+void host_probe(struct host_rings *r)
+{
+    enum { ROWS = 96, EDGE = 256, TIMES = 8 };
+    const size_t at = r->at_in;
+    r->at_in = 0;
+    const float *a = operand(r, ROWS * EDGE + EDGE * EDGE);
+    float *c = result(r, ROWS * EDGE);
+    for (int i = 0; i < TIMES; i++)
+        host_gemm(ROWS, EDGE, EDGE, a, a + ROWS * EDGE, c);
+    r->at_in = at;
 }
 
 void host_run_plain(struct host_rings *r, double flops, double bytes)

@@ -17,9 +17,14 @@ struct host_rings { float *in, *out; size_t room_in, room_out, at_in, at_out; };
 
 /* Floats of each, if no kernel needs more; queries of a prompt that are looked at together; floats that are moved at
  * once. */
-enum { HOST_RING = 1 << 23, HOST_QUERIES = 64, HOST_MOVED = 1 << 16 };
+enum { HOST_RING = 1 << 23, HOST_RINGS = 8 /* of the first, at most */, HOST_QUERIES = 64, HOST_MOVED = 1 << 16 };
 
-/* Of all the tasks of a device, the most floats that one wants at a time, read and written; 0: it has no such task. */
+/* Memory for what kernels work on, to be freed with free(); NULL: there is none. Whole pages, and large ones where the
+ * system has those: with small ones speed depends on where they happen to lie, and differs from process to process. */
+void *host_take(size_t bytes);
+
+/* Of all the tasks of a device, the floats that they read, but at most HOST_RINGS rings unless one needs more, and the
+ * most that one writes; 0: it has no such task. */
 struct host_room { size_t in, out; };
 struct host_room host_kernel_room(const struct kernel *);
 struct host_room host_rings_room(const struct moe_graph *, int32_t device);
@@ -34,6 +39,15 @@ void host_rings_close(struct host_rings *);
 void host_run_kernel(struct host_rings *, const struct kernel *);
 /* A task that is no list: its FLOPs if they are what takes time, else its bytes. */
 void host_run_plain(struct host_rings *, double flops, double bytes);
+
+/* out = normalise(before + sum of weight[i] * row[i], of n rows), of d floats. */
+void host_sum_rows(float *out, const float *before, int64_t n, const float *const *row, const float *weight, int32_t d);
+/* The same over rows of d that lie apart, until so many bytes are read and written as a task of sums counts them: two
+ * rows and the result. */
+void host_run_sums(struct host_rings *, double bytes, int32_t d);
+/* What tells whether this processor is as fast as it can be at the moment: a few products. Rings of HOST_PROBE. */
+enum { HOST_PROBE = 1 << 17 };
+void host_probe(struct host_rings *);
 
 /* C (m x n) = A (m x k) B (k x n), row by row, on one thread. */
 void host_gemm(int64_t m, int64_t n, int64_t k, const float *a, const float *b, float *c);

@@ -3,6 +3,7 @@
 #include "config.h"
 
 #include "host_model.h"
+#include "host_kernels.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -36,7 +37,7 @@ float *host_weights(const struct moe_model *m, int32_t layer, int32_t expert)
 {
     size_t d = (size_t)m->d_model, width = (size_t)host_width(m, layer, expert);
     uint64_t key = key_of(HASH_WEIGHTS, layer, expert);
-    float *w = malloc(sizeof *w * 3 * d * width);
+    float *w = host_take(sizeof *w * 3 * d * width);
     /* Uniform over (-a, a) has variance a^2 / 3. */
     for (size_t i = 0; w && i < 3 * d * width; i++)
         w[i] = uniform(key, i, sqrt(3.0 / (double)(i < 2 * d * width ? d : width)));

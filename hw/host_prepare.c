@@ -18,7 +18,7 @@ static void reserve(struct pool *p, size_t need, struct err *e)
     if (need <= p->room || e->code)
         return;
     free(p->data);
-    p->data = malloc(sizeof *p->data * need);
+    p->data = host_take(sizeof *p->data * need);
     p->room = p->data ? need : 0;
     if (p->data)
         memset(p->data, 0, sizeof *p->data * need);

@@ -25,6 +25,10 @@ struct host {
     float **weights;             /* [L * E] of experts that ran here and are not offloaded, kept */
     struct host_store *store;    /* of those that are; NULL: none */
     struct host_rings rings;     /* operands of what has no real ones */
+    double probe_s;              /* the shortest so far, or as calibrated: nobody disturbed that; 0: none yet */
+    double *probe;               /* [n_probes] of repetitions that count, sorted */
+    int32_t n_probes, room_probes;
+    int32_t spare;               /* repetitions of this step that may still be set aside */
     struct pool rows, send, gathered, gate, up;
     size_t n_rows;
     int64_t *token_row;          /* [(L + 1) * T] */

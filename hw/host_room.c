@@ -4,6 +4,20 @@
 
 #include "host_kernels.h"
 
+#include <stdlib.h>
+#include <sys/mman.h>
+
+void *host_take(size_t bytes)
+{
+    enum { SMALL = 1 << 12, LARGE = 1 << 21 };
+    void *p = NULL;
+    if (posix_memalign(&p, bytes < LARGE ? SMALL : LARGE, bytes ? bytes : 1) != 0)
+        return NULL;
+    if (bytes >= LARGE)
+        madvise(p, bytes / LARGE * LARGE, MADV_HUGEPAGE); /* advice: it is as well without */
+    return p;
+}
+
 static size_t larger(size_t a, size_t b)
 {
     return a > b ? a : b;
@@ -37,9 +51,11 @@ struct host_room host_kernel_room(const struct kernel *k)
     return (struct host_room){ tokens * (key + value) + q * key, q * (tokens + value) };
 }
 
+/* What is read lies in as much memory as the step reads: weights that all fit into a cache may be there. */
 struct host_room host_rings_room(const struct moe_graph *g, int32_t device)
 {
     struct host_room most = { 0, 0 };
+    size_t read = 0;
     for (int32_t id = 0; id < g->n_tasks; id++) {
         const struct task *t = &g->task[id];
         if (t->kind != TASK_COMPUTE || t->device != device)
@@ -48,7 +64,9 @@ struct host_room host_rings_room(const struct moe_graph *g, int32_t device)
         for (int32_t i = t->first; t->listed && i < t->first + t->n; i++) {
             const struct host_room room = host_kernel_room(&g->kernel[i]);
             most = (struct host_room){ larger(most.in, room.in), larger(most.out, room.out) };
+            read += room.in;
         }
     }
-    return most;
+    read = read < HOST_RINGS * HOST_RING ? read : HOST_RINGS * HOST_RING;
+    return (struct host_room){ larger(most.in, read), most.out };
 }

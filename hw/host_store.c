@@ -23,7 +23,7 @@ struct load { int32_t slot; int64_t object; double start, end; };
 struct host_store {
     const struct moe_model *model;
     int32_t device;
-    int fd;
+    int fd, direct;       /* the same file, read past the cache of pages; -1: not there */
     char dir[200];
     size_t bytes, room, mapped; /* of one expert (the widest); of the file, and as much of it as `map` has */
     char *map;
@@ -110,11 +110,28 @@ static int map_file(struct host_store *s, struct err *e)
     return 0;
 }
 
+/* Past the cache of pages, as a device's copies: the processor has next to nothing to do with it, and goes on with what
+ * the rank computes. Addresses and sizes are whole pages. False: this file system does not have that. */
+static bool read_direct(struct host_store *s, int64_t at, size_t bytes, float *to)
+{
+    for (size_t done = 0, n = whole_pages(bytes); s->direct >= 0 && done < n;) {
+        const ssize_t some = pread(s->direct, (char *)to + done, n - done, at + (int64_t)done);
+        if (some <= 0 && errno != EINTR) {
+            close(s->direct);
+            s->direct = -1;
+        }
+        done += some > 0 ? (size_t)some : 0;
+    }
+    return s->direct >= 0;
+}
+
 /* Pages may lie in memory as parts of larger pieces, which go only as a whole. */
 enum { PIECE = 1 << 21 };
 
-static void copy_from(const struct host_store *s, int64_t at, size_t bytes, float *to)
+static void copy_from(struct host_store *s, int64_t at, size_t bytes, float *to)
 {
+    if (read_direct(s, at, bytes, to))
+        return;
     char *from = s->map + at;
     const size_t pages = whole_pages(bytes), first = (size_t)at / PIECE * PIECE;
     const size_t end = ((size_t)at + pages + PIECE - 1) / PIECE * PIECE, last = end < s->mapped ? end : s->mapped;
@@ -124,7 +141,7 @@ static void copy_from(const struct host_store *s, int64_t at, size_t bytes, floa
     posix_fadvise(s->fd, (off_t)first, (off_t)(last - first), POSIX_FADV_DONTNEED);
 }
 
-static void copy_expert(const struct host_store *s, int64_t object, float *to)
+static void copy_expert(struct host_store *s, int64_t object, float *to)
 {
     copy_from(s, s->offset[object], expert_bytes(s, object), to);
 }
@@ -186,7 +203,7 @@ void host_store_times(struct host_store *s, int32_t number, double *start, doubl
 static int32_t add_slot(struct host_store *s, struct err *e)
 {
     struct slot *grown = realloc(s->slot, sizeof *grown * ((size_t)s->n_slots + 1));
-    float *w = grown ? malloc(s->bytes) : NULL;
+    float *w = grown ? host_take(whole_pages(s->bytes)) : NULL;
     if (grown)
         s->slot = grown;
     if (!w)
@@ -299,6 +316,7 @@ static int open_file(struct host_store *s, const char *dir, struct err *e)
     snprintf(path, sizeof path, "%s/moelab-experts-XXXXXX", dir);
     if ((s->fd = mkstemp(path)) < 0)
         return err_set(e, ERR_IO, "rank %d: cannot make %s: %s", s->device, path, strerror(errno));
+    s->direct = open(path, O_RDONLY | O_DIRECT | O_CLOEXEC);
     unlink(path);
     return 0;
 }
@@ -311,7 +329,7 @@ static struct host_store *allocate(int32_t device, struct err *e)
         return NULL;
     }
     s->device = device;
-    s->fd = -1;
+    s->fd = s->direct = -1;
     return s;
 }
 
@@ -358,9 +376,9 @@ int host_store_open_plain(struct host_store **out, int32_t device, const char *d
     return e->code;
 }
 
-void host_store_read(struct host_store *s, size_t bytes, float *to)
+void host_store_read(struct host_store *s, size_t at, size_t bytes, float *to)
 {
-    copy_from(s, 0, bytes, to);
+    copy_from(s, (int64_t)at, bytes, to);
 }
 
 void host_store_close(struct host_store *s)
@@ -380,6 +398,8 @@ void host_store_close(struct host_store *s)
         munmap(s->map, s->mapped);
     if (s->fd >= 0)
         close(s->fd);
+    if (s->direct >= 0)
+        close(s->direct);
     for (int32_t i = 0; i < s->n_slots; i++)
         free(s->slot[i].weights);
     free(s->slot);

@@ -2,9 +2,10 @@
  * host_store.h - where a rank's experts are when they are offloaded: in a file that is mapped into memory, and in
  * slots that loads fill.
  *
- * The file has no name: it is gone with the rank. A load copies an expert's weights out of the mapping, whose pages
- * were given back before, so every load reads the file (on a file system in memory it cannot). A thread of its own does
- * that, one load after another, while the rank goes on. */
+ * The file has no name: it is gone with the rank. A load reads an expert's weights past the cache of pages, as a
+ * device's copy engine would, or where a file system does not have that copies them out of the mapping, whose pages
+ * were given back before: every load reads the file (in memory there is none). A thread of its own does that, one load
+ * after another, while the rank goes on. */
 #ifndef HOST_STORE_H
 #define HOST_STORE_H
 
@@ -18,9 +19,9 @@ struct host_store;
 /* dir: where the file goes. */
 int host_store_open(struct host_store **, const struct moe_model *, int32_t device, const char *dir, struct err *);
 void host_store_close(struct host_store *);
-/* A file of so many bytes of nothing in particular, to measure how long reading takes; from its start. */
+/* A file of so many bytes of nothing in particular, to measure how long reading takes; from a whole page. */
 int host_store_open_plain(struct host_store **, int32_t device, const char *dir, size_t bytes, struct err *);
-void host_store_read(struct host_store *, size_t bytes, float *to);
+void host_store_read(struct host_store *, size_t at, size_t bytes, float *to /* from host_take() */);
 
 /* Before a step's clock starts: assigns a slot to each of its loads, in the order of their ids, writes what is not in
  * the file yet, and has weights[i] point to where entry i of the graph's experts will find its own. weights:

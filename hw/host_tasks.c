@@ -9,7 +9,6 @@
 #include "host_model.h"
 #include "host_need.h"
 
-#include <cblas.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -29,13 +28,16 @@ bool host_combine(struct host *h, const struct moe_graph *g, int32_t layer, int3
     for (int64_t r = first; r < end; r++)
         if (g->route[r].expert < h->model->n_experts && h->route_row[r] < 0)
             return false;
-    *after = (int64_t)h->n_rows++;
-    float *out = row_at(h, *after);
-    memcpy(out, row_at(h, *before), sizeof *out * (size_t)d);
+    const float *row[end - first + 1];
+    float weight[end - first + 1];
+    int64_t n = 0;
     for (int64_t r = first; r < end; r++)
-        if (g->route[r].expert < h->model->n_experts)
-            cblas_saxpy(d, g->route[r].weight, row_at(h, h->route_row[r]), 1, out, 1);
-    host_normalise(out, d);
+        if (g->route[r].expert < h->model->n_experts) {
+            row[n] = row_at(h, h->route_row[r]);
+            weight[n++] = g->route[r].weight;
+        }
+    *after = (int64_t)h->n_rows++;
+    host_sum_rows(row_at(h, *after), row_at(h, *before), n, row, weight, d);
     return true;
 }
 
@@ -218,12 +220,26 @@ static void outputs(struct host *h, const struct moe_graph *g, int32_t id)
     }
 }
 
+/* Outputs of a token are summed before they travel: here they travel one by one, so that takes its time and no more. */
+static bool sums_on_the_way(const struct host *h, const struct moe_graph *g, int32_t id)
+{
+    for (int64_t i = h->order.first[id]; i < h->order.first[id + 1]; i++) {
+        const struct task *x = &g->task[h->order.next[i]];
+        if (x->kind == TASK_EXCHANGE && x->payload == MOE_PAY_OUTPUT)
+            return true;
+    }
+    return false;
+}
+
 static int run_compute(struct host *h, const struct moe_graph *g, int32_t id)
 {
     const struct task *t = &g->task[id];
     if (t->op == MOE_OP_COMBINE) {
-        for (int32_t i = 0; i < h->n_own; i++)
-            host_combine(h, g, t->layer, h->own[i]);
+        if (sums_on_the_way(h, g, id))
+            host_run_sums(&h->rings, t->bytes, h->model->d_model);
+        else
+            for (int32_t i = 0; i < h->n_own; i++)
+                host_combine(h, g, t->layer, h->own[i]);
         return 0;
     }
     if (t->op == MOE_OP_PERMUTE && permute(h, g, id))

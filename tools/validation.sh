@@ -3,7 +3,7 @@
 #
 # Calibrates this computer, runs scenarios/validation.lua on machine host against tier flow, and writes
 # doc/validation.md and doc/validation.png from what came out. From the root of a built tree, with nothing else running:
-# about 2 minutes.
+# 3 to 6 minutes, the longer the more others use the computer.
 set -eu
 [ -x ./moelab ] && [ -d doc ] || { echo "validation.sh: expected to start in the root of a built tree" >&2; exit 2; }
 root=$PWD
@@ -35,13 +35,12 @@ EOF
 
 What is behind the larger ones:
 
-- **The computer itself** is not always as fast: it shares its processors, caches and memory with others, and what
-  `calibrate` measures a minute before a run differs from what it measures after it by a tenth and more. `spread` says
-  how far repetitions of one step lie apart, not how far minutes do.
+- **The computer itself** is not always as fast: its processors are halves of cores whose other halves others use, and
+  are taken away now and then. What a probe finds disturbed is set aside (`doc/host.md`); where nothing is undisturbed,
+  the simulation takes the computer as slow as the probe does, which is right for arithmetic and rough for the rest.
 - **Loads** are read by a thread of each rank, which takes processor time and memory bandwidth of what runs meanwhile.
   The model's copies cost nobody anything, so exchanges next to loads come out too fast.
-- **unpermute**: a rank also adds the residual and normalises the row there, which the graph has elsewhere.
-- **gate**: a matrix of 16 columns; a library has better ways for those than the model knows.
+- **Exchanges** of little take longer between other work than by themselves, for a reason that is not known.
 
 Each run, as printed:
 

@@ -60,6 +60,11 @@ moe.experiment {
 EOF
 ok "runs are simulated on it, and real" "$moelab" run run.lua --out results
 ok "four of them" test "$(grep -c '"step_s"' results/runs.jsonl)" = 4
+ok "the simulation takes the computer as fast as the run found it" "$moelab" run run.lua --out paced --machine host \
+    --against flow
+ok "... which is said of each run" test "$(grep -c '"pace":[0-9.]' paced/runs.jsonl)" = 2 -a \
+    "$(grep -c 'the computer took [0-9.]* times as long for a probe' paced/against.txt)" = 2
+ok "... and kept in the manifest" grep -q '"pace": *[0-9.]' paced/manifest.json
 ok "one rank has no exchanges" "$moelab" calibrate alone --ranks 1
 ok "... and no links" test "$(grep -c nvlink alone.lua | head -n 1)" -le 1
 run_expect 2 "/nowhere/x.lua: No such file" "$moelab" calibrate --ranks 1 --out /nowhere/x.lua

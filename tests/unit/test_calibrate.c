@@ -7,11 +7,12 @@
 
 #include <unistd.h>
 
-/* The models, worked out here: a product's arithmetic and memory add up, its tiles are one row high. */
+/* The models, worked out here: a product's arithmetic and memory add up, its tiles are one row high; weights are put in
+ * order, rows and the weights of a single row are read as they lie. */
 static double product(double m, double n, double k)
 {
-    const double bytes = 4 * (m * k + n * k + m * n);
-    return 2e-6 + (m == 1 ? bytes / 15e9 : 2 * m * n * k / 90e9 + bytes / 5e9);
+    const double rows = 4 * (m * k + m * n), weights = 4 * n * k;
+    return 2e-6 + (m == 1 ? (rows + weights) / 15e9 : 2 * m * n * k / 90e9 + weights / 5e9 + rows / 15e9);
 }
 
 static double core_of(const struct latency_key *key)
@@ -20,7 +21,7 @@ static double core_of(const struct latency_key *key)
     const double wide = (double)(key->n + key->k), pairs = key->rows * (decode ? key->context : key->context / 2);
     const double read = (decode ? key->rows * key->context : key->context) * key->kv_heads * wide;
     const double bytes = 4 * (read + key->rows * key->heads * wide);
-    return fmax(2 * pairs * key->heads * wide / 30e9, bytes / 12e9) + 0.5e-6;
+    return 2 * pairs * key->heads * wide / 30e9 + bytes / 12e9 + 0.5e-6;
 }
 
 static void add(struct calibration *c, struct host_sample s, double seconds)
@@ -46,6 +47,10 @@ static void fill(struct calibration *c)
         }
     for (double bytes = 1e4; bytes < 1e8; bytes *= 10)
         add(c, (struct host_sample){ .what = HOST_MOVE, .bytes = bytes }, 0.5e-6 + bytes / 10e9);
+    for (double bytes = 1e5; bytes < 1e8; bytes *= 10)
+        add(c, (struct host_sample){ .what = HOST_SUM, .key.n = 896, .bytes = bytes }, 0.5e-6 + bytes / 3e9);
+    for (int i = 0; i < 3; i++)
+        add(c, (struct host_sample){ .what = HOST_PACE }, 0.6e-3);
     static const struct latency_key key[] = { { LATENCY_DECODE, 0, 8, 8, 64, 64, 32, 512 },
                                               { LATENCY_DECODE, 0, 8, 8, 64, 64, 64, 256 },
                                               { LATENCY_PREFILL, 0, 8, 8, 64, 64, 512, 512 } };
@@ -67,6 +72,8 @@ static void parameters_are_found(void **state)
     const struct device_spec *d = &c.device;
     assert_near(d->mem_bandwidth * d->mem_efficiency, 10e9, 0.01);
     assert_near(d->launch_s, 0.5e-6, 0.02);
+    assert_near(d->mem_bandwidth * d->combine_efficiency, 3e9, 0.01);
+    assert_near(c.probe_s, 0.6e-3, 0.01);
     assert_near(d->peak[PREC_FP32] * d->gemm.mma_efficiency, 90e9, 0.02);
     assert_near(d->mem_bandwidth * d->gemm.mem_efficiency, 5e9, 0.03);
     assert_near(d->mem_bandwidth * d->gemm.vector_efficiency, 15e9, 0.02);
