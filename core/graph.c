@@ -16,7 +16,7 @@ void graph_reset(struct moe_graph *g)
     g->layer = g->micro = 0;
     g->pass = PASS_FORWARD;
     g->names_paths = false;
-    g->n_route_layers = g->n_tokens = 0;
+    g->n_route_layers = g->n_score_layers = g->n_tokens = 0;
     memset(g->last_list, 0, sizeof g->last_list);
 }
 
@@ -34,6 +34,7 @@ void graph_free(struct moe_graph *g)
     free(g->item);
     free(g->route);
     free(g->route_first);
+    free(g->score);
     free(g->token_device);
     memset(g, 0, sizeof *g);
 }
@@ -296,6 +297,17 @@ int graph_keep_routes(struct moe_graph *g, const struct moe_routes *r, const int
     g->route_first[layer] = at;
     g->route_first[layer + 1] = at + r->n;
     g->n_route_layers++;
+    return 0;
+}
+
+int graph_keep_scores(struct moe_graph *g, const float *scores, int32_t n_experts, struct err *e)
+{
+    const int64_t n = (int64_t)g->n_tokens * n_experts, at = g->n_score_layers * n;
+    if (!g->keep_scores || !scores || g->n_score_layers != g->n_route_layers - 1)
+        return 0;
+    RESERVE(g->score, g->room_scores, at + n, e);
+    memcpy(g->score + at, scores, sizeof *scores * (size_t)n);
+    g->n_score_layers++;
     return 0;
 }
 

@@ -96,6 +96,10 @@ struct moe_graph {
     int64_t room_routes;
     int64_t *route_first; /* [n_route_layers + 1] */
     int32_t n_route_layers, room_route_layers;
+    bool keep_scores;     /* ... and choose experts again, to compare */
+    float *score;         /* [n_score_layers][n_tokens][n_experts of the model] what selection looked at */
+    int64_t room_scores;
+    int32_t n_score_layers; /* up to the first layer that has none */
     int32_t *token_device; /* [n_tokens] where a token enters and leaves every layer */
     int32_t n_tokens, room_tokens;
 };
@@ -126,6 +130,9 @@ int graph_after(struct moe_graph *, int32_t task, int32_t before, struct err *);
 struct exchange_sum *graph_sum(struct moe_graph *, int32_t n_sides, struct err *);
 /* Routes of the next layer, 0 first; device: [T]. Only tokens that go to experts: a mix of tokens is no item. */
 int graph_keep_routes(struct moe_graph *, const struct moe_routes *, const int32_t *device, struct err *);
+
+/* What the layer's selection looked at, [T][n_experts], after its routes; NULL: nothing is known. */
+int graph_keep_scores(struct moe_graph *, const float *scores, int32_t n_experts, struct err *);
 
 /* Successor lists in CSR form and predecessor counts, by counting; both freed by the caller. Fails when the graph
  * has a cycle (arrivals count as successors of their exchange). */

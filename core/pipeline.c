@@ -236,7 +236,9 @@ static int lay_out_layer(struct run *r, const struct moe_batch *b, const struct 
 {
     int32_t shared[r->topology->n_devices];
     r->graph.layer = b->layer;
-    if (r->graph.keep_items && graph_keep_routes(&r->graph, &r->routes, b->device, r->err) < 0)
+    if (r->graph.keep_items &&
+        (graph_keep_routes(&r->graph, &r->routes, b->device, r->err) < 0 ||
+         graph_keep_scores(&r->graph, r->gate_scores, r->model.n_experts, r->err) < 0))
         return r->err->code;
     if (step_lay_out_plain(r, b, own, shared) < 0 || pipeline_lay_out_experts(r, b, shared) < 0)
         return r->err->code;

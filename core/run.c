@@ -48,7 +48,7 @@ static int open_machine(struct run *r, const json_t *m, bool verify, struct team
     } else if (!strcmp(executor, "cuda")) {
         if (machine_open_cuda(&r->machine, r->topology, &r->model, r->precision, verify, team, r->err) < 0)
             return err_prefix(r->err, "%s: machine cuda", r->where);
-        r->graph.keep_items = true;
+        r->graph.keep_items = r->graph.keep_scores = true;
     } else if (!strcmp(executor, "flow") || !strcmp(executor, "simgrid")) {
         int k = !strcmp(executor, "simgrid") ? NET_SIMGRID : NET_FLOW;
         if (tier && k != NET_SIMGRID)

@@ -60,7 +60,9 @@ static int run_once(struct machine *m, struct moe_graph *g, struct err *e)
     if (cuda_step(c, g, e) < 0)
         return e->code;
     set_times(m, g);
-    if (m->verify)
+    for (int32_t i = 0; m->verify && i < c->n_here && !e->code; i++)
+        cuda_choose_verify(c, &c->rank[i], g, &c->decided, e);
+    if (m->verify && !e->code)
         cuda_verify(m, c, g, e);
     if (m->verify && c->team)
         share_error(c, &m->max_error, e);
@@ -73,7 +75,7 @@ static int connect(struct cuda *c, struct err *e)
 {
     if (cuda_take_gpu(c, e) < 0)
         return e->code;
-    cuda_top_k_check(e);
+    cuda_top_k_check(c->rank[0].rank, e);
     if (team_agree(c->team, e) < 0)
         return e->code;
     return c->team ? cuda_comm_nccl(&c->comm, c->team, e) : cuda_comm_virtual(&c->comm, c->n_ranks, e);
@@ -104,6 +106,8 @@ static void close_rank(const struct cuda *c, struct cuda_rank *r)
     cudaFree(r->send.at);
     cudaFree(r->operands.at);
     cudaFree(r->results.at);
+    cudaFree(r->scores.at);
+    cudaFree(r->chosen.at);
     free(r->weights);
     free(r->slot);
     free(r->slot_of);

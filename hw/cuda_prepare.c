@@ -170,6 +170,7 @@ static int reserve(struct cuda *c, const struct moe_graph *g, struct err *e)
         cuda_take_more(&r->send.at, &r->send.room, r->send_rows * row_bytes(c), r->rank, "rows that wait to be sent",
                        e);
         open_rings(c, r, g, e);
+        cuda_choose_prepare(c, r, g, e);
     }
     cuda_take_more(&c->index.at, &c->index.room, bytes, 0, "row numbers", e);
     if (bytes > 0)

@@ -32,6 +32,7 @@ enum cuda_what {
     CUDA_EXPERT,  /* n rows, listed from `index`, through entry `entry` of the graph's experts, to rows from `row` */
     CUDA_COMBINE, /* n tokens to rows from `row`; lists from `index`: before[n], first[n + 1], row[m], weight[m] */
     CUDA_LOAD,    /* load `entry` of this rank */
+    CUDA_CHOOSE,  /* the experts of own tokens in layer `entry` */
     CUDA_KERNEL,  /* kernel `entry` of the graph */
     CUDA_PLAIN    /* the task's FLOPs or bytes */
 };
@@ -77,7 +78,7 @@ struct cuda_rank {
     int32_t *row_op;               /* by row, what writes it; -1: an input */
     int64_t *token_row, *route_row;/* as in host_rank.h */
     int32_t *place, *own, n_own;   /* likewise */
-    struct cuda_buffer rows, send, operands, results;
+    struct cuda_buffer rows, send, operands, results, scores, chosen;
     size_t send_rows;              /* most that wait at one time */
     size_t *send_at;               /* [tasks] */
     struct cuda_sent { int32_t op; size_t from, to; } *sent; /* exchanges so far */
@@ -100,6 +101,7 @@ struct cuda {
     int32_t n_ranks, n_here;       /* of all processes, in this one */
     bool half;                     /* bf16 */
     size_t element;                /* bytes */
+    int64_t decided;               /* choices of the GPU that were the host's decisions, with verify, so far */
     int32_t draw;                  /* of inputs, so far */
     struct team *team;             /* NULL: all ranks are here */
     struct cuda_comm *comm;        /* NULL: no step has run */
@@ -140,7 +142,15 @@ int cuda_run_kernel(struct cuda *, struct cuda_rank *, struct cuda_stream *, con
 int cuda_run_plain(struct cuda *, struct cuda_rank *, struct cuda_stream *, double flops, double bytes, struct err *);
 /* Bytes that the tasks of a device want at a time of numbers to read, and room to write. */
 void cuda_math_room(const struct cuda *, const struct moe_graph *, int32_t device, size_t *in, size_t *out);
-int cuda_top_k_check(struct err *);
+
+/* cuda_choose.c: top-k of the scores that decisions were made from, if the graph has them; scores are uploaded before
+ * the step. verify: adds to *decided the (layer, token) whose experts are those of the decision. */
+bool cuda_chooses(const struct cuda *, const struct moe_graph *);
+int cuda_choose_prepare(struct cuda *, struct cuda_rank *, const struct moe_graph *, struct err *);
+int cuda_choose(struct cuda *, struct cuda_rank *, struct cuda_stream *, int32_t layer, struct err *);
+int cuda_choose_verify(const struct cuda *, const struct cuda_rank *, const struct moe_graph *, int64_t *decided,
+                       struct err *);
+int cuda_top_k_check(int32_t rank, struct err *);
 
 /* cuda_verify.c: every layer of every token against the reference. */
 int cuda_verify(struct machine *, struct cuda *, const struct moe_graph *, struct err *);

@@ -338,8 +338,12 @@ static int compute(struct at *a, int32_t id)
         return combine(a, t->layer);
     if (t->op == MOE_OP_PERMUTE && permute(a, id))
         return a->e->code;
+    const bool chooses = t->op == MOE_OP_GATE && cuda_chooses(a->c, a->g) && a->r->n_own > 0;
+    if (chooses)
+        add_act(a, (struct cuda_act){ CUDA_CHOOSE, a->r->n_own, t->layer, 0, 0 });
     for (int32_t i = t->first; t->listed && i < t->first + t->n; i++)
-        add_act(a, (struct cuda_act){ CUDA_KERNEL, 1, i, 0, 0 });
+        if (!chooses || a->g->kernel[i].key.op != LATENCY_TOP_K)
+            add_act(a, (struct cuda_act){ CUDA_KERNEL, 1, i, 0, 0 });
     if (!t->listed && (t->flops > 0 || t->bytes > 0))
         add_act(a, (struct cuda_act){ CUDA_PLAIN, 1, 0, 0, 0 });
     return a->e->code;

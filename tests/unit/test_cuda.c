@@ -75,6 +75,45 @@ static void in_bf16(void **state)
     assert_true(error > 1e-4 && error < 1e-2); /* more than single precision's: bf16 it was */
 }
 
+/* Logits for a trace of cuda_spec(): halves, many of them equal, so that the order of equals counts. */
+static void add_logits(struct scratch *s, const struct shape *x)
+{
+    char path[600];
+    const int64_t tokens = (int64_t)x->nodes * x->devices * x->batch * x->steps, n = tokens * x->layers * x->experts;
+    uint16_t *half = malloc((size_t)n * sizeof *half);
+    assert_non_null(half);
+    for (int64_t i = 0; i < n; i++)
+        half[i] = npy_float_to_half((float)(moe_mix((uint64_t)i) % 7) / 4 - 1);
+    snprintf(path, sizeof path, "%s/trace/logits.npy", s->dir);
+    ok(npy_write(path, "f2", 3, (const int64_t[]){ tokens, x->layers, x->experts }, half, err));
+    free(half);
+}
+
+/* The GPU chooses the experts that the router has chosen, for every token of every layer, each time. */
+static void chosen_experts(void **state)
+{
+    static const struct shape x = { 2, 2, 3, 12, 4, 3, 2 };
+    struct err e = { 0 };
+    json_t *spec = cuda_spec(*state, x);
+    add_logits(*state, &x);
+    test_policy(spec, "router", "softmax-top-k");
+    standin_open(STANDIN_ANY, 1, -1);
+    struct run *r = cuda_open_run(spec, NULL, &e);
+    r->graph.keep_scores = true;
+    test_ok(e.code < 0 ? e.code : run_go(r), &e);
+    const struct cuda *c = r->machine.priv;
+    assert_int_equal(c->decided, 3 * (int64_t)x.steps * x.nodes * x.devices * x.batch * x.layers);
+    /* Another choice is noticed. */
+    int32_t *ids = c->rank[0].chosen.at;
+    int64_t decided = 0;
+    ids[1] = ids[0];
+    assert_int_equal(cuda_choose_verify(c, &c->rank[0], &r->graph, &decided, &e), ERR_RUN);
+    if (strncmp(e.text, "rank 0: top-k on the GPU: layer 0, token ", 41) != 0 || !strstr(e.text, "choice 1: expert "))
+        fail_msg("%s", e.text);
+    test_close_run(r);
+    json_decref(spec);
+}
+
 /* ---- a wait that is forgotten is noticed ---- */
 
 /* Each wait in turn is left out. Some are for what was long done, or stand between times and not between data; but of
@@ -264,6 +303,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(layouts_and_placements, scratch_make, scratch_remove),
         cmocka_unit_test_setup_teardown(offloaded_experts, scratch_make, scratch_remove),
         cmocka_unit_test_setup_teardown(in_bf16, scratch_make, scratch_remove),
+        cmocka_unit_test_setup_teardown(chosen_experts, scratch_make, scratch_remove),
         cmocka_unit_test_setup_teardown(lost_waits, scratch_make, scratch_remove),
         cmocka_unit_test_setup_teardown(golden, scratch_make, scratch_remove),
         cmocka_unit_test_setup_teardown(conserves, scratch_make, scratch_remove),
