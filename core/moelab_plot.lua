@@ -110,16 +110,23 @@ function Runs:plot(o)
   gp[#gp + 1] = o.logy and "set logscale y" or o.percent and "set yrange [0:100]" or "set yrange [0:*]"
   local parts = {}
   if lines then
-    if o.logx then gp[#gp + 1] = "set logscale x" end
-    local ticks = {}
+    local ticks, least, most = {}, math.huge, -math.huge
     for i, x in ipairs(x_labels) do
       if not tonumber(x) then
         fail(at_key(where, "x"), "runs:plot: kind \"lines\" needs numbers on %s, found \"%s\"", o.x, x)
       end
+      least, most = math.min(least, tonumber(x)), math.max(most, tonumber(x))
       ticks[i] = string.format("\"%s\" %s", (tick(o.x, x):gsub("%%", "%%%%")), x) -- gnuplot takes it for a format
     end
     gp[#gp + 1] = "set xtics (" .. table.concat(ticks, ", ") .. ")"
-    gp[#gp + 1] = "set offsets graph 0.02, graph 0.02, 0, 0"
+    if o.logx and least > 0 then -- a logarithmic axis would go on to the next power of ten
+      local beside = least < most and (most / least) ^ 0.03 or 2
+      gp[#gp + 1] = "set logscale x"
+      gp[#gp + 1] = string.format("set xrange [%.9g:%.9g]", least / beside, most * beside)
+    else
+      if o.logx then gp[#gp + 1] = "set logscale x" end
+      gp[#gp + 1] = "set offsets graph 0.02, graph 0.02, 0, 0"
+    end
     for i, s in ipairs(series) do
       local style = s.bound and string.format("lw 2 dt 2 pt 0 lc rgb \"%s\"", s.of and
                                               palette[(s.of - 1) % #palette + 1] or "#000000") or
