@@ -17,6 +17,7 @@
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 /* ---- the step ---- */
 
@@ -152,6 +153,7 @@ static int finish(struct host *h, const struct moe_graph *g, struct err *e)
 
 enum { SPARE = 10 };
 static const double DISTURBED = 1.12; /* of the shortest probe, and more */
+static const double MOST_NAP = 0.2;   /* s after a repetition that was */
 
 /* A few products on all ranks at once, outside of all times: how long the slowest took. 0: there are no operands. */
 static double look_around(struct host *h)
@@ -213,6 +215,11 @@ static int keep_probe(struct machine *m, double probe, struct err *e)
     return 0;
 }
 
+static void nap(double seconds)
+{
+    nanosleep(&(struct timespec){ .tv_nsec = (long)(1e9 * fmin(fmax(seconds, 0), 0.999)) }, NULL);
+}
+
 /* Once more. What somebody else on this computer has slowed down is set aside and done again: a processor whose other
  * half is busy, or that is taken away, takes half as long again for the probe before or after, too. */
 static int run_again(struct machine *m, struct moe_graph *g, struct err *e)
@@ -229,6 +236,7 @@ static int run_again(struct machine *m, struct moe_graph *g, struct err *e)
             return keep_probe(m, (before + after) / 2, e);
         h->spare--;
         m->set_aside++;
+        nap(fmin(m->now - now, MOST_NAP)); /* such spells pass */
     }
 }
 
