@@ -116,7 +116,7 @@ static bool read_direct(struct host_store *s, int64_t at, size_t bytes, float *t
 {
     for (size_t done = 0, n = whole_pages(bytes); s->direct >= 0 && done < n;) {
         const ssize_t some = pread(s->direct, (char *)to + done, n - done, at + (int64_t)done);
-        if (some <= 0 && errno != EINTR) {
+        if (some == 0 || (some < 0 && errno != EINTR)) {
             close(s->direct);
             s->direct = -1;
         }
