@@ -25,7 +25,7 @@ int rank_check(const json_t *spec, const struct team *, double *needed, struct e
 int rank_check_again(const json_t *spec, double needed, struct err *);
 /* Starts the ranks, waits for them, and returns what rank 0 made of the run (run_result); NULL: see err. */
 json_t *rank_launch(json_t *spec, struct err *);
-/* The run, in a process that is a rank; of rank 0 (or without a team) the result. If the team is lost afterwards, the
+/* The run, in a process that is a rank; of rank 0 the result. If the team is lost afterwards, the
  * process has to end. */
 int rank_go(struct team *, json_t *spec, json_t **result, struct err *);
 /* Ranks that mpirun has started: rank 0 leads the others through a run, or lets them go; they follow until then. */

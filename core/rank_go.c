@@ -65,16 +65,15 @@ int rank_go(struct team *t, json_t *spec, json_t **result, struct err *e)
 {
     struct run run;
     *result = NULL;
-    if (t)
-        t->agreed = false;
+    t->agreed = false;
     run_open_rank(&run, spec, t, e);
-    if (team_agree(t, e) == 0 && (!t || same_run(t, &run, spec, e) == 0))
+    if (team_agree(t, e) == 0 && same_run(t, &run, spec, e) == 0)
         run_go(&run);
-    if (t && !t->agreed)
+    if (!t->agreed)
         team_agree(t, e);
-    if (t && t->lost)
+    if (t->lost)
         return e->code; /* the process ends, and what the machine has under way never would */
-    if (!e->code && (!t || t->rank == 0)) {
+    if (!e->code && t->rank == 0) {
         *result = run_result(&run);
         json_object_set_new(*result, "spec", run_resolve(&run));
     }
