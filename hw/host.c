@@ -152,24 +152,16 @@ static int finish(struct host *h, const struct moe_graph *g, struct err *e)
 /* ---- whether others are at work on this computer ---- */
 
 enum { SPARE = 10 };
-static const double DISTURBED = 1.12; /* of the shortest probe, and more */
 static const double MOST_NAP = 0.2;   /* s after a repetition that was */
 
-/* A few products on all ranks at once, outside of all times: how long the slowest took. 0: there are no operands. */
+/* Outside of all times. 0: there are no operands. */
 static double look_around(struct host *h)
 {
     int has = h->rings.room_in >= HOST_PROBE && h->rings.room_out >= HOST_PROBE;
-    double span = 0;
     MPI_Allreduce(MPI_IN_PLACE, &has, 1, MPI_INT, MPI_MIN, MPI_COMM_WORLD);
     if (!has)
         return 0;
-    MPI_Barrier(MPI_COMM_WORLD);
-    span -= host_now();
-    host_probe(&h->rings);
-    span += host_now();
-    MPI_Allreduce(MPI_IN_PLACE, &span, 1, MPI_DOUBLE, MPI_MAX, MPI_COMM_WORLD);
-    h->probe_s = h->probe_s > 0 && h->probe_s < span ? h->probe_s : span;
-    return span;
+    return host_look_around(&h->rings, &h->probe_s);
 }
 
 /* Once, with inputs of its own. In the walk a failure of one rank leaves the others waiting: its process ends, and
@@ -232,7 +224,7 @@ static int run_again(struct machine *m, struct moe_graph *g, struct err *e)
         if (run_once(m, g, e) < 0)
             return e->code;
         const double after = look_around(h);
-        if (fmax(before, after) <= DISTURBED * h->probe_s || h->spare == 0)
+        if (fmax(before, after) <= HOST_DISTURBED * h->probe_s || h->spare == 0)
             return keep_probe(m, (before + after) / 2, e);
         h->spare--;
         m->set_aside++;

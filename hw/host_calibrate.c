@@ -20,7 +20,6 @@
 /* Of each size in each pass. Passes are seconds apart, since a computer that others share is not always as fast. */
 enum { TRIES = 9, LEAST_TRIES = 3, PASSES = 3, MOST_SIZES = 200, OTHERS = 1 << 23 /* bytes */,
        FILE_SIZE = 1 << 28, ATTEMPTS = 4, SPARE = 150 /* attempts of all sizes beside the first */ };
-static const double DISTURBED = 1.12; /* of the shortest probe, and more */
 static const double LONG_ENOUGH = 0.2; /* s of tries of one size, after which the least will do */
 
 struct bench {
@@ -48,16 +47,15 @@ static void forget(struct bench *b, size_t bytes)
             memset(b->out + (size_t)r * b->piece, b->n & 0x7f, bytes);
 }
 
-/* How long a probe takes on the slowest rank. */
-static double look_around(struct bench *b)
+double host_look_around(struct host_rings *rings, double *shortest)
 {
     double span;
     MPI_Barrier(MPI_COMM_WORLD);
     span = -host_now();
-    host_probe(&b->rings);
+    host_probe(rings);
     span += host_now();
     MPI_Allreduce(MPI_IN_PLACE, &span, 1, MPI_DOUBLE, MPI_MAX, MPI_COMM_WORLD);
-    b->probe_s = b->probe_s > 0 && b->probe_s < span ? b->probe_s : span;
+    *shortest = *shortest > 0 && *shortest < span ? *shortest : span;
     return span;
 }
 
@@ -88,11 +86,11 @@ static void measure(struct bench *b, struct host_sample s, void (*work)(struct b
 {
     struct host_sample *best = &b->sample[b->n];
     double least = INFINITY;
-    for (int i = 0; i < ATTEMPTS && least > DISTURBED * b->probe_s && (i == 0 || b->spare > 0); i++) {
+    for (int i = 0; i < ATTEMPTS && least > HOST_DISTURBED * b->probe_s && (i == 0 || b->spare > 0); i++) {
         b->spare -= i > 0;
-        const double before = look_around(b);
+        const double before = host_look_around(&b->rings, &b->probe_s);
         const struct host_sample one = try(b, s, work);
-        const double disturbed = fmax(before, look_around(b));
+        const double disturbed = fmax(before, host_look_around(&b->rings, &b->probe_s));
         if (disturbed < least) {
             least = disturbed;
             *best = one;

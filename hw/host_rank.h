@@ -72,6 +72,10 @@ static inline int64_t route_of(const struct host *h, const struct moe_graph *g, 
     return h->route_of[(size_t)layer * ((size_t)g->n_tokens + 1) + (size_t)token];
 }
 
+/* A few products on all ranks at once: how long the slowest took. shortest: so far, 0 before the first. Others are at
+ * work on this computer if it is that many times as much. */
+#define HOST_DISTURBED 1.12
+double host_look_around(struct host_rings *, double *shortest);
 /* Checks that the graph can be run here and makes room for all that this rank will touch. */
 int host_prepare(struct host *, const struct moe_graph *, struct err *);
 /* Before each time it runs: rows are poisoned and the inputs placed. */
