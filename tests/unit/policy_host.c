@@ -357,7 +357,7 @@ static int32_t choice_of(const char *choices, const char *value)
     return -1;
 }
 
-static void set_param(void *conf, const struct moe_param *p, const char *value)
+static void set_param(const struct policy_host *h, void *conf, const struct moe_param *p, const char *value)
 {
     char *field = (char *)conf + p->offset;
     double number = value != NULL ? strtod(value, NULL) : p->def;
@@ -371,6 +371,8 @@ static void set_param(void *conf, const struct moe_param *p, const char *value)
         *(int32_t *)(void *)field = value != NULL ? choice_of(p->def_text, value) : (int32_t)p->def;
     else if (p->type == MOE_STRING)
         *(const char **)(void *)field = p->def_text;
+    else if (p->type == MOE_TENSOR && value != NULL && *value == '#' && strtol(value + 1, NULL, 10) < h->n_tensors)
+        *(struct moe_tensor *)(void *)field = h->tensor[strtol(value + 1, NULL, 10)];
 }
 
 int policy_start(struct policy *policy, struct policy_host *h, const struct moe_plugin *plugin, const char *settings)
@@ -381,7 +383,7 @@ int policy_start(struct policy *policy, struct policy_host *h, const struct moe_
     policy->conf = must(calloc(1, plugin->conf_size + 1));
     policy->state = must(calloc(1, plugin->state_size + 1));
     for (const struct moe_param *p = plugin->params; p != NULL && p->name != NULL; p++)
-        set_param(policy->conf, p, NULL);
+        set_param(h, policy->conf, p, NULL);
     snprintf(text, sizeof text, "%s", settings != NULL ? settings : "");
     for (char *next = text, *word; (word = strsep(&next, " ")) != NULL;) {
         char *value = strchr(word, '=');
@@ -393,7 +395,7 @@ int policy_start(struct policy *policy, struct policy_host *h, const struct moe_
             p++;
         if (p == NULL || p->name == NULL)
             return host_fail(&h->env, MOE_EINVAL, "%s has no parameter %s", plugin->name, word);
-        set_param(policy->conf, p, value);
+        set_param(h, policy->conf, p, value);
     }
     int rc = plugin->init != NULL ? plugin->init(policy->state, policy->conf, &h->env) : MOE_OK;
     policy_host_end_hook(h);

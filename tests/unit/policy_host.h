@@ -23,6 +23,8 @@ struct policy_host {
     int32_t *node;
     double *figures;
     struct policy_block *memory, *scratch;
+    const struct moe_tensor *tensor; /* [n_tensors] that settings may name */
+    int32_t n_tensors;
     struct moe_graph *tries; /* of graph_try, until the hook ends */
     int n_failures, n_warnings;
     char failure[512]; /* the first */
@@ -45,7 +47,8 @@ struct policy {
 const struct moe_plugin *policy_load(const char *path, char why[512]);
 /* KIND/NAME.so on $MOELAB_PLUGIN_PATH (directories, ':' between them; "plugins" when unset), or NULL. */
 const struct moe_plugin *policy_find(const char *kind, const char *name);
-/* Fills conf from the defaults and `settings` ("replicas=288 drop=position"), then calls init; its result. */
+/* Fills conf from the defaults and `settings` ("replicas=288 drop=position table=#0", the last the host's tensor 0),
+ * then calls init; its result. */
 int policy_start(struct policy *, struct policy_host *, const struct moe_plugin *, const char *settings);
 void policy_stop(struct policy *);
 

@@ -1,57 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  * test_router.c - routers softmax-top-k and replay against Megatron's outputs and hand-made cases. */
-#include "policy_test.h"
-
-struct run {
-    struct policy_host host;
-    struct policy policy;
-    struct moe_batch batch;
-    float *logits, *scores;
-    struct moe_routes routes;
-};
-
-static void run_open(struct run *r, const char *router, const char *settings, int32_t n_tokens, int32_t n_experts,
-                     int32_t top_k)
-{
-    struct policy_shape shape = {1, n_experts, top_k, 1, 1, 0, 1};
-    memset(r, 0, sizeof *r);
-    policy_host_open(&r->host, &shape);
-    assert_int_equal(policy_start(&r->policy, &r->host, test_plugin("router", router), settings), MOE_OK);
-    r->logits = calloc((size_t)(n_tokens * n_experts) + 1, sizeof *r->logits);
-    r->scores = calloc((size_t)(n_tokens * n_experts) + 1, sizeof *r->scores);
-    r->batch = (struct moe_batch){.n_tokens = n_tokens, .n_experts = n_experts, .top_k = top_k,
-                                  .router_logits = r->logits};
-    policy_routes_init(&r->routes, n_tokens);
-}
-
-/* score, then select with the bias (or none); select's result. */
-static int run_select(struct run *r, const struct moe_bias *bias)
-{
-    const struct moe_router_ops *ops = &r->policy.plugin->ops.router;
-    struct moe_cost own = {0, 0, 0};
-    assert_int_equal(ops->score(r->policy.state, &r->batch, r->scores, &own), MOE_OK);
-    int rc = ops->select(r->policy.state, &r->batch, r->scores, bias, &r->routes);
-    policy_host_end_hook(&r->host);
-    return rc;
-}
-
-static void run_close(struct run *r)
-{
-    policy_routes_free(&r->routes);
-    policy_stop(&r->policy);
-    policy_host_close(&r->host);
-    free(r->logits);
-    free(r->scores);
-}
-
-/* The weight that a token gives to an expert; 0 if it is not routed there. */
-static float weight_of(const struct moe_routes *r, int32_t token, int32_t expert)
-{
-    float weight = 0;
-    for (int64_t i = r->offset[token]; i < r->offset[token + 1]; i++)
-        weight += r->expert[i] == expert ? r->weight[i] : 0;
-    return weight;
-}
+#include "router_test.h"
 
 static void check_megatron(const json_t *c)
 {
@@ -64,7 +13,7 @@ static void check_megatron(const json_t *c)
              test_int(c, "top_k"));
     for (int32_t i = 0; i < n_tokens * n_experts; i++)
         r.logits[i] = (float)test_at(json_array_get(logits, (size_t)(i / n_experts)), i % n_experts);
-    assert_int_equal(run_select(&r, NULL), MOE_OK);
+    assert_int_equal(run_route(&r, NULL), MOE_OK);
     assert_int_equal(r.routes.n, n_tokens * test_int(c, "top_k"));
     for (int32_t t = 0; t < n_tokens; t++)
         for (int32_t e = 0; e < n_experts; e++)
@@ -92,7 +41,7 @@ static void equal_logits_go_to_the_lower_ids(void **state)
     (void)state;
     struct run r;
     run_open(&r, "softmax-top-k", NULL, 1, 6, 3);
-    assert_int_equal(run_select(&r, NULL), MOE_OK);
+    assert_int_equal(run_route(&r, NULL), MOE_OK);
     for (int32_t i = 0; i < 3; i++) {
         assert_int_equal(r.routes.expert[i], i);
         assert_true(fabsf(r.routes.weight[i] - 1 / 3.0f) < 1e-6f);
@@ -109,7 +58,7 @@ static void bias_selects_but_does_not_weigh(void **state)
     run_open(&r, "softmax-top-k", "renormalise=false", 1, 4, 2);
     for (int32_t e = 0; e < 4; e++)
         r.logits[e] = logf(0.1f * (float)(e + 1));
-    assert_int_equal(run_select(&r, &(struct moe_bias){add, scale}), MOE_OK);
+    assert_int_equal(run_route(&r, &(struct moe_bias){add, scale}), MOE_OK);
     assert_int_equal(r.routes.expert[0], 0);
     assert_int_equal(r.routes.expert[1], 2);
     assert_true(fabsf(r.routes.weight[0] - 0.1f) < 1e-6f);
@@ -125,7 +74,7 @@ static void forced_choices_without_score(void **state)
     struct run r;
     run_open(&r, "softmax-top-k", NULL, 1, 4, 2);
     r.logits[0] = 1000;
-    assert_int_equal(run_select(&r, &(struct moe_bias){add, scale}), MOE_OK);
+    assert_int_equal(run_route(&r, &(struct moe_bias){add, scale}), MOE_OK);
     assert_true(r.routes.weight[0] == 0.5f && r.routes.weight[1] == 0.5f);
     run_close(&r);
 }
@@ -135,12 +84,12 @@ static void top_k_of_its_own(void **state)
     (void)state;
     struct run r;
     run_open(&r, "softmax-top-k", "top_k=1", 3, 4, 2);
-    assert_int_equal(run_select(&r, NULL), MOE_OK);
+    assert_int_equal(run_route(&r, NULL), MOE_OK);
     assert_int_equal(r.routes.n, 3);
     assert_true(r.routes.weight[2] == 1);
     run_close(&r);
     run_open(&r, "softmax-top-k", "top_k=5", 3, 4, 2);
-    assert_int_equal(run_select(&r, NULL), MOE_EINVAL);
+    assert_int_equal(run_route(&r, NULL), MOE_EINVAL);
     assert_string_equal(r.host.failure, "layer 0: top_k = 5 of 4 experts");
     run_close(&r);
 }
