@@ -306,6 +306,8 @@ json_t *run_result(const struct run *r)
         json_object_set(o, "extrapolated", r->extrapolated);
     if (r->machine.virtual_ranks)
         json_object_set_new(o, "virtual_ranks", json_true());
+    if (r->machine.products)
+        json_object_set_new(o, "products", json_string(r->machine.products));
     if (r->machine.verify)
         json_object_set_new(o, "verified", json_real(r->machine.max_error));
     if (r->machine.probe_s > 0)

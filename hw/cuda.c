@@ -149,6 +149,7 @@ static void cuda_close(struct machine *m)
     if (c->comm)
         c->comm->ops->close(c->comm);
     cudaFree(c->index.at);
+    cuda_products_free(&c->products);
     cuda_plan_free(&c->plan);
     free(c->rank);
     free(c->stream);
@@ -181,6 +182,7 @@ static int cuda_open(struct machine *m, struct err *e)
     m->ops = &cuda_ops;
     m->priv = c;
     m->rank = t ? t->rank : 0;
+    m->products = cuda_products_grouped() ? "grouped" : "one by one";
     c->model = m->model;
     c->team = t;
     c->n_ranks = n;

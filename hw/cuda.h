@@ -10,7 +10,7 @@
 #include "graph.h"
 #include "machine.h"
 
-enum { CUDA_ABI = 2 };
+enum { CUDA_ABI = 3 };
 
 struct cuda_module {
     uint32_t abi, size;                  /* first for ever: CUDA_ABI, sizeof(struct cuda_module) */

@@ -25,7 +25,9 @@ static const double BETWEEN_EVENTS = 5e-5; /* s, or as often as MOST_TIMES: even
 enum { MOST_TIMES = 32, LAUNCHES = 256 };
 /* Bytes, of all ranks together: of operands that are read, of what is written, and in the host's memory; and what the
  * largest kernel needs of the first two. */
-static const size_t READ = (size_t)1 << 30, WRITTEN = (size_t)1 << 29, PINNED = (size_t)1 << 28, LEAST = 1 << 27;
+static const size_t READ = (size_t)1 << 30, WRITTEN = (size_t)1 << 29, PINNED = (size_t)1 << 28;
+static const size_t LEAST_READ = 1 << 27, LEAST_WRITTEN = 3 << 26;
+enum { MOST_SETS = 64 };               /* of operands that a size has, as many as lie in the ring */
 enum { PLUG = 1 << 24, PLUGS = 4 }; /* floats, how often for each rank and MOST_TIMES: what the GPU does meanwhile */
 /* Kernels of rows: tokens if there is room, their width, outputs of each that are summed, experts to choose from. */
 enum { TOKENS = 1 << 16, WIDTH = 4096, OUTPUTS = 4, EXPERTS = 256, CHOSEN = 8 };
@@ -36,6 +38,7 @@ struct bench {
     cudaEvent_t zero, end[MOST_RANKS];
     char *pinned;
     size_t at_pinned, at_written;
+    int64_t set;               /* of operands, next */
     void *rows, *moved, *lists; /* of kernels of rows */
     int32_t tokens;
     struct host_sample *sample; /* of all passes, one behind another; NULL: sizes are only counted */
@@ -98,12 +101,35 @@ static void measure(struct bench *b, struct host_sample s, work_fn *work, int ti
 
 /* ---- what is measured ---- */
 
+static struct kernel product_of(const struct host_sample *s)
+{
+    return (struct kernel){ .precision = s->precision, .groups = s->groups, .shape = s->shape };
+}
+
 static int multiply(struct bench *b, const struct host_sample *s, struct err *e)
 {
-    const struct kernel k = { .precision = s->precision, .groups = s->groups, .shape = s->shape };
-    for (int32_t i = 0; i < b->cuda.n_ranks; i++)
-        cuda_run_kernel(&b->cuda, &b->cuda.rank[i], &b->cuda.stream[i], &k, e);
+    const struct kernel k = product_of(s);
+    const int64_t n = b->cuda.n_ranks, first = b->set++ * n % b->cuda.products.n_calls;
+    for (int32_t i = 0; i < n; i++)
+        cuda_run_kernel(&b->cuda, &b->cuda.rank[i], &b->cuda.stream[i], &k, first + i, e);
     return e->code;
+}
+
+/* One task's products, as runs list them before a step; of each rank, all around its ring. */
+static void measure_products(struct bench *b, const struct host_sample *s, struct err *e)
+{
+    const struct kernel k = product_of(s);
+    const double each = (double)b->cuda.element * (double)k.groups * (double)(k.shape.rows + k.shape.n) *
+                        (double)k.shape.k;
+    int sets = b->sample ? (int)fmin(MOST_SETS, ceil((double)b->cuda.rank[0].operands.room / each)) : 0;
+    cuda_products_clear(&b->cuda.products);
+    for (b->set = 0; sets > 0 && !e->code; sets--)
+        for (int32_t i = 0; i < b->cuda.n_ranks && !e->code; i++) {
+            int64_t call;
+            cuda_kernel_list(&b->cuda, &b->cuda.rank[i], &k, &call, e);
+        }
+    cuda_products_upload(&b->cuda.products, 0, e);
+    measure(b, *s, multiply, 0, e);
 }
 
 /* Bytes alone, or squares for as many FLOPs. */
@@ -200,11 +226,11 @@ static void gemms(struct bench *b, enum precision p, struct err *e)
             struct host_sample s = { .what = HOST_GEMM, .precision = p, .groups = groups[i % 3],
                                      .shape = matrix[i / 3] };
             s.shape.rows = rows;
-            measure(b, s, multiply, 0, e);
+            measure_products(b, &s, e);
         }
     for (int32_t of = 1; of <= 8; of *= 8) /* as many rows, together and in groups of 512 */
-        measure(b, (struct host_sample){ .what = HOST_GEMM, .precision = p, .groups = of,
-                                         .shape = { 4096 / of, 4096, 1792 } }, multiply, 0, e);
+        measure_products(b, &(struct host_sample){ .what = HOST_GEMM, .precision = p, .groups = of,
+                                                   .shape = { 4096 / of, 4096, 1792 } }, e);
 }
 
 static void squares(struct bench *b, enum precision p, struct err *e)
@@ -316,8 +342,10 @@ static int open_ranks(struct bench *b, struct err *e)
         BLAS_TRY(e, i, cublasCreate(&s->blas));
         BLAS_TRY(e, i, cublasSetStream(s->blas, s->stream));
         CUDA_TRY(e, i, cudaEventCreate(&b->end[i]));
-        cuda_take_more(&r->operands.at, &r->operands.room, READ / n < LEAST ? LEAST : READ / n, i, "operands", e);
-        cuda_take_more(&r->results.at, &r->results.room, WRITTEN / n < LEAST ? LEAST : WRITTEN / n, i, "results", e);
+        const size_t read = READ / n, written = WRITTEN / n;
+        cuda_take_more(&r->operands.at, &r->operands.room, read < LEAST_READ ? LEAST_READ : read, i, "operands", e);
+        cuda_take_more(&r->results.at, &r->results.room, written < LEAST_WRITTEN ? LEAST_WRITTEN : written, i,
+                       "results", e);
     }
     CUDA_TRY(e, 0, cudaEventCreate(&b->zero));
     return e->code || n == 1 ? e->code : cuda_comm_virtual(&c->comm, c->n_ranks, e);
@@ -381,6 +409,7 @@ static void close_bench(struct bench *b)
         c->comm->ops->close(c->comm);
     if (b->pinned)
         cudaFreeHost(b->pinned);
+    cuda_products_free(&c->products);
     cudaFree(b->rows);
     cudaFree(b->moved);
     cudaFree(b->lists);
@@ -406,9 +435,9 @@ static int describe(struct cuda_calibration *c, cublasHandle_t blas, struct err 
         clock = 0; /* not every driver says */
     snprintf(c->name, sizeof c->name, "%.60s", p.name);
     snprintf(c->versions, sizeof c->versions, "moelab %s, %.60s (compute capability %d.%d, %d SMs), driver %d.%d, CUDA "
-             "runtime %d.%d, cuBLAS %d.%d.%d", PACKAGE_VERSION, p.name, p.major, p.minor, p.multiProcessorCount,
+             "runtime %d.%d, cuBLAS %d.%d.%d (%s)", PACKAGE_VERSION, p.name, p.major, p.minor, p.multiProcessorCount,
              driver / 1000, driver % 1000 / 10, runtime / 1000, runtime % 1000 / 10, lib / 10000, lib % 10000 / 100,
-             lib % 100);
+             lib % 100, cuda_products_grouped() ? "products of a task in one call" : "products one by one");
     c->sms = p.multiProcessorCount;
     c->memory = (double)all;
     c->mem_bandwidth = 2 * 1e3 * (double)clock * (double)width / 8; /* kHz, both edges, bits */

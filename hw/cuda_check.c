@@ -5,6 +5,7 @@
 #include "cuda_check.h"
 
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 static int failed(struct err *e, int32_t rank, const char *call, const char *text)
@@ -55,6 +56,23 @@ int cuda_take_more(void **p, size_t *room, size_t bytes, int32_t rank, const cha
     if (cuda_take(p, bytes, rank, what, e) == 0)
         *room = bytes;
     return e->code;
+}
+
+bool cuda_grow(void *list, int64_t *room, int64_t need, size_t size, struct err *e)
+{
+    void *old;
+    if (need <= *room)
+        return !e->code;
+    const int64_t more = need + need / 2 + 64;
+    memcpy(&old, list, sizeof old); /* of whatever type the list is */
+    void *grown = more < INT64_MAX / (int64_t)size ? realloc(old, (size_t)more * size) : NULL;
+    if (!grown) {
+        err_set(e, ERR_MEMORY, "out of memory for a list of %lld entries", (long long)need);
+        return false;
+    }
+    memcpy(list, &grown, sizeof grown);
+    *room = more;
+    return !e->code;
 }
 
 int cuda_find_device(struct err *e)

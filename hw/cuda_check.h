@@ -8,6 +8,7 @@
 #include <cublas_v2.h>
 #include <cuda_runtime_api.h>
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -21,6 +22,8 @@ int cuda_blas_check(struct err *, int32_t rank, cublasStatus_t, const char *call
 int cuda_take(void **, size_t bytes, int32_t rank, const char *what, struct err *);
 /* The same where there is less than that; what was there is lost. */
 int cuda_take_more(void **, size_t *room, size_t bytes, int32_t rank, const char *what, struct err *);
+/* Room for `need` entries of `size` in a list of the host; false: no memory, or an error before. */
+bool cuda_grow(void *list, int64_t *room, int64_t need, size_t size, struct err *);
 /* 0: there is a GPU that this module's runtime can use. */
 int cuda_find_device(struct err *);
 

@@ -14,23 +14,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-bool cuda_grow(void *list, int64_t *room, int64_t need, size_t size, struct err *e)
-{
-    void *old;
-    if (need <= *room)
-        return !e->code;
-    const int64_t more = need + need / 2 + 64;
-    memcpy(&old, list, sizeof old); /* of whatever type the list is */
-    void *grown = more < INT64_MAX / (int64_t)size ? realloc(old, (size_t)more * size) : NULL;
-    if (!grown) {
-        err_set(e, ERR_MEMORY, "out of memory for a plan of %lld entries", (long long)need);
-        return false;
-    }
-    memcpy(list, &grown, sizeof grown);
-    *room = more;
-    return !e->code;
-}
-
 static int32_t n_streams(const struct cuda *c)
 {
     return c->n_here * RANK_STREAMS;
@@ -175,7 +158,7 @@ static int open_plan(struct cuda *c, const struct moe_graph *g, struct err *e)
     size_t joins = 0;
     for (size_t i = 0; i < n; i++)
         joins += g->task[i].kind == TASK_JOIN;
-    p->n_op = p->n_act = p->n_transfer = p->n_wait = p->n_index = 0;
+    p->n_op = p->n_act = p->n_transfer = p->n_wait = p->n_index = p->n_experts = p->n_expert = 0;
     p->n_joins = 0;
     p->sequence = fresh(p->sequence, n, sizeof *p->sequence, e);
     p->task_op = fresh(p->task_op, n, sizeof *p->task_op, e);
@@ -227,7 +210,8 @@ int cuda_plan(struct cuda *c, const struct moe_graph *g, struct err *e)
 void cuda_plan_free(struct cuda_plan *p)
 {
     void *const all[] = { p->sequence, p->task_op, p->task_join, p->join, p->op, p->act, p->transfer, p->wait, p->index,
-                          p->need, p->waited, p->pred, p->pred_first, p->packed, p->experts_left };
+                          p->experts, p->expert, p->need, p->waited, p->pred, p->pred_first, p->packed,
+                          p->experts_left };
     for (size_t i = 0; i < sizeof all / sizeof *all; i++)
         free(all[i]);
     graph_order_free(&p->order);

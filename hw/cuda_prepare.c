@@ -4,7 +4,6 @@
 
 #include "cuda_check.h"
 #include "cuda_rank.h"
-#include "host_model.h"
 #include "host_need.h"
 #include "items_check.h"
 
@@ -95,15 +94,29 @@ static int open_streams(struct cuda *c, const struct moe_graph *g, struct err *e
         open_stream(s, rank, t && (t->kind == TASK_EXPERTS || t->kind == TASK_COMPUTE), e);
         for (int32_t j = op->first_act; t && j < op->first_act + op->n_acts && !e->code; j++) {
             const struct cuda_act *a = &p->act[j];
-            if (a->what != CUDA_EXPERT)
-                continue;
-            const size_t n = (size_t)a->n, width = (size_t)host_width(c->model, t->layer, g->expert[a->entry]);
-            cuda_take_more(&s->gathered.at, &s->gathered.room, n * row_bytes(c), rank, "an expert's rows", e);
-            cuda_take_more(&s->gate.at, &s->gate.room, n * width * c->element, rank, "hidden layers", e);
-            cuda_take_more(&s->up.at, &s->up.room, n * width * c->element, rank, "hidden layers", e);
+            if (a->what == CUDA_EXPERTS)
+                cuda_experts_room(c, &c->rank[op->rank], s, g, t->layer, a, e);
         }
     }
     return e->code;
+}
+
+/* Once all buffers are where they stay. */
+static int list_products(struct cuda *c, const struct moe_graph *g, struct err *e)
+{
+    cuda_products_clear(&c->products);
+    for (int64_t i = 0; i < c->plan.n_op && !e->code; i++) {
+        const struct cuda_op *op = &c->plan.op[i];
+        struct cuda_rank *r = &c->rank[op->rank];
+        for (int32_t j = op->first_act; j < op->first_act + op->n_acts && !e->code; j++) {
+            struct cuda_act *a = &c->plan.act[j];
+            if (a->what == CUDA_EXPERTS)
+                cuda_experts_list(c, r, &c->stream[op->stream], g, g->task[op->task].layer, a, e);
+            if (a->what == CUDA_KERNEL)
+                cuda_kernel_list(c, r, &g->kernel[a->entry], &a->index, e);
+        }
+    }
+    return cuda_products_upload(&c->products, c->rank[0].rank, e);
 }
 
 /* Operands are random: zeros would be computed faster than anything real. */
@@ -175,7 +188,9 @@ static int reserve(struct cuda *c, const struct moe_graph *g, struct err *e)
     cuda_take_more(&c->index.at, &c->index.room, bytes, 0, "row numbers", e);
     if (bytes > 0)
         CUDA_TRY(e, 0, cudaMemcpy(c->index.at, c->plan.index, bytes, cudaMemcpyHostToDevice));
-    return e->code || open_streams(c, g, e) < 0 ? e->code : open_events(c, e);
+    if (!e->code && open_streams(c, g, e) == 0)
+        list_products(c, g, e);
+    return e->code ? e->code : open_events(c, e);
 }
 
 int cuda_prepare(struct cuda *c, const struct moe_graph *g, struct err *e)

@@ -8,7 +8,9 @@
 #ifndef CUDA_RANK_H
 #define CUDA_RANK_H
 
+#include "cuda_check.h"
 #include "cuda_comm.h"
+#include "cuda_products.h"
 #include "err.h"
 #include "graph.h"
 
@@ -19,24 +21,28 @@
 /* A rank's streams: those of the graph, one for exchanges. */
 enum { COMM_STREAM = N_STREAMS, RANK_STREAMS };
 
-struct cuda_buffer { void *at; size_t room; };
-
 struct cuda_stream {
     cudaStream_t stream;            /* NULL: no task has been on it */
     cublasHandle_t blas;            /* its own: handles have a workspace; NULL likewise */
-    struct cuda_buffer gathered, gate, up; /* of the expert that computes */
+    struct cuda_buffer gathered, gate, up; /* of all experts of the task that computes */
 };
 
 enum cuda_what {
     CUDA_PACK,    /* n rows, listed from `index`, to row `row` of the send buffer */
-    CUDA_EXPERT,  /* n rows, listed from `index`, through entry `entry` of the graph's experts, to rows from `row` */
+    CUDA_EXPERTS, /* n rows, listed from `index`, through the plan's task of experts `entry`, to rows from `row` */
     CUDA_COMBINE, /* n tokens to rows from `row`; lists from `index`: before[n], first[n + 1], row[m], weight[m] */
     CUDA_LOAD,    /* load `entry` of this rank */
     CUDA_CHOOSE,  /* the experts of own tokens in layer `entry` */
-    CUDA_KERNEL,  /* kernel `entry` of the graph */
+    CUDA_KERNEL,  /* kernel `entry` of the graph; its products are call `index` */
     CUDA_PLAIN    /* the task's FLOPs or bytes */
 };
 struct cuda_act { enum cuda_what what; int32_t n, entry; int64_t index, row; };
+
+/* One expert's n rows: of those of its task from `first`, in the lists as in the rows that are written. Each expert's
+ * begin where products may (cuda_row_step()); rows before them mean nothing. entry: in the graph's experts. */
+struct cuda_expert { int32_t entry, n, first; };
+/* Experts of a task that have rows: those of the plan from `first`; gate and up are one call, down is the next. */
+struct cuda_experts { int32_t first, n, call; };
 
 /* Bytes of rows, or of weights that move, which mean nothing. */
 struct cuda_transfer { int32_t peer, round; bool sends; int64_t at; size_t bytes; };
@@ -55,10 +61,13 @@ struct cuda_plan {
     int32_t *join;        /* [joins][streams] the last operation on each stream that it waits for, or -1 */
     struct cuda_op *op;
     struct cuda_act *act;
+    struct cuda_experts *experts;
+    struct cuda_expert *expert;
     struct cuda_transfer *transfer;
     int32_t *wait;        /* operations */
     int32_t *index;       /* rows, and weights as their bits */
     int64_t n_op, room_op, n_act, room_act, n_transfer, room_transfer, n_wait, room_wait, n_index, room_index;
+    int64_t n_experts, room_experts, n_expert, room_expert;
     int32_t n_joins;
     /* While it is made: */
     int32_t *need;        /* [streams] */
@@ -111,6 +120,7 @@ struct cuda {
     void **pinned;                 /* [L * E] offloaded experts in the host's memory */
     int64_t *route_of;             /* [L * (T + 1)] */
     struct cuda_buffer index;      /* plan.index on the device */
+    struct cuda_products products; /* of the plan */
     size_t ring;                   /* bytes of operands, if no kernel needs more */
     cudaEvent_t *event, zero;      /* [2 * operations] */
     int64_t n_events;
@@ -124,8 +134,6 @@ int cuda_prepare(struct cuda *, const struct moe_graph *, struct err *);
 /* cuda_plan.c */
 int cuda_plan(struct cuda *, const struct moe_graph *, struct err *);
 void cuda_plan_free(struct cuda_plan *);
-/* Appends to a list of the plan; false: no memory. */
-bool cuda_grow(void *list, int64_t *room, int64_t need, size_t size, struct err *);
 /* cuda_rows.c: what a task reads and writes. */
 int cuda_plan_task(struct cuda *, const struct moe_graph *, struct cuda_rank *, int32_t id, int32_t op, struct err *);
 int cuda_plan_end(struct cuda *, const struct moe_graph *, struct cuda_rank *, int32_t op, struct err *);
@@ -133,12 +141,24 @@ int cuda_plan_end(struct cuda *, const struct moe_graph *, struct cuda_rank *, i
 int cuda_store_prepare(struct cuda *, struct cuda_rank *, const struct moe_graph *, bool offloads, struct err *);
 int cuda_store_rewind(struct cuda *, struct cuda_rank *, struct err *);
 size_t cuda_expert_bytes(const struct cuda *, int64_t object);
+/* One of an expert's three matrices, which lie behind each other: W1, W3, W2. */
+size_t cuda_matrix_bytes(const struct cuda *, int32_t width);
 /* cuda_step.c: the plan once, with poisoned rows and new inputs; then c->time holds each task's. */
 int cuda_step(struct cuda *, const struct moe_graph *, struct err *);
-/* cuda_math.c: products and kernels on a stream. */
-int cuda_run_expert(struct cuda *, struct cuda_rank *, struct cuda_stream *, const struct moe_graph *,
-                    int32_t layer, const struct cuda_act *, struct err *);
-int cuda_run_kernel(struct cuda *, struct cuda_rank *, struct cuda_stream *, const struct kernel *, struct err *);
+/* cuda_experts.c: before the step, room on a task's stream, and its products among those of the plan; then all. */
+int cuda_experts_room(struct cuda *, struct cuda_rank *, struct cuda_stream *, const struct moe_graph *, int32_t layer,
+                      const struct cuda_act *, struct err *);
+int cuda_experts_list(struct cuda *, struct cuda_rank *, const struct cuda_stream *, const struct moe_graph *,
+                      int32_t layer, const struct cuda_act *, struct err *);
+int cuda_experts_run(struct cuda *, struct cuda_rank *, struct cuda_stream *, const struct moe_graph *, int32_t layer,
+                     const struct cuda_act *, struct err *);
+/* cuda_operands.c: kernels of other tasks. Their products are listed before the step; *call: which. */
+const char *cuda_operand(struct cuda_rank *, size_t bytes);
+void cuda_kernel_room(const struct cuda *, const struct kernel *, size_t *in, size_t *out);
+int cuda_kernel_list(struct cuda *, struct cuda_rank *, const struct kernel *, int64_t *call, struct err *);
+int cuda_run_kernel(struct cuda *, struct cuda_rank *, struct cuda_stream *, const struct kernel *, int64_t call,
+                    struct err *);
+/* cuda_math.c */
 int cuda_run_plain(struct cuda *, struct cuda_rank *, struct cuda_stream *, double flops, double bytes, struct err *);
 /* Bytes that the tasks of a device want at a time of numbers to read, and room to write. */
 void cuda_math_room(const struct cuda *, const struct moe_graph *, int32_t device, size_t *in, size_t *out);
@@ -160,6 +180,15 @@ void cuda_to_floats(const struct cuda *, size_t n, const void *from, float *to);
 static inline size_t row_bytes(const struct cuda *c)
 {
     return c->element * (size_t)c->model->d_model;
+}
+
+/* Rows of an expert begin at multiples of this: products read 16 bytes at a time. */
+static inline int64_t cuda_row_step(const struct cuda *c)
+{
+    int64_t step = 1;
+    while (step * (int64_t)row_bytes(c) % CUDA_ALIGNED != 0)
+        step *= 2;
+    return step;
 }
 
 static inline int64_t *token_row(const struct cuda_rank *r, const struct moe_graph *g, int32_t layer, int32_t token)

@@ -284,34 +284,60 @@ static void use_slot(struct at *a, int32_t slot)
     used_by(a, slot)[a->c->plan.op[a->op].stream % RANK_STREAMS] = a->op;
 }
 
+/* The experts of a task that have rows, and how many rows they take together; each begins at a multiple of `step`. */
+static int64_t add_experts(struct at *a, const struct task *t, int64_t step)
+{
+    struct cuda_plan *p = &a->c->plan;
+    int64_t n = 0;
+    if (!cuda_grow(&p->experts, &p->room_experts, p->n_experts + 1, sizeof *p->experts, a->e) ||
+        !cuda_grow(&p->expert, &p->room_expert, p->n_expert + t->n, sizeof *p->expert, a->e))
+        return -1;
+    p->experts[p->n_experts] = (struct cuda_experts){ (int32_t)p->n_expert, 0, -1 };
+    for (int32_t i = t->first; i < t->first + t->n; i++) {
+        if (a->g->rows[i] == 0)
+            continue;
+        n = (n + step - 1) / step * step;
+        if (n + a->g->rows[i] > INT32_MAX || p->n_expert >= INT32_MAX)
+            return err_set(a->e, ERR_INPUT, "rank %d: more than %d rows of experts in one step", a->r->rank, INT32_MAX);
+        p->expert[p->n_expert++] = (struct cuda_expert){ i, (int32_t)a->g->rows[i], (int32_t)n };
+        p->experts[p->n_experts].n++;
+        n += a->g->rows[i];
+    }
+    p->n_experts += n > 0;
+    return n;
+}
+
 static int experts(struct at *a, int32_t id)
 {
     const struct task *t = &a->g->task[id];
-    const int64_t *item = a->g->item + t->first_item;
-    for (int32_t i = t->first; i < t->first + t->n; i++) {
-        const int64_t n = a->g->rows[i];
-        if (n == 0)
-            continue;
-        const int64_t index = add_index(a, n), row = index < 0 ? -1 : add_rows(a, n);
-        if (row < 0)
-            return a->e->code;
-        for (int64_t j = 0; j < n; j++, item++) {
-            const int64_t from = row_of(a, t, *item);
+    const struct cuda_plan *p = &a->c->plan;
+    const int64_t *item = a->g->item + t->first_item, step = cuda_row_step(a->c);
+    const int64_t all = add_experts(a, t, step), blank = (step - a->r->n_rows % step) % step;
+    const int64_t index = all < 0 || add_rows(a, blank) < 0 ? -1 : add_index(a, all), row = add_rows(a, all);
+    if (a->e->code)
+        return a->e->code;
+    const struct cuda_experts none = { 0 }, *x = all > 0 ? &p->experts[p->n_experts - 1] : &none;
+    for (const struct cuda_expert *own = p->expert + x->first; own < p->expert + x->first + x->n; own++) {
+        int64_t at = own->first, from = 0;
+        for (int32_t j = 0; j < own->n; j++, item++, at++) {
+            from = row_of(a, t, *item);
             if (from < 0)
                 return err_set(a->e, ERR_RUN, "rank %d, layer %d: route %lld is computed before its token is here",
                                a->r->rank, t->layer, (long long)*item);
-            a->c->plan.index[index + j] = (int32_t)from;
+            p->index[index + at] = (int32_t)from;
             need(a, a->r->row_op[from]);
-            a->r->route_row[a->g->route_first[t->layer] + *item] = row + j;
+            a->r->route_row[a->g->route_first[t->layer] + *item] = row + at;
         }
+        for (; at < all && at % step != 0; at++) /* rows that mean nothing */
+            p->index[index + at] = (int32_t)from;
         for (int32_t s = 0; s < a->r->n_slots; s++)
-            if (a->r->slot[s].weights == a->r->expert_weights[i]) {
+            if (a->r->slot[s].weights == a->r->expert_weights[own->entry]) {
                 need(a, used_by(a, s)[STREAM_COPY]);
                 use_slot(a, s);
             }
-        if (add_act(a, (struct cuda_act){ CUDA_EXPERT, (int32_t)n, i, index, row }) < 0)
-            return a->e->code;
     }
+    if (all > 0)
+        add_act(a, (struct cuda_act){ CUDA_EXPERTS, (int32_t)all, (int32_t)p->n_experts - 1, index, row });
     permute(a, id);
     const struct graph_order *o = &a->c->plan.order;
     int32_t *left = a->c->plan.experts_left + (a->r - a->c->rank) * (int64_t)a->g->n_tasks;

@@ -86,8 +86,8 @@ static int run_act(struct cuda *c, const struct moe_graph *g, const struct cuda_
     case CUDA_PACK:
         return CUDA_TRY(e, r->rank, cuda_gather(s->stream, row_bytes(c), a->n, index, r->rows.at,
                                                 (char *)r->send.at + (size_t)a->row * row_bytes(c)));
-    case CUDA_EXPERT:
-        return cuda_run_expert(c, r, s, g, g->task[op->task].layer, a, e);
+    case CUDA_EXPERTS:
+        return cuda_experts_run(c, r, s, g, g->task[op->task].layer, a, e);
     case CUDA_COMBINE: {
         const int32_t *first = index + a->n, *row = first + a->n + 1, *weight = row + a->entry;
         const struct cuda_combine lists = { index, first, row, (const float *)(const void *)weight };
@@ -103,7 +103,7 @@ static int run_act(struct cuda *c, const struct moe_graph *g, const struct cuda_
     case CUDA_CHOOSE:
         return cuda_choose(c, r, s, a->entry, e);
     case CUDA_KERNEL:
-        return cuda_run_kernel(c, r, s, &g->kernel[a->entry], e);
+        return cuda_run_kernel(c, r, s, &g->kernel[a->entry], a->index, e);
     case CUDA_PLAIN:
         return cuda_run_plain(c, r, s, g->task[op->task].flops, g->task[op->task].bytes, e);
     }

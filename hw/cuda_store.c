@@ -10,28 +10,30 @@
 #include <stdlib.h>
 #include <string.h>
 
+size_t cuda_matrix_bytes(const struct cuda *c, int32_t width)
+{
+    return cuda_aligned(c->element * (size_t)c->model->d_model * (size_t)width);
+}
+
 size_t cuda_expert_bytes(const struct cuda *c, int64_t object)
 {
     const int32_t layer = (int32_t)(object / c->model->n_experts), expert = (int32_t)(object % c->model->n_experts);
-    return 3 * c->element * (size_t)c->model->d_model * (size_t)host_width(c->model, layer, expert);
+    return 3 * cuda_matrix_bytes(c, host_width(c->model, layer, expert));
 }
 
 /* In the elements that the device computes with; free() it. */
 static void *make(const struct cuda *c, int64_t object, struct err *e)
 {
     const int32_t layer = (int32_t)(object / c->model->n_experts), expert = (int32_t)(object % c->model->n_experts);
-    const size_t bytes = cuda_expert_bytes(c, object);
+    const int32_t width = host_width(c->model, layer, expert);
+    const size_t bytes = cuda_matrix_bytes(c, width), n = (size_t)c->model->d_model * (size_t)width;
     float *w = host_weights(c->model, layer, expert);
-    void *made = w && c->half ? malloc(bytes) : w;
-    if (!made) {
-        free(w);
+    char *made = w ? calloc(3, bytes) : NULL;
+    if (!made)
         err_set(e, ERR_MEMORY, "out of memory for the weights of layer %d, expert %d", layer, expert);
-        return NULL;
-    }
-    if (c->half) {
-        cuda_from_floats(c, bytes / c->element, w, made);
-        free(w);
-    }
+    for (size_t i = 0; made && i < 3; i++)
+        cuda_from_floats(c, n, w + i * n, made + i * bytes);
+    free(w);
     return made;
 }
 

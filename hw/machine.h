@@ -324,6 +324,7 @@ struct machine {
     int32_t rank;     /* the device that this process is */
     bool verify;      /* compare every output with a plain reference, outside the times */
     bool virtual_ranks; /* all ranks are in this process, on one GPU */
+    const char *products; /* machine cuda: how a task's products are queued, "grouped" or "one by one"; else NULL */
     double max_error; /* largest so far, relative */
     double peak_memory; /* bytes that all ranks together held at most, or 0 */
     int32_t set_aside;/* repetitions of machine host that others disturbed */

@@ -63,6 +63,7 @@ void standin_open(enum standin_order order, uint64_t seed, int64_t lose)
     all.clock = 0;
     all.length = 0;
     standin_device(cudaSuccess, 1, CUDART_VERSION);
+    standin_blas_clear();
 }
 
 void standin_device(cudaError_t count, int n, int driver)

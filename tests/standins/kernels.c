@@ -6,6 +6,7 @@
 
 #include <cublas_v2.h>
 #include <math.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -170,18 +171,69 @@ const char *cublasGetStatusString(cublasStatus_t code)
     return code == CUBLAS_STATUS_SUCCESS ? "success" : "an error";
 }
 
-struct gemm { bool half; size_t m, n, k, lda, ldb, ldc; const void *a, *b; void *c; };
+/* What is queued: sizes are those of the call, and where matrices are is read when the stream comes to it. */
+struct gemm {
+    bool half;
+    int m, n, k;
+    const void *a, *b;
+    void *c;
+    const void *const *a_at, *const *b_at;
+    void *const *c_at;
+};
+
+static struct { struct standin_call *call; size_t n; } record;
+
+size_t standin_blas(const struct standin_call **calls)
+{
+    *calls = record.call;
+    return record.n;
+}
+
+void standin_blas_clear(void)
+{
+    for (size_t i = 0; i < record.n; i++)
+        free(record.call[i].product);
+    free(record.call);
+    record.call = NULL;
+    record.n = 0;
+}
+
+static struct standin_product *note(int n)
+{
+    record.call = realloc(record.call, (record.n + 1) * sizeof *record.call);
+    struct standin_product *p = calloc((size_t)n, sizeof *p);
+    if (!record.call || !p)
+        abort();
+    record.call[record.n++] = (struct standin_call){ n, p };
+    return p;
+}
 
 static void gemm(const void *work)
 {
     const struct gemm *g = work;
-    for (size_t j = 0; j < g->n; j++)
-        for (size_t i = 0; i < g->m; i++) {
+    const void *a = g->a_at ? *g->a_at : g->a, *b = g->b_at ? *g->b_at : g->b;
+    void *c = g->c_at ? *g->c_at : g->c;
+    const size_t m = (size_t)g->m, n = (size_t)g->n, k = (size_t)g->k;
+    for (size_t j = 0; j < n; j++)
+        for (size_t i = 0; i < m; i++) {
             float sum = 0;
-            for (size_t l = 0; l < g->k; l++)
-                sum += get(g->half, g->a, l * g->lda + i) * get(g->half, g->b, j * g->ldb + l);
-            put(g->half, g->c, j * g->ldc + i, sum);
+            for (size_t l = 0; l < k; l++)
+                sum += get(g->half, a, l * m + i) * get(g->half, b, j * k + l);
+            put(g->half, c, j * m + i, sum);
         }
+}
+
+/* Matrices lie as densely as they can, and are not transposed or scaled. */
+static bool plain(cublasOperation_t ta, cublasOperation_t tb, int m, int n, int k, float alpha, float beta, int lda,
+                  int ldb, int ldc)
+{
+    return ta == CUBLAS_OP_N && tb == CUBLAS_OP_N && m > 0 && n > 0 && k > 0 && lda == m && ldb == k && ldc == m &&
+           alpha >= 1 && alpha <= 1 && beta >= 0 && beta <= 0;
+}
+
+static bool typed(cudaDataType a, cudaDataType b, cudaDataType c, cublasComputeType_t compute)
+{
+    return a == b && a == c && (a == CUDA_R_16BF || a == CUDA_R_32F) && compute == CUBLAS_COMPUTE_32F;
 }
 
 cublasStatus_t cublasGemmEx(cublasHandle_t h, cublasOperation_t ta, cublasOperation_t tb, int m, int n, int k,
@@ -193,11 +245,55 @@ cublasStatus_t cublasGemmEx(cublasHandle_t h, cublasOperation_t ta, cublasOperat
     (void)algo;
     memcpy(&one, alpha, sizeof one);
     memcpy(&zero, beta, sizeof zero);
-    if (ta != CUBLAS_OP_N || tb != CUBLAS_OP_N || at != bt || at != ct || one < 1 || one > 1 || zero < 0 || zero > 0 ||
-        compute != CUBLAS_COMPUTE_32F || m < 1 || n < 1 || k < 1 || lda < m || ldb < k || ldc < m)
+    if (!plain(ta, tb, m, n, k, one, zero, lda, ldb, ldc) || !typed(at, bt, ct, compute))
         return CUBLAS_STATUS_INVALID_VALUE;
-    const struct gemm g = { at == CUDA_R_16BF, (size_t)m, (size_t)n, (size_t)k, (size_t)lda, (size_t)ldb, (size_t)ldc,
-                            a, b, c };
+    const struct gemm g = { .half = at == CUDA_R_16BF, .m = m, .n = n, .k = k, .a = a, .b = b, .c = c };
+    *note(1) = (struct standin_product){ m, n, k, a, b, c };
     return standin_queue(h->stream, "gemm", 2.0 * m * n * k, gemm, &g, sizeof g) == cudaSuccess ?
+           CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_EXECUTION_FAILED;
+}
+
+/* As the manual has it: pointers are at multiples of what a row of A has of 16 or 4 bytes. */
+static bool aligned(const void *p, size_t row)
+{
+    return (uintptr_t)p % (row % 16 == 0 ? 16 : row % 4 == 0 ? 4 : 1) == 0;
+}
+
+struct grouped { int n; struct gemm *gemm; };
+
+static void grouped(const void *work)
+{
+    const struct grouped *g = work;
+    for (int i = 0; i < g->n; i++)
+        gemm(&g->gemm[i]);
+    free(g->gemm);
+}
+
+cublasStatus_t cublasGemmGroupedBatchedEx(cublasHandle_t h, const cublasOperation_t ta[], const cublasOperation_t tb[],
+                                          const int m[], const int n[], const int k[], const void *alpha,
+                                          const void *const a[], cudaDataType at, const int lda[],
+                                          const void *const b[], cudaDataType bt, const int ldb[], const void *beta,
+                                          void *const c[], cudaDataType ct, const int ldc[], int n_groups,
+                                          const int size[], cublasComputeType_t compute)
+{
+    const float *ones = alpha, *zeros = beta;
+    const struct grouped all = { n_groups, calloc((size_t)n_groups, sizeof *all.gemm) };
+    struct standin_product *noted = note(n_groups);
+    char what[40];
+    double flops = 0;
+    if (!all.gemm || !typed(at, bt, ct, compute))
+        return CUBLAS_STATUS_INVALID_VALUE;
+    for (int i = 0; i < n_groups; i++) {
+        const size_t row = (at == CUDA_R_16BF ? 2 : 4) * (size_t)k[i];
+        if (size[i] != 1 || !plain(ta[i], tb[i], m[i], n[i], k[i], ones[i], zeros[i], lda[i], ldb[i], ldc[i]) ||
+            !aligned(a[i], row) || !aligned(b[i], row) || !aligned(c[i], row))
+            return CUBLAS_STATUS_INVALID_VALUE;
+        all.gemm[i] = (struct gemm){ .half = at == CUDA_R_16BF, .m = m[i], .n = n[i], .k = k[i], .a_at = a + i,
+                                     .b_at = b + i, .c_at = c + i };
+        noted[i] = (struct standin_product){ m[i], n[i], k[i], a[i], b[i], c[i] };
+        flops += 2.0 * m[i] * n[i] * k[i];
+    }
+    snprintf(what, sizeof what, "gemms of %d", n_groups);
+    return standin_queue(h->stream, what, flops, grouped, &all, sizeof all) == cudaSuccess ?
            CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_EXECUTION_FAILED;
 }

@@ -28,6 +28,12 @@ void standin_device(cudaError_t count, int n, int driver);
  * by number, from 0. */
 const char *standin_calls(void);
 
+/* Calls of cuBLAS since standin_open(), in the order in which they were queued: as it has them, columns first. */
+struct standin_product { int m, n, k; const void *a, *b; void *c; };
+struct standin_call { int n; struct standin_product *product; };
+size_t standin_blas(const struct standin_call **);
+void standin_blas_clear(void);
+
 /* Work that runs when its stream comes to it; `work` is copied. */
 cudaError_t standin_queue(cudaStream_t, const char *what, double size, void (*run)(const void *work), const void *work,
                           size_t n);

@@ -14,8 +14,10 @@
 
 struct CUstream_st { double now; struct CUstream_st *next; };
 struct CUevent_st { double time; };
-struct cublasContext { int unused; };
-struct block { char *at; size_t bytes; struct block *next; };
+struct cublasContext { cudaStream_t stream; };
+/* copy: what was put there, if it is little. */
+struct block { char *at; size_t bytes; struct block *next; char *copy; };
+enum { LITTLE = 1 << 16 };
 
 static struct {
     struct timed_gpu gpu;
@@ -130,11 +132,11 @@ cudaError_t cudaStreamSynchronize(cudaStream_t s)
 
 /* ---- memory ---- */
 
-static void need(const void *at, double bytes)
+static struct block *need(const void *at, double bytes)
 {
-    for (const struct block *b = all.blocks; b; b = b->next)
+    for (struct block *b = all.blocks; b; b = b->next)
         if ((const char *)at >= b->at && (const char *)at + (size_t)bytes <= b->at + b->bytes)
-            return;
+            return b;
     fprintf(stderr, "timed: %.0f bytes from %p were not allocated\n", bytes, at);
     abort();
 }
@@ -149,7 +151,7 @@ static cudaError_t take(void **p, size_t bytes, int access)
     *p = mmap(NULL, bytes, access, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (*p == MAP_FAILED)
         abort();
-    *b = (struct block){ *p, bytes, all.blocks };
+    *b = (struct block){ *p, bytes, all.blocks, NULL };
     all.blocks = b;
     all.used += bytes;
     all.n_left++;
@@ -173,6 +175,7 @@ cudaError_t cudaFree(void *p)
             munmap(b->at, b->bytes);
             all.used -= b->bytes;
             all.n_left--;
+            free(b->copy);
             free(b);
             return cudaSuccess;
         }
@@ -197,9 +200,12 @@ cudaError_t cudaMemset(void *p, int value, size_t bytes)
 
 cudaError_t cudaMemcpy(void *to, const void *from, size_t bytes, enum cudaMemcpyKind kind)
 {
-    (void)from;
-    if (kind == cudaMemcpyHostToDevice)
-        need(to, (double)bytes);
+    struct block *b = kind == cudaMemcpyHostToDevice ? need(to, (double)bytes) : NULL;
+    if (b && b->at == to && bytes <= LITTLE) {
+        free(b->copy);
+        b->copy = malloc(LITTLE);
+        memcpy(b->copy, from, bytes);
+    }
     return cudaSuccess;
 }
 
@@ -254,19 +260,7 @@ cudaError_t cuda_move(cudaStream_t s, int64_t n, const float *from, float *to)
     return cudaSuccess;
 }
 
-/* In place of cuda_math.c. */
-int cuda_run_kernel(struct cuda *c, struct cuda_rank *r, struct cuda_stream *s, const struct kernel *k, struct err *e)
-{
-    const struct device_spec d = part();
-    struct kernel whole = *k;
-    const double rows = (double)k->shape.rows, n = (double)k->shape.n, depth = (double)k->shape.k;
-    whole.bytes = (struct gemm_bytes){ (double)c->element, (double)c->element, (double)c->element };
-    need(r->operands.at, (double)c->element * (rows * depth + depth * n));
-    need(r->results.at, (double)c->element * rows * n);
-    s->stream->now += cost_kernel(&d, &whole).seconds;
-    return e->code;
-}
-
+/* In place of cuda_math.c, but for its products. */
 int cuda_run_plain(struct cuda *c, struct cuda_rank *r, struct cuda_stream *s, double flops, double bytes,
                    struct err *e)
 {
@@ -274,6 +268,68 @@ int cuda_run_plain(struct cuda *c, struct cuda_rank *r, struct cuda_stream *s, d
     (void)r;
     s->stream->now += cost_plain(&d, c->half ? PREC_BF16 : PREC_FP32, flops, bytes).seconds;
     return e->code;
+}
+
+/* ---- products ---- */
+
+static cublasStatus_t multiply(cudaStream_t s, int32_t groups, int m, int n, int k, bool half)
+{
+    const struct device_spec d = part();
+    const double bytes = half ? 2 : 4;
+    const struct kernel whole = { .precision = half ? PREC_BF16 : PREC_FP32, .groups = groups, .shape = { n, m, k },
+                                  .bytes = { bytes, bytes, bytes } };
+    s->now += cost_kernel(&d, &whole).seconds;
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+static void need_product(int m, int n, int k, const void *a, const void *b, const void *c, bool half)
+{
+    const double bytes = half ? 2 : 4;
+    need(a, bytes * m * k);
+    need(b, bytes * k * n);
+    need(c, bytes * m * n);
+}
+
+cublasStatus_t cublasGemmEx(cublasHandle_t h, cublasOperation_t ta, cublasOperation_t tb, int m, int n, int k,
+                            const void *alpha, const void *a, cudaDataType at, int lda, const void *b, cudaDataType bt,
+                            int ldb, const void *beta, void *c, cudaDataType ct, int ldc, cublasComputeType_t compute,
+                            cublasGemmAlgo_t algo)
+{
+    (void)alpha, (void)beta, (void)ta, (void)tb, (void)bt, (void)ct, (void)lda, (void)ldb, (void)ldc;
+    (void)compute, (void)algo;
+    need_product(m, n, k, a, b, c, at == CUDA_R_16BF);
+    return multiply(h->stream, 1, m, n, k, at == CUDA_R_16BF);
+}
+
+/* All of one size; what they write must not overlap. Places are those that were uploaded. */
+cublasStatus_t cublasGemmGroupedBatchedEx(cublasHandle_t h, const cublasOperation_t ta[], const cublasOperation_t tb[],
+                                          const int m[], const int n[], const int k[], const void *alpha,
+                                          const void *const a[], cudaDataType at, const int lda[],
+                                          const void *const b[], cudaDataType bt, const int ldb[], const void *beta,
+                                          void *const c[], cudaDataType ct, const int ldc[], int n_groups,
+                                          const int size[], cublasComputeType_t compute)
+{
+    const size_t list = sizeof(void *) * (size_t)n_groups;
+    const size_t written = (at == CUDA_R_16BF ? 2 : 4) * (size_t)(m[0] * n[0]);
+    const struct block *block = need(a, (double)list);
+    const void *places[3][n_groups];
+    const void *const from[3] = { a, b, (const void *)c };
+    (void)alpha, (void)beta, (void)ta, (void)tb, (void)bt, (void)ct, (void)lda, (void)ldb, (void)ldc, (void)compute;
+    for (int i = 0; i < 3; i++) {
+        if (need(from[i], (double)list) != block || !block->copy)
+            abort();
+        memcpy(places[i], block->copy + ((const char *)from[i] - block->at), list);
+    }
+    for (int i = 0; i < n_groups; i++) {
+        if (m[i] != m[0] || n[i] != n[0] || k[i] != k[0] || size[i] != 1)
+            return CUBLAS_STATUS_INVALID_VALUE;
+        need_product(m[i], n[i], k[i], places[0][i], places[1][i], places[2][i], at == CUDA_R_16BF);
+        for (int j = 0; j < i; j++)
+            if ((const char *)places[2][i] < (const char *)places[2][j] + written &&
+                (const char *)places[2][j] < (const char *)places[2][i] + written)
+                return CUBLAS_STATUS_INVALID_VALUE;
+    }
+    return multiply(h->stream, n_groups, m[0], n[0], k[0], at == CUDA_R_16BF);
 }
 
 /* ---- the device and cuBLAS ---- */
@@ -328,6 +384,11 @@ cublasStatus_t cublasDestroy(cublasHandle_t h)
     return CUBLAS_STATUS_SUCCESS;
 }
 
-cublasStatus_t cublasSetStream(cublasHandle_t h, cudaStream_t s) { (void)h; (void)s; return CUBLAS_STATUS_SUCCESS; }
+cublasStatus_t cublasSetStream(cublasHandle_t h, cudaStream_t s)
+{
+    h->stream = s;
+    return CUBLAS_STATUS_SUCCESS;
+}
+
 cublasStatus_t cublasGetVersion(cublasHandle_t h, int *v) { (void)h; *v = 130102; return CUBLAS_STATUS_SUCCESS; }
 const char *cublasGetStatusString(cublasStatus_t code) { (void)code; return "success"; }

@@ -158,8 +158,7 @@ static const char two_ranks[] =
     "s3 waits s2\n"     /* and the sender's buffer for the receiver */
     "s0 waits s2\n"
     "s0 gather 2\n"
-    "s0 gemm 1536\n"    /* gate and up: 2 x 2 x 24 x 16 */
-    "s0 gemm 1536\n"
+    "s0 gemms of 2 3072\n" /* gate and up: 2 x 2 x 24 x 16 each */
     "s0 activate 32\n"
     "s0 gemm 1536\n"
     "s0 gather 2\n"     /* one output goes, one stays */
