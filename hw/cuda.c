@@ -9,6 +9,7 @@
 #include "cuda.h"
 #include "cuda_check.h"
 #include "cuda_rank.h"
+#include "host_model.h"
 #include "host_order.h"
 
 #include <math.h>
@@ -139,6 +140,10 @@ static void cuda_close(struct machine *m)
         cudaFree(s->gathered.at);
         cudaFree(s->gate.at);
         cudaFree(s->up.at);
+        cudaFree(s->hidden.at);
+        cudaFree(s->row_scale.at);
+        cudaFree(s->hidden_scale.at);
+        cudaFree(s->workspace.at);
     }
     for (int64_t i = 0; i < c->n_events; i++)
         cudaEventDestroy(c->event[i]);
@@ -163,6 +168,22 @@ static void cuda_close(struct machine *m)
 
 static const struct machine_ops cuda_ops = { .name = "cuda", .run = cuda_run, .again = run_once, .close = cuda_close };
 
+/* What products in fp8 can be of. */
+static int check_model(const struct moe_model *m, struct err *e)
+{
+    const struct { const char *name; int32_t n; } width[] = { { "d_model", m->d_model }, { "d_expert", m->d_expert } };
+    for (int i = 0; i < 2; i++)
+        if (width[i].n % CUDA_FP8_STEP != 0)
+            return err_set(e, ERR_INPUT, "model.%s: fp8 needs a multiple of %d, found %d", width[i].name, CUDA_FP8_STEP,
+                           width[i].n);
+    for (int64_t i = 0; m->expert_width && i < (int64_t)m->n_layers * m->n_experts; i++)
+        if (host_width(m, (int32_t)(i / m->n_experts), (int32_t)(i % m->n_experts)) != m->d_expert)
+            return err_set(e, ERR_INPUT, "layer %d, expert %d: in fp8 experts are as wide as model.d_expert, %d, found "
+                           "%d", (int32_t)(i / m->n_experts), (int32_t)(i % m->n_experts), m->d_expert,
+                           host_width(m, (int32_t)(i / m->n_experts), (int32_t)(i % m->n_experts)));
+    return 0;
+}
+
 static int cuda_open(struct machine *m, struct err *e)
 {
     struct team *t = m->team;
@@ -174,7 +195,7 @@ static int cuda_open(struct machine *m, struct err *e)
     if (t && t->size != n)
         return err_set(e, ERR_INPUT, "%d ranks, expected one for each of the %d devices of %s", t->size, n,
                        m->topology->name);
-    if (cuda_find_device(e) < 0)
+    if ((m->precision == PREC_FP8 && check_model(m->model, e) < 0) || cuda_find_device(e) < 0)
         return e->code;
     struct cuda *c = calloc(1, sizeof *c);
     if (!c)
@@ -187,7 +208,8 @@ static int cuda_open(struct machine *m, struct err *e)
     c->team = t;
     c->n_ranks = n;
     c->n_here = n_here;
-    c->half = m->precision == PREC_BF16;
+    c->fp8 = m->precision == PREC_FP8;
+    c->half = m->precision == PREC_BF16 || c->fp8;
     c->ring = RING;
     c->element = c->half ? 2 : sizeof(float);
     c->rank = calloc((size_t)n_here, sizeof *c->rank);

@@ -67,8 +67,8 @@ int machine_open_cuda(struct machine *m, const struct topology *t, const struct 
     m->verify = verify;
     m->virtual_ranks = !team;
     m->team = team;
-    if (p != PREC_BF16 && p != PREC_FP32)
-        return err_set(e, ERR_INPUT, "model.precision: computes in bf16 and fp32, found %s", precision_name[p]);
+    if (p != PREC_BF16 && p != PREC_FP32 && p != PREC_FP8)
+        return err_set(e, ERR_INPUT, "model.precision: computes in bf16, fp32 and fp8, found %s", precision_name[p]);
     const struct cuda_module *c = load(e);
     return c ? c->open(m, e) : e->code;
 }

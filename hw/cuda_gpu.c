@@ -47,6 +47,19 @@ static void find_twins(const struct team *t, const struct where *all, const stru
         }
 }
 
+static int check_precision(const struct cuda *c, int32_t rank, int device, struct err *e)
+{
+    int major = 0, minor = 0;
+    if (!c->fp8)
+        return e->code;
+    CUDA_TRY(e, rank, cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+    CUDA_TRY(e, rank, cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+    if (!e->code && (major < 8 || (major == 8 && minor < 9)))
+        err_set(e, ERR_INPUT, "rank %d, GPU %d: model.precision: fp8 needs compute capability 8.9 or higher, found "
+                "%d.%d", rank, device, major, minor);
+    return e->code;
+}
+
 int cuda_take_gpu(struct cuda *c, struct err *e)
 {
     struct team *t = c->team;
@@ -54,8 +67,10 @@ int cuda_take_gpu(struct cuda *c, struct err *e)
     struct taken *gpu = NULL, own = { .gpu = "" };
     struct cudaDeviceProp about;
     int place = 0, n = 0;
-    if (!t)
-        return CUDA_TRY(e, 0, cudaSetDevice(0));
+    if (!t) {
+        CUDA_TRY(e, 0, cudaSetDevice(0));
+        return check_precision(c, 0, 0, e);
+    }
     name_host(&mine);
     CUDA_TRY(e, t->rank, cudaGetDeviceCount(&n));
     mine.n_gpus = n;
@@ -75,5 +90,6 @@ int cuda_take_gpu(struct cuda *c, struct err *e)
         find_twins(t, all, gpu, e); /* the same on all */
     free(all);
     free(gpu);
+    check_precision(c, t->rank, place % (n > 0 ? n : 1), e);
     return team_agree(t, e);
 }

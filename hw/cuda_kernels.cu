@@ -2,6 +2,7 @@
  * cuda_kernels.cu - see cuda_kernels.h. All of these are bound by memory: rows are read 16 bytes a thread where their
  * size allows it. */
 #include "cuda_kernels.h"
+#include "cuda_e4m3.h"
 
 #include <cuda_bf16.h>
 
@@ -150,6 +151,134 @@ cudaError_t cuda_top_k(cudaStream_t s, int32_t n, int32_t n_experts, int32_t k, 
     if (n == 0)
         return cudaSuccess;
     top_k<<<blocks((n + THREADS / 32 - 1) / (THREADS / 32)), THREADS, 0, s>>>(n, n_experts, k, logits, ids);
+    return cudaGetLastError();
+}
+
+/* ---- FP8: rows of 8 n numbers, 8 to a thread at a time, a block for each row ---- */
+
+struct eight { float v[8]; };
+
+static __device__ eight get8(const __nv_bfloat16 *p)
+{
+    const uint4 words = *(const uint4 *)p;
+    const uint32_t word[] = { words.x, words.y, words.z, words.w };
+    eight e;
+    for (int i = 0; i < 4; i++) { /* bf16 is the upper half of a float */
+        e.v[2 * i] = __uint_as_float(word[i] << 16);
+        e.v[2 * i + 1] = __uint_as_float(word[i] & 0xffff0000u);
+    }
+    return e;
+}
+
+static __device__ eight activated(float scale, const eight &gate, const eight &up)
+{
+    eight e;
+    for (int i = 0; i < 8; i++) {
+        const float g = scale * gate.v[i];
+        e.v[i] = g / (1 + expf(-g)) * (scale * up.v[i]);
+    }
+    return e;
+}
+
+/* Of all numbers that the block's threads have seen, the largest magnitude: to every thread. */
+static __device__ float largest_of(float mine)
+{
+    __shared__ float part[THREADS / 32], all;
+    for (int o = 16; o > 0; o /= 2)
+        mine = fmaxf(mine, __shfl_down_sync(0xffffffffu, mine, o));
+    if (threadIdx.x % 32 == 0)
+        part[threadIdx.x / 32] = mine;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        float most = 0;
+        for (int w = 0; w < THREADS / 32; w++)
+            most = fmaxf(most, part[w]);
+        all = most;
+    }
+    __syncthreads();
+    const float most = all;
+    __syncthreads(); /* before the next row's */
+    return most;
+}
+
+static __device__ float largest8(float most, const eight &e)
+{
+    for (int i = 0; i < 8; i++)
+        most = fmaxf(most, fabsf(e.v[i]));
+    return most;
+}
+
+static __device__ void put8(uint8_t *to, const eight &e, float scale)
+{
+    uint32_t word[2] = { 0, 0 };
+    for (int i = 0; i < 8; i++)
+        word[i / 4] |= (uint32_t)cuda_e4m3_of(e.v[i] / scale) << 8 * (i % 4);
+    *(uint2 *)to = make_uint2(word[0], word[1]);
+}
+
+__global__ void gather_e4m3(int32_t d, int32_t n, const int32_t *index, const __nv_bfloat16 *from, uint8_t *to,
+                            float *scale)
+{
+    for (int32_t i = blockIdx.x; i < n; i += gridDim.x) {
+        const __nv_bfloat16 *row = from + (size_t)index[i] * d;
+        float most = 0;
+        for (int32_t j = 8 * threadIdx.x; j < d; j += 8 * blockDim.x)
+            most = largest8(most, get8(row + j));
+        const float s = cuda_e4m3_scale(largest_of(most));
+        for (int32_t j = 8 * threadIdx.x; j < d; j += 8 * blockDim.x)
+            put8(to + (size_t)i * d + j, get8(row + j), s);
+        if (threadIdx.x == 0)
+            scale[i] = s;
+    }
+}
+
+cudaError_t cuda_gather_e4m3(cudaStream_t s, int32_t d, int32_t n, const int32_t *index, const void *from, uint8_t *to,
+                             float *scale)
+{
+    if (n == 0)
+        return cudaSuccess;
+    gather_e4m3<<<blocks(n), THREADS, 0, s>>>(d, n, index, (const __nv_bfloat16 *)from, to, scale);
+    return cudaGetLastError();
+}
+
+__global__ void activate_e4m3(int32_t d, int32_t n, const float *scale, const __nv_bfloat16 *gate,
+                              const __nv_bfloat16 *up, uint8_t *to, float *to_scale)
+{
+    for (int32_t i = blockIdx.x; i < n; i += gridDim.x) {
+        const size_t at = (size_t)i * d;
+        float most = 0;
+        for (int32_t j = 8 * threadIdx.x; j < d; j += 8 * blockDim.x)
+            most = largest8(most, activated(scale[i], get8(gate + at + j), get8(up + at + j)));
+        const float s = cuda_e4m3_scale(largest_of(most));
+        for (int32_t j = 8 * threadIdx.x; j < d; j += 8 * blockDim.x)
+            put8(to + at + j, activated(scale[i], get8(gate + at + j), get8(up + at + j)), s);
+        if (threadIdx.x == 0)
+            to_scale[i] = s;
+    }
+}
+
+cudaError_t cuda_activate_e4m3(cudaStream_t s, int32_t d, int32_t n, const float *scale, const void *gate,
+                               const void *up, uint8_t *to, float *to_scale)
+{
+    if (n == 0)
+        return cudaSuccess;
+    activate_e4m3<<<blocks(n), THREADS, 0, s>>>(d, n, scale, (const __nv_bfloat16 *)gate, (const __nv_bfloat16 *)up, to,
+                                                to_scale);
+    return cudaGetLastError();
+}
+
+__global__ void scale_rows(int32_t d, int32_t n, const float *scale, __nv_bfloat16 *rows)
+{
+    for (int32_t i = blockIdx.x; i < n; i += gridDim.x)
+        for (int32_t j = threadIdx.x; j < d; j += blockDim.x)
+            put(rows + (size_t)i * d + j, scale[i] * get(rows + (size_t)i * d + j));
+}
+
+cudaError_t cuda_scale_rows(cudaStream_t s, int32_t d, int32_t n, const float *scale, void *rows)
+{
+    if (n == 0)
+        return cudaSuccess;
+    scale_rows<<<blocks(n), THREADS, 0, s>>>(d, n, scale, (__nv_bfloat16 *)rows);
     return cudaGetLastError();
 }
 

@@ -55,7 +55,7 @@ int cuda_run_plain(struct cuda *c, struct cuda_rank *r, struct cuda_stream *s, d
     const size_t block = c->element * BLOCK * BLOCK;
     for (double left = flops; left > 0 && !e->code; left -= 2.0 * BLOCK * BLOCK * BLOCK) {
         const char *a = cuda_operand(r, 2 * block);
-        const struct cuda_product p = { BLOCK, BLOCK, BLOCK, a, a + block, r->results.at };
+        const struct cuda_product p = { BLOCK, BLOCK, BLOCK, a, a + block, r->results.at, NULL };
         cuda_product_run(&p, c->half, s->blas, r->rank, e);
     }
     return e->code;

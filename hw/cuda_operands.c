@@ -16,15 +16,20 @@ const char *cuda_operand(struct cuda_rank *r, size_t bytes)
     return (const char *)r->operands.at + r->at_operands - bytes;
 }
 
+static size_t element(const struct cuda *c, const struct kernel *k)
+{
+    return k->precision == PREC_FP8 ? 1 : c->element;
+}
+
 /* One product's rows, its weights behind them, and what it writes. */
 static size_t rows_in(const struct cuda *c, const struct kernel *k)
 {
-    return cuda_aligned(c->element * (size_t)(k->shape.rows * k->shape.k));
+    return cuda_aligned(element(c, k) * (size_t)(k->shape.rows * k->shape.k));
 }
 
 static size_t kernel_in(const struct cuda *c, const struct kernel *k)
 {
-    return rows_in(c, k) + c->element * (size_t)(k->shape.k * k->shape.n);
+    return rows_in(c, k) + element(c, k) * (size_t)(k->shape.k * k->shape.n);
 }
 
 static size_t kernel_out(const struct cuda *c, const struct kernel *k)
@@ -41,12 +46,12 @@ void cuda_kernel_room(const struct cuda *c, const struct kernel *k, size_t *in, 
 
 int cuda_kernel_list(struct cuda *c, struct cuda_rank *r, const struct kernel *k, int64_t *call, struct err *e)
 {
-    *call = cuda_products_call(&c->products, e);
+    *call = cuda_products_call(&c->products, k->precision == PREC_FP8, e);
     for (int32_t i = 0; i < k->groups && k->shape.rows > 0 && !e->code; i++) {
         const char *a = cuda_operand(r, kernel_in(c, k));
         const struct cuda_product p = { k->shape.rows, k->shape.n, k->shape.k, a, a + rows_in(c, k),
-                                        (char *)r->results.at + (size_t)i * kernel_out(c, k) };
-        cuda_products_add(&c->products, &p, e);
+                                        (char *)r->results.at + (size_t)i * kernel_out(c, k), NULL };
+        cuda_products_add(&c->products, &p, r->rank, e);
     }
     return e->code;
 }
@@ -56,5 +61,5 @@ int cuda_run_kernel(struct cuda *c, struct cuda_rank *r, struct cuda_stream *s, 
 {
     if (k->groups == 0)
         return cuda_run_plain(c, r, s, k->flops, k->traffic, e);
-    return cuda_products_run(&c->products, call, c->half, s->blas, r->rank, e);
+    return cuda_products_run(&c->products, call, c->half, s, r->rank, e);
 }

@@ -91,7 +91,10 @@ static int open_streams(struct cuda *c, const struct moe_graph *g, struct err *e
         const int32_t rank = c->rank[op->rank].rank;
         struct cuda_stream *s = &c->stream[op->stream];
         const struct task *t = op->task < 0 ? NULL : &g->task[op->task];
-        open_stream(s, rank, t && (t->kind == TASK_EXPERTS || t->kind == TASK_COMPUTE), e);
+        const bool computes = t && (t->kind == TASK_EXPERTS || t->kind == TASK_COMPUTE);
+        open_stream(s, rank, computes, e);
+        if (computes && c->fp8)
+            cuda_take_more(&s->workspace.at, &s->workspace.room, CUDA_FP8_WORKSPACE, rank, "cuBLASLt", e);
         for (int32_t j = op->first_act; t && j < op->first_act + op->n_acts && !e->code; j++) {
             const struct cuda_act *a = &p->act[j];
             if (a->what == CUDA_EXPERTS)

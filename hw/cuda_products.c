@@ -28,11 +28,11 @@ void cuda_products_clear(struct cuda_products *p)
     p->n_calls = p->n_products = 0;
 }
 
-int64_t cuda_products_call(struct cuda_products *p, struct err *e)
+int64_t cuda_products_call(struct cuda_products *p, bool fp8, struct err *e)
 {
     if (!cuda_grow(&p->call, &p->room_calls, p->n_calls + 1, sizeof *p->call, e))
         return -1;
-    p->call[p->n_calls] = (struct cuda_call){ (int32_t)p->n_products, 0 };
+    p->call[p->n_calls] = (struct cuda_call){ (int32_t)p->n_products, 0, fp8 };
     return p->n_calls++;
 }
 
@@ -50,10 +50,12 @@ static bool grow(struct cuda_products *p, struct err *e)
            cuda_grow(&p->one, &p->room[5], n, sizeof *p->one, e) &&
            cuda_grow(&p->zero, &p->room[6], n, sizeof *p->zero, e) &&
            cuda_grow(&p->at, &p->room[7], 3 * n, sizeof *p->at, e) &&
-           cuda_grow(&p->sorted, &p->room[8], 3 * n, sizeof *p->sorted, e);
+           cuda_grow(&p->sorted, &p->room[8], 3 * n, sizeof *p->sorted, e) &&
+           cuda_grow(&p->scale, &p->room[9], n, sizeof *p->scale, e) &&
+           cuda_grow(&p->shape, &p->room[10], n, sizeof *p->shape, e);
 }
 
-int cuda_products_add(struct cuda_products *p, const struct cuda_product *x, struct err *e)
+int cuda_products_add(struct cuda_products *p, const struct cuda_product *x, int32_t rank, struct err *e)
 {
     const int64_t i = p->n_products;
     const union { const void *read; void *at; } a = { x->a }, b = { x->b }; /* are only read */
@@ -69,9 +71,11 @@ int cuda_products_add(struct cuda_products *p, const struct cuda_product *x, str
     p->at[3 * i] = b.at;
     p->at[3 * i + 1] = a.at;
     p->at[3 * i + 2] = x->to;
+    p->scale[i] = x->scale;
+    p->shape[i] = p->call[p->n_calls - 1].fp8 ? cuda_fp8_shape(&p->fp8, x->m, x->n, x->k, rank, e) : -1;
     p->n_products++;
     p->call[p->n_calls - 1].n++;
-    return 0;
+    return e->code;
 }
 
 int cuda_products_upload(struct cuda_products *p, int32_t rank, struct err *e)
@@ -86,10 +90,12 @@ int cuda_products_upload(struct cuda_products *p, int32_t rank, struct err *e)
 
 void cuda_products_free(struct cuda_products *p)
 {
-    void *const all[] = { p->call, p->m, p->n, p->k, p->one_each, p->as_it_is, p->one, p->zero, p->at, p->sorted };
+    void *const all[] = { p->call, p->m, p->n, p->k, p->one_each, p->as_it_is, p->one, p->zero, p->at, p->sorted,
+                          p->scale, p->shape };
     for (size_t i = 0; i < sizeof all / sizeof *all; i++)
         free(all[i]);
     cudaFree(p->device.at);
+    cuda_fp8_close(&p->fp8);
     memset(p, 0, sizeof *p);
 }
 
@@ -124,15 +130,21 @@ static int run_grouped(const struct cuda_products *p, struct cuda_call call, boo
 #endif
 
 /* One product alone is not a group: calls for one choose among more kernels. */
-int cuda_products_run(const struct cuda_products *p, int64_t call, bool half, cublasHandle_t blas, int32_t rank,
+int cuda_products_run(const struct cuda_products *p, int64_t call, bool half, const struct cuda_stream *s, int32_t rank,
                       struct err *e)
 {
     const struct cuda_call c = p->call[call];
+    for (int32_t i = c.first; c.fp8 && i < c.first + c.n && !e->code; i++)
+        cuda_fp8_run(&p->fp8, p->shape[i], p->at[3 * i + 1], p->at[3 * i], p->scale[i], p->at[3 * i + 2],
+                     s->workspace.at, s->stream, rank, e);
+    if (c.fp8)
+        return e->code;
 #if CUBLAS_VERSION >= 120500
     if (c.n > 1 && cuda_products_grouped() && !p->one_by_one)
-        return run_grouped(p, c, half, blas, rank, e);
+        return run_grouped(p, c, half, s->blas, rank, e);
 #endif
     for (int32_t i = c.first; i < c.first + c.n && !e->code; i++)
-        run_one(p->m[i], p->n[i], p->k[i], p->at[3 * i], p->at[3 * i + 1], p->at[3 * i + 2], half, blas, rank, e);
+        run_one(p->m[i], p->n[i], p->k[i], p->at[3 * i], p->at[3 * i + 1], p->at[3 * i + 2], half, s->blas, rank,
+                e);
     return e->code;
 }

@@ -7,6 +7,7 @@
 #ifndef CUDA_PRODUCTS_H
 #define CUDA_PRODUCTS_H
 
+#include "cuda_fp8.h"
 #include "err.h"
 
 #include <cublas_v2.h>
@@ -20,10 +21,12 @@ enum { CUDA_ALIGNED = 16 };
 
 struct cuda_buffer { void *at; size_t room; };
 
-/* C (m x n) = A (m x k) B (k x n), row by row. */
-struct cuda_product { int64_t m, n, k; const void *a, *b; void *to; };
+/* C (m x n) = A (m x k) B (k x n), row by row; in fp8 B lies column by column, and is multiplied by what is at `scale`
+ * on the device, if anything. */
+struct cuda_product { int64_t m, n, k; const void *a, *b; void *to; const float *scale; };
 
-struct cuda_call { int32_t first, n; };
+struct cuda_stream;
+struct cuda_call { int32_t first, n; bool fp8; };
 
 /* Of all calls behind one another. To cuBLAS, which goes by columns, a product is C' = B' A'. */
 struct cuda_products {
@@ -34,7 +37,10 @@ struct cuda_products {
     void **at;                     /* B, A and C of each */
     void **sorted;                 /* as uploaded: all B, all A, all C */
     struct cuda_buffer device;
-    int64_t n_calls, room_calls, n_products, room[9];
+    const float **scale;           /* of those in fp8 */
+    int64_t *shape;                /* likewise, in `fp8` */
+    struct cuda_fp8 fp8;
+    int64_t n_calls, room_calls, n_products, room[11];
     bool one_by_one;               /* by choice: whatever the library can */
 };
 
@@ -42,12 +48,12 @@ struct cuda_products {
 bool cuda_products_grouped(void);
 void cuda_products_clear(struct cuda_products *);
 /* The next call, which has no products yet; its number, or -1. */
-int64_t cuda_products_call(struct cuda_products *, struct err *);
+int64_t cuda_products_call(struct cuda_products *, bool fp8, struct err *);
 /* To the last call. What is written must not overlap with anything else of the call. */
-int cuda_products_add(struct cuda_products *, const struct cuda_product *, struct err *);
+int cuda_products_add(struct cuda_products *, const struct cuda_product *, int32_t rank, struct err *);
 int cuda_products_upload(struct cuda_products *, int32_t rank, struct err *);
-/* In bf16 where `half`, else in fp32 (not TF32); sums are in fp32. */
-int cuda_products_run(const struct cuda_products *, int64_t call, bool half, cublasHandle_t, int32_t rank,
+/* In bf16 where `half`, else in fp32 (not TF32), or in fp8, one by one; sums are in fp32. */
+int cuda_products_run(const struct cuda_products *, int64_t call, bool half, const struct cuda_stream *, int32_t rank,
                       struct err *);
 /* One that is not listed. */
 int cuda_product_run(const struct cuda_product *, bool half, cublasHandle_t, int32_t rank, struct err *);

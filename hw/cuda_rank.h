@@ -25,6 +25,7 @@ struct cuda_stream {
     cudaStream_t stream;            /* NULL: no task has been on it */
     cublasHandle_t blas;            /* its own: handles have a workspace; NULL likewise */
     struct cuda_buffer gathered, gate, up; /* of all experts of the task that computes */
+    struct cuda_buffer hidden, row_scale, hidden_scale, workspace; /* in fp8 */
 };
 
 enum cuda_what {
@@ -108,7 +109,8 @@ struct cuda_rank {
 struct cuda {
     const struct moe_model *model;
     int32_t n_ranks, n_here;       /* of all processes, in this one */
-    bool half;                     /* bf16 */
+    bool half;                     /* bf16: rows, and what products give */
+    bool fp8;                      /* products of experts, and those that simulated machines have in fp8 */
     size_t element;                /* bytes */
     int64_t decided;               /* choices of the GPU that were the host's decisions, with verify, so far */
     int32_t draw;                  /* of inputs, so far */
@@ -127,7 +129,8 @@ struct cuda {
     double *time;                  /* [tasks][2] */
 };
 
-/* cuda_gpu.c: this process's GPU becomes the current one. Ranks in several processes all call this. */
+/* cuda_gpu.c: this process's GPU becomes the current one, and can compute what is asked of it. Ranks in several
+ * processes all call this. */
 int cuda_take_gpu(struct cuda *, struct err *);
 /* cuda_prepare.c: checks the graph, makes its plan, and room for all that it touches. */
 int cuda_prepare(struct cuda *, const struct moe_graph *, struct err *);
@@ -141,7 +144,8 @@ int cuda_plan_end(struct cuda *, const struct moe_graph *, struct cuda_rank *, i
 int cuda_store_prepare(struct cuda *, struct cuda_rank *, const struct moe_graph *, bool offloads, struct err *);
 int cuda_store_rewind(struct cuda *, struct cuda_rank *, struct err *);
 size_t cuda_expert_bytes(const struct cuda *, int64_t object);
-/* One of an expert's three matrices, which lie behind each other: W1, W3, W2. */
+/* One of an expert's three matrices, which lie behind each other: W1, W3, W2. In fp8 column by column, with a scale
+ * each behind them, of 4 bytes. */
 size_t cuda_matrix_bytes(const struct cuda *, int32_t width);
 /* cuda_step.c: the plan once, with poisoned rows and new inputs; then c->time holds each task's. */
 int cuda_step(struct cuda *, const struct moe_graph *, struct err *);

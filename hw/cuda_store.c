@@ -4,6 +4,7 @@
 #include "config.h"
 
 #include "cuda_check.h"
+#include "cuda_e4m3.h"
 #include "cuda_rank.h"
 #include "host_model.h"
 
@@ -12,13 +13,38 @@
 
 size_t cuda_matrix_bytes(const struct cuda *c, int32_t width)
 {
-    return cuda_aligned(c->element * (size_t)c->model->d_model * (size_t)width);
+    return cuda_aligned((c->fp8 ? 1 : c->element) * (size_t)c->model->d_model * (size_t)width);
 }
 
 size_t cuda_expert_bytes(const struct cuda *c, int64_t object)
 {
     const int32_t layer = (int32_t)(object / c->model->n_experts), expert = (int32_t)(object % c->model->n_experts);
-    return 3 * cuda_matrix_bytes(c, host_width(c->model, layer, expert));
+    return 3 * cuda_matrix_bytes(c, host_width(c->model, layer, expert)) + (c->fp8 ? CUDA_ALIGNED : 0);
+}
+
+/* n rows of m numbers, column by column. */
+static float *turned(const float *from, size_t n, size_t m)
+{
+    float *to = malloc(n * m * sizeof *to);
+    for (size_t i = 0; to && i < n; i++)
+        for (size_t j = 0; j < m; j++)
+            to[j * n + i] = from[i * m + j];
+    return to;
+}
+
+/* Codes, and the scales of the three matrices behind them. False: no memory. */
+static bool make_fp8(const struct cuda *c, const float *w, size_t d, size_t width, char *made)
+{
+    const size_t bytes = cuda_matrix_bytes(c, (int32_t)width);
+    for (size_t i = 0; i < 3; i++) {
+        float *columns = turned(w + i * d * width, i < 2 ? d : width, i < 2 ? width : d);
+        if (!columns)
+            return false;
+        const float scale = cuda_e4m3_codes(d * width, columns, (uint8_t *)made + i * bytes);
+        memcpy(made + 3 * bytes + i * sizeof scale, &scale, sizeof scale);
+        free(columns);
+    }
+    return true;
 }
 
 /* In the elements that the device computes with; free() it. */
@@ -28,12 +54,16 @@ static void *make(const struct cuda *c, int64_t object, struct err *e)
     const int32_t width = host_width(c->model, layer, expert);
     const size_t bytes = cuda_matrix_bytes(c, width), n = (size_t)c->model->d_model * (size_t)width;
     float *w = host_weights(c->model, layer, expert);
-    char *made = w ? calloc(3, bytes) : NULL;
-    if (!made)
+    char *made = w ? calloc(1, cuda_expert_bytes(c, object)) : NULL;
+    if (!made || (c->fp8 && !make_fp8(c, w, (size_t)c->model->d_model, (size_t)width, made)))
         err_set(e, ERR_MEMORY, "out of memory for the weights of layer %d, expert %d", layer, expert);
-    for (size_t i = 0; made && i < 3; i++)
+    for (size_t i = 0; made && !c->fp8 && i < 3; i++)
         cuda_from_floats(c, n, w + i * n, made + i * bytes);
     free(w);
+    if (e->code) {
+        free(made);
+        return NULL;
+    }
     return made;
 }
 

@@ -4,6 +4,7 @@
 #include "config.h"
 
 #include "cuda_check.h"
+#include "cuda_e4m3.h"
 #include "cuda_rank.h"
 #include "host_model.h"
 
@@ -44,6 +45,16 @@ void cuda_to_floats(const struct cuda *c, size_t n, const void *from, float *to)
     }
 }
 
+static float in_half(float v)
+{
+    const uint32_t bits = (uint32_t)to_half(v) << 16;
+    memcpy(&v, &bits, sizeof v);
+    return v;
+}
+
+/* Without this the reference would differ from the GPU by as much as FP8 does from it. */
+static const struct host_rounding fp8_rounding = { cuda_e4m3_round, in_half };
+
 struct check {
     struct machine *m;
     const struct cuda *c;
@@ -81,7 +92,8 @@ static int compare(const struct check *k, int32_t layer, struct err *e)
     const double allowed = k->c->half ? HALF_TOLERANCE : HOST_TOLERANCE;
     const int64_t first = k->g->route_first[layer], n = k->g->route_first[layer + 1] - first;
     if (read_states(k, layer + 1, k->out, e) < 0 ||
-        host_reference(k->c->model, layer, k->g->route + first, n, r->place, r->n_own, k->place, k->expected, e) < 0)
+        host_reference(k->c->model, layer, k->g->route + first, n, r->place, r->n_own, k->place,
+                       k->c->fp8 ? &fp8_rounding : NULL, k->expected, e) < 0)
         return e->code;
     for (int32_t i = 0; i < r->n_own; i++) {
         const float *got = k->out + (size_t)i * d;

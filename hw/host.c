@@ -120,8 +120,8 @@ static int verify(struct machine *m, struct host *h, const struct moe_graph *g, 
     }
     for (int32_t l = 0; l < g->n_route_layers && !e->code; l++) {
         int64_t first = g->route_first[l];
-        host_reference(h->model, l, g->route + first, g->route_first[l + 1] - first, h->place, h->n_own, in, expected,
-                       e);
+        host_reference(h->model, l, g->route + first, g->route_first[l + 1] - first, h->place, h->n_own, in, NULL,
+                       expected, e);
         for (size_t i = 0; i < n && !e->code; i++) {
             const float *got = row_at(h, *token_row(h, g, l + 1, h->own[i]));
             int32_t at;

@@ -7,6 +7,7 @@
 
 #include <math.h>
 #include <stdlib.h>
+#include <string.h>
 
 /* In the mean square, against rows of zeros. */
 #define EPSILON 1e-6
@@ -67,11 +68,26 @@ void host_normalise(float *row, int32_t n)
         row[i] *= scale;
 }
 
-/* sum[j] += weight * expert(x)[j]. hidden: [width]. */
-static void add_expert(const float *w, int32_t d, int32_t width, const float *x, double weight, double *hidden,
-                       double *sum)
+/* hidden[k], in double precision or as far as it is rounded. */
+static void round_hidden(const struct host_rounding *r, int32_t width, double *hidden, float *room)
+{
+    for (int32_t k = 0; k < width; k++)
+        room[k] = (float)hidden[k];
+    r->operand((size_t)width, room);
+    for (int32_t k = 0; k < width; k++)
+        hidden[k] = (double)room[k];
+}
+
+/* sum[j] += weight * expert(x)[j]. hidden: [width]; room: [d + width]. */
+static void add_expert(const float *w, int32_t d, int32_t width, const float *x, double weight,
+                       const struct host_rounding *rounding, double *hidden, float *room, double *sum)
 {
     const float *w1 = w, *w3 = w1 + (size_t)d * (size_t)width, *w2 = w3 + (size_t)d * (size_t)width;
+    if (rounding) {
+        memcpy(room, x, sizeof *room * (size_t)d);
+        rounding->operand((size_t)d, room);
+        x = room;
+    }
     for (int32_t k = 0; k < width; k++) {
         double gate = 0, up = 0;
         for (int32_t i = 0; i < d; i++) {
@@ -79,8 +95,14 @@ static void add_expert(const float *w, int32_t d, int32_t width, const float *x,
             gate += (double)x[i] * (double)w1[at];
             up += (double)x[i] * (double)w3[at];
         }
+        if (rounding) {
+            gate = (double)rounding->sum((float)gate);
+            up = (double)rounding->sum((float)up);
+        }
         hidden[k] = gate / (1 + exp(-gate)) * up;
     }
+    if (rounding)
+        round_hidden(rounding, width, hidden, room + d);
     for (int32_t j = 0; j < d; j++) {
         double y = 0;
         for (int32_t k = 0; k < width; k++)
@@ -90,7 +112,8 @@ static void add_expert(const float *w, int32_t d, int32_t width, const float *x,
 }
 
 int host_reference(const struct moe_model *m, int32_t layer, const struct graph_route *routes, int64_t n_routes,
-                   const int32_t *place, int32_t n, const float *const *in, double *out, struct err *e)
+                   const int32_t *place, int32_t n, const float *const *in, const struct host_rounding *rounding,
+                   double *out, struct err *e)
 {
     const size_t d = (size_t)m->d_model;
     for (size_t i = 0; i < (size_t)n; i++)
@@ -99,7 +122,8 @@ int host_reference(const struct moe_model *m, int32_t layer, const struct graph_
     /* Expert by expert, so that one expert's weights are all that is held. */
     for (int32_t expert = 0; expert < m->n_experts; expert++) {
         int32_t width = host_width(m, layer, expert);
-        float *w = NULL;
+        const size_t matrix = d * (size_t)width;
+        float *w = NULL, *room = NULL;
         double *hidden = NULL;
         for (int64_t r = 0; r < n_routes; r++) {
             if (routes[r].expert != expert || place[routes[r].token] < 0)
@@ -107,16 +131,21 @@ int host_reference(const struct moe_model *m, int32_t layer, const struct graph_
             if (!w) {
                 w = host_weights(m, layer, expert);
                 hidden = malloc(sizeof *hidden * (size_t)width);
+                room = malloc(sizeof *room * (d + (size_t)width));
+                for (size_t i = 0; w && rounding && i < 3; i++)
+                    rounding->operand(matrix, w + i * matrix);
             }
-            if (!w || !hidden) {
+            if (!w || !hidden || !room) {
                 err_set(e, ERR_MEMORY, "out of memory for the weights of layer %d, expert %d", layer, expert);
                 break;
             }
             size_t i = (size_t)place[routes[r].token];
-            add_expert(w, m->d_model, width, in[i], (double)routes[r].weight, hidden, out + i * d);
+            add_expert(w, m->d_model, width, in[i], (double)routes[r].weight, rounding, hidden, room,
+                       out + i * d);
         }
         free(w);
         free(hidden);
+        free(room);
         if (e->code)
             return e->code;
     }

@@ -26,10 +26,17 @@ void host_input(const struct moe_model *, int32_t step, int32_t token, float *ro
 /* Divides by the root of the mean square. */
 void host_normalise(float *row, int32_t n);
 
-/* The layer of n tokens, in double precision, one product after another. in: [n] rows of d_model; routes: those of
- * the layer; place: [T] index of a token in `in`, or -1; out: [n][d_model]. */
+/* Where a machine rounds on the way through an expert, so that its reference does too. */
+struct host_rounding {
+    void (*operand)(size_t n, float *); /* one of the three matrices, or a row that enters a product, as a whole */
+    float (*sum)(float);                /* what the first two products give */
+};
+
+/* The layer of n tokens, in double precision, one product after another; rounding NULL: nowhere. in: [n] rows of
+ * d_model; routes: those of the layer; place: [T] index of a token in `in`, or -1; out: [n][d_model]. */
 int host_reference(const struct moe_model *, int32_t layer, const struct graph_route *routes, int64_t n_routes,
-                   const int32_t *place, int32_t n, const float *const *in, double *out, struct err *);
+                   const int32_t *place, int32_t n, const float *const *in, const struct host_rounding *rounding,
+                   double *out, struct err *);
 /* Largest difference, divided by the largest expected element; infinite where something is not a number. *at: the
  * element with that difference. */
 double host_error(const float *got, const double *expected, int32_t n, int32_t *at);

@@ -39,6 +39,13 @@ static void put(bool half, void *p, size_t i, float v)
     memcpy((char *)p + 2 * i, &h, sizeof h);
 }
 
+uint16_t standin_half(float v)
+{
+    uint16_t h;
+    put(true, &h, 0, v);
+    return h;
+}
+
 /* ---- kernels ---- */
 
 struct gather { size_t bytes; int32_t n; const int32_t *index; const char *from; char *to; };
@@ -71,6 +78,97 @@ cudaError_t cuda_activate(cudaStream_t s, bool half, int64_t n, void *gate, cons
 {
     const struct activate a = { half, n, gate, up };
     return standin_queue(s, "activate", (double)n, activate, &a, sizeof a);
+}
+
+/* ---- FP8 ---- */
+
+/* The nearest of all codes, of two the even one: by looking at each. */
+static uint8_t nearest(float v)
+{
+    uint8_t best = 0;
+    float least = INFINITY;
+    for (int code = 0; code < 0x7f; code++) {
+        const int exponent = code >> 3;
+        const float size = ldexpf((float)(exponent ? 8 + code % 8 : code % 8), (exponent ? exponent : 1) - 10);
+        const float off = fabsf(fabsf(v) - size);
+        if (off < least || (off <= least && code % 2 == 0)) {
+            best = (uint8_t)code;
+            least = off;
+        }
+    }
+    return (uint8_t)((isnan(v) ? 0x7f : best) | (signbit(v) ? 0x80 : 0));
+}
+
+/* Into codes and the row's scale, which is doubled and halved until it is the least that will do. */
+static void encode(int32_t d, const float *row, uint8_t *to, float *scale)
+{
+    float most = 0;
+    *scale = 1;
+    for (int32_t j = 0; j < d; j++)
+        most = fmaxf(most, fabsf(row[j]));
+    while (most > 448 * *scale)
+        *scale *= 2;
+    while (most > 0 && most <= 448 * (*scale / 2))
+        *scale /= 2;
+    for (int32_t j = 0; j < d; j++)
+        to[j] = nearest(row[j] / *scale);
+}
+
+struct to_e4m3 {
+    int32_t d, n;
+    const int32_t *index;
+    const float *scale;
+    const void *from, *up;
+    uint8_t *to;
+    float *out;
+};
+
+static void to_e4m3(const void *work)
+{
+    const struct to_e4m3 *a = work;
+    const size_t d = (size_t)a->d;
+    float *row = malloc(d * sizeof *row);
+    for (size_t i = 0; row && i < (size_t)a->n; i++) {
+        const size_t from = a->index ? (size_t)a->index[i] : i;
+        for (size_t j = 0; j < d; j++) {
+            row[j] = get(true, a->from, from * d + j);
+            if (a->up) {
+                const float g = a->scale[i] * row[j];
+                row[j] = g / (1 + expf(-g)) * (a->scale[i] * get(true, a->up, i * d + j));
+            }
+        }
+        encode(a->d, row, a->to + i * d, &a->out[i]);
+    }
+    free(row);
+}
+
+cudaError_t cuda_gather_e4m3(cudaStream_t s, int32_t d, int32_t n, const int32_t *index, const void *from, uint8_t *to,
+                             float *scale)
+{
+    const struct to_e4m3 a = { .d = d, .n = n, .index = index, .from = from, .to = to, .out = scale };
+    return standin_queue(s, "gather in fp8", n, to_e4m3, &a, sizeof a);
+}
+
+cudaError_t cuda_activate_e4m3(cudaStream_t s, int32_t d, int32_t n, const float *scale, const void *gate,
+                               const void *up, uint8_t *to, float *to_scale)
+{
+    const struct to_e4m3 a = { .d = d, .n = n, .scale = scale, .from = gate, .up = up, .to = to, .out = to_scale };
+    return standin_queue(s, "activate in fp8", n, to_e4m3, &a, sizeof a);
+}
+
+struct scale_rows { int32_t d, n; const float *scale; void *rows; };
+
+static void scale_rows(const void *work)
+{
+    const struct scale_rows *a = work;
+    for (size_t i = 0; i < (size_t)a->n * (size_t)a->d; i++)
+        put(true, a->rows, i, a->scale[i / (size_t)a->d] * get(true, a->rows, i));
+}
+
+cudaError_t cuda_scale_rows(cudaStream_t s, int32_t d, int32_t n, const float *scale, void *rows)
+{
+    const struct scale_rows a = { d, n, scale, rows };
+    return standin_queue(s, "scale", n, scale_rows, &a, sizeof a);
 }
 
 struct combine { bool half; int32_t d, n; struct cuda_combine lists; const void *rows; void *to; };
@@ -206,6 +304,11 @@ static struct standin_product *note(int n)
         abort();
     record.call[record.n++] = (struct standin_call){ n, p };
     return p;
+}
+
+void standin_blas_note(struct standin_product p)
+{
+    *note(1) = p;
 }
 
 static void gemm(const void *work)

@@ -24,6 +24,8 @@ int64_t standin_waits(void);
 void standin_memory(size_t);
 /* What is asked about the devices answers; standin_open() makes it one device, and a driver as old as the runtime. */
 void standin_device(cudaError_t count, int n, int driver);
+/* Compute capability of the devices, 9.0 unless told. */
+void standin_capability(int major, int minor);
 /* One line for each call that was queued, in order: "s1 copy d2d 40", "s0 waits s1" (for what is marked there). Streams
  * by number, from 0. */
 const char *standin_calls(void);
@@ -33,6 +35,11 @@ struct standin_product { int m, n, k; const void *a, *b; void *c; };
 struct standin_call { int n; struct standin_product *product; };
 size_t standin_blas(const struct standin_call **);
 void standin_blas_clear(void);
+void standin_blas_note(struct standin_product);
+/* What bf16 keeps of a number. */
+uint16_t standin_half(float);
+/* So many more things that somebody has to free. */
+void standin_count(int);
 
 /* Work that runs when its stream comes to it; `work` is copied. */
 cudaError_t standin_queue(cudaStream_t, const char *what, double size, void (*run)(const void *work), const void *work,

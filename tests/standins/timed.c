@@ -332,6 +332,98 @@ cublasStatus_t cublasGemmGroupedBatchedEx(cublasHandle_t h, const cublasOperatio
     return multiply(h->stream, n_groups, m[0], n[0], k[0], at == CUDA_R_16BF);
 }
 
+/* ---- cuBLASLt: products in FP8 ---- */
+
+struct cublasLtContext { int unused; };
+
+static void *made(size_t size)
+{
+    void *p = calloc(1, size);
+    all.n_left++;
+    return p;
+}
+
+static cublasStatus_t unmade(void *p)
+{
+    free(p);
+    all.n_left--;
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+cublasStatus_t cublasLtCreate(cublasLtHandle_t *h) { *h = made(sizeof **h); return CUBLAS_STATUS_SUCCESS; }
+cublasStatus_t cublasLtDestroy(cublasLtHandle_t h) { return unmade(h); }
+cublasStatus_t cublasLtMatmulDescDestroy(cublasLtMatmulDesc_t d) { return unmade(d); }
+cublasStatus_t cublasLtMatrixLayoutDestroy(cublasLtMatrixLayout_t l) { return unmade(l); }
+cublasStatus_t cublasLtMatmulPreferenceDestroy(cublasLtMatmulPreference_t p) { return unmade(p); }
+
+cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t *d, cublasComputeType_t compute, cudaDataType_t scale)
+{
+    (void)compute, (void)scale;
+    *d = made(sizeof **d);
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t d, cublasLtMatmulDescAttributes_t what,
+                                              const void *value, size_t size)
+{
+    (void)d, (void)what, (void)value, (void)size;
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+cublasStatus_t cublasLtMatrixLayoutCreate(cublasLtMatrixLayout_t *l, cudaDataType type, uint64_t rows, uint64_t cols,
+                                          int64_t ld)
+{
+    (void)type, (void)ld;
+    *l = made(sizeof **l);
+    (*l)->data[0] = rows;
+    (*l)->data[1] = cols;
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+cublasStatus_t cublasLtMatmulPreferenceCreate(cublasLtMatmulPreference_t *p)
+{
+    *p = made(sizeof **p);
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t p,
+                                                    cublasLtMatmulPreferenceAttributes_t what, const void *value,
+                                                    size_t size)
+{
+    (void)p, (void)what, (void)value, (void)size;
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t h, cublasLtMatmulDesc_t desc, cublasLtMatrixLayout_t a,
+                                              cublasLtMatrixLayout_t b, cublasLtMatrixLayout_t c,
+                                              cublasLtMatrixLayout_t d, cublasLtMatmulPreference_t p, int most,
+                                              cublasLtMatmulHeuristicResult_t *found, int *n)
+{
+    (void)h, (void)desc, (void)a, (void)b, (void)c, (void)d, (void)p, (void)most, (void)found;
+    *n = 1;
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+cublasStatus_t cublasLtMatmul(cublasLtHandle_t h, cublasLtMatmulDesc_t desc, const void *alpha, const void *a,
+                              cublasLtMatrixLayout_t al, const void *b, cublasLtMatrixLayout_t bl, const void *beta,
+                              const void *c, cublasLtMatrixLayout_t cl, void *to, cublasLtMatrixLayout_t dl,
+                              const cublasLtMatmulAlgo_t *algo, void *workspace, size_t size, cudaStream_t s)
+{
+    const struct device_spec d = part();
+    const double m = (double)dl->data[0], n = (double)dl->data[1], k = (double)al->data[0];
+    const struct kernel one = { .precision = PREC_FP8, .groups = 1, .bytes = { 1, 1, 2 },
+                                .shape = { (int64_t)n, (int64_t)m, (int64_t)k } };
+    (void)h, (void)desc, (void)alpha, (void)bl, (void)beta, (void)cl, (void)algo;
+    need(a, m * k);
+    need(b, n * k);
+    need(to, 2 * m * n);
+    need(workspace, (double)size);
+    if (c != to)
+        return CUBLAS_STATUS_INVALID_VALUE;
+    s->now += cost_kernel(&d, &one).seconds;
+    return CUBLAS_STATUS_SUCCESS;
+}
+
 /* ---- the device and cuBLAS ---- */
 
 cudaError_t cudaGetDeviceCount(int *n)

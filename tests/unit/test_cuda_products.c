@@ -175,21 +175,20 @@ static void lists(void **state)
     struct err e = { 0 };
     const float a[] = { 1, 2, 3, 4, 5, 6 }, b[] = { 1, 0, 2, 0, 1, 1 }, zero[4] = { 0 };
     float *c[3];
-    cublasHandle_t blas;
-    cudaStream_t s;
+    struct cuda_stream s = { 0 };
     (void)state;
     standin_open(STANDIN_FIRST, 0, -1);
-    assert_int_equal(cudaStreamCreateWithFlags(&s, cudaStreamNonBlocking), cudaSuccess);
-    assert_int_equal(cublasCreate(&blas), CUBLAS_STATUS_SUCCESS);
-    assert_int_equal(cublasSetStream(blas, s), CUBLAS_STATUS_SUCCESS);
+    assert_int_equal(cudaStreamCreateWithFlags(&s.stream, cudaStreamNonBlocking), cudaSuccess);
+    assert_int_equal(cublasCreate(&s.blas), CUBLAS_STATUS_SUCCESS);
+    assert_int_equal(cublasSetStream(s.blas, s.stream), CUBLAS_STATUS_SUCCESS);
     for (int i = 0; i < 3; i++)
         assert_int_equal(cudaMalloc((void **)&c[i], sizeof zero), cudaSuccess);
     /* (1 2 3; 4 5 6) (1 0; 2 0; 1 1) = (8 3; 20 6), (1 2; 3 4) (1 0; 2 0) = (5 0; 11 0) */
-    assert_int_equal(cuda_products_call(&p, &e), 0);
-    test_ok(cuda_products_add(&p, &(struct cuda_product){ 2, 2, 3, a, b, c[0] }, &e), &e);
-    test_ok(cuda_products_add(&p, &(struct cuda_product){ 2, 2, 2, a, b, c[1] }, &e), &e);
-    assert_int_equal(cuda_products_call(&p, &e), 1);
-    test_ok(cuda_products_add(&p, &(struct cuda_product){ 1, 2, 3, a + 3, b, c[2] }, &e), &e);
+    assert_int_equal(cuda_products_call(&p, false, &e), 0);
+    test_ok(cuda_products_add(&p, &(struct cuda_product){ 2, 2, 3, a, b, c[0], NULL }, 0, &e), &e);
+    test_ok(cuda_products_add(&p, &(struct cuda_product){ 2, 2, 2, a, b, c[1], NULL }, 0, &e), &e);
+    assert_int_equal(cuda_products_call(&p, false, &e), 1);
+    test_ok(cuda_products_add(&p, &(struct cuda_product){ 1, 2, 3, a + 3, b, c[2], NULL }, 0, &e), &e);
     test_ok(cuda_products_upload(&p, 0, &e), &e);
     for (int one = 0; one < 2; one++) {
         static const float expected[3][4] = { { 8, 3, 20, 6 }, { 5, 0, 11, 0 }, { 20, 6, 0, 0 } };
@@ -197,8 +196,8 @@ static void lists(void **state)
             assert_int_equal(cudaMemcpy(c[i], zero, sizeof zero, cudaMemcpyHostToDevice), cudaSuccess);
         p.one_by_one = one;
         for (int call = 0; call < 2; call++)
-            test_ok(cuda_products_run(&p, call, false, blas, 0, &e), &e);
-        assert_int_equal(cudaStreamSynchronize(s), cudaSuccess);
+            test_ok(cuda_products_run(&p, call, false, &s, 0, &e), &e);
+        assert_int_equal(cudaStreamSynchronize(s.stream), cudaSuccess);
         for (int i = 0; i < 3; i++)
             for (int j = 0; j < 4; j++)
                 assert_true(fabsf(c[i][j] - expected[i][j]) < 1e-6f);
@@ -207,8 +206,8 @@ static void lists(void **state)
     cuda_products_free(&p);
     for (int i = 0; i < 3; i++)
         cudaFree(c[i]);
-    cublasDestroy(blas);
-    cudaStreamDestroy(s);
+    cublasDestroy(s.blas);
+    cudaStreamDestroy(s.stream);
     assert_int_equal(standin_left(), 0);
 }
 

@@ -81,7 +81,7 @@ static void reference_of_one_number(void **state)
         free(w);
     }
     expected /= sqrt(expected * expected + 1e-6);
-    assert_int_equal(host_reference(&m, 0, routes, 3, place, 1, in, &out, &e), 0);
+    assert_int_equal(host_reference(&m, 0, routes, 3, place, 1, in, NULL, &out, &e), 0);
     assert_true(fabs(out - expected) < 1e-12);
 }
 
@@ -95,7 +95,7 @@ static void tokens_without_experts_are_normalised(void **state)
     double out[48];
     struct err e = { 0 };
     host_input(&small, 0, 0, x);
-    assert_int_equal(host_reference(&small, 0, nothing, 1, place, 1, in, out, &e), 0);
+    assert_int_equal(host_reference(&small, 0, nothing, 1, place, 1, in, NULL, out, &e), 0);
     host_normalise(x, 48);
     assert_true(host_error(x, out, 48, &at) < 1e-6);
 }
@@ -133,8 +133,8 @@ static void mistakes_of_a_rank_are_noticed(void **state)
     struct err e = { 0 };
     host_input(&small, 0, 0, x[0]);
     host_input(&small, 0, 1, x[1]);
-    assert_int_equal(host_reference(&small, 0, routes, 4, place, 2, in, &right[0][0], &e), 0);
-    assert_int_equal(host_reference(&small, 0, swapped, 4, place, 2, in, &other[0][0], &e), 0);
+    assert_int_equal(host_reference(&small, 0, routes, 4, place, 2, in, NULL, &right[0][0], &e), 0);
+    assert_int_equal(host_reference(&small, 0, swapped, 4, place, 2, in, NULL, &other[0][0], &e), 0);
     for (int i = 0; i < 48; i++)
         got[i] = (float)right[0][i];
     assert_true(host_error(got, right[0], 48, &at) < 1e-6);
