@@ -10,7 +10,7 @@
 struct work {
     struct moe_batch batch;
     struct moe_bias bias;
-    float *scores; /* [T][E]; NULL for routers that route without */
+    float *scores; /* [T][E']; NULL for routers that route without */
     struct moe_routes routes;
     int32_t room;
 };
@@ -37,6 +37,17 @@ out:
     return j->err->code;
 }
 
+/* Experts that cost nothing: the policy says, which is opened for that alone. */
+static int count_free(struct eval_job *j, struct moe_batch *b)
+{
+    struct policy p;
+    if (j->plugin->ops.router.n_free && job_open_policy(j, &p) == 0) {
+        policy_n_free(&p, b->layer, &b->n_free);
+        policy_close(&p);
+    }
+    return j->err->code;
+}
+
 static int prepare(struct eval_job *j, struct work *w, struct moe_routes *recorded, struct moe_routes *previous)
 {
     const struct moe_router_ops *ops = &j->plugin->ops.router;
@@ -56,20 +67,20 @@ static int prepare(struct eval_job *j, struct work *w, struct moe_routes *record
     if (j->model.top_k == 0)
         return job_fail(j, "top_k", "is missing (--top-k K)");
     b->top_k = j->model.top_k;
-    int64_t n_experts = j->model.n_experts;
-    w->bias.add = job_has(j, "bias") ? job_floats(j, "bias", 1, &n_experts)
-                                     : job_alloc(j, (size_t)n_experts, sizeof *w->bias.add);
-    w->bias.scale = job_alloc(j, (size_t)n_experts, sizeof *w->bias.scale);
+    if (job_machine(j, 0) < 0 || !(b->device = job_token_devices(j, b->n_tokens)) || job_context(j) < 0 ||
+        count_free(j, b) < 0)
+        return j->err->code;
+    int64_t n_columns = j->model.n_experts + b->n_free;
+    w->bias.add = job_has(j, "bias") ? job_floats(j, "bias", 1, &n_columns)
+                                     : job_alloc(j, (size_t)n_columns, sizeof *w->bias.add);
+    w->bias.scale = job_alloc(j, (size_t)n_columns, sizeof *w->bias.scale);
     if (!w->bias.add || !w->bias.scale)
         return j->err->code;
-    for (int64_t e = 0; e < n_experts; e++)
+    for (int64_t e = 0; e < n_columns; e++)
         w->bias.scale[e] = 1;
-    if (ops->score && ops->select &&
-        !(w->scores = job_alloc(j, (size_t)b->n_tokens * (size_t)n_experts, sizeof *w->scores)))
-        return j->err->code;
-    if (job_machine(j, 0) < 0 || !(b->device = job_token_devices(j, b->n_tokens)))
-        return j->err->code;
-    return job_context(j);
+    if (ops->score && ops->select)
+        w->scores = job_alloc(j, (size_t)b->n_tokens * (size_t)n_columns, sizeof *w->scores);
+    return j->err->code;
 }
 
 int eval_router(struct eval_job *j, json_t *out)

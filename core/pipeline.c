@@ -71,9 +71,9 @@ static int check_routes(struct run *r, const struct moe_batch *b, const struct p
 static int route_layer(struct run *r, const struct moe_batch *b, struct moe_cost *sum)
 {
     const struct moe_router_ops *router = &r->router.plugin->ops.router;
-    const size_t n_experts = (size_t)r->model.n_experts;
+    const int32_t n_columns = r->model.n_experts + r->max_free;
     struct moe_cost own = { 0, 0, 0 };
-    for (size_t e = 0; e < n_experts; e++) {
+    for (int32_t e = 0; e < n_columns; e++) {
         r->bias.add[e] = 0;
         r->bias.scale[e] = 1;
     }
@@ -238,7 +238,7 @@ static int lay_out_layer(struct run *r, const struct moe_batch *b, const struct 
     r->graph.layer = b->layer;
     if (r->graph.keep_items &&
         (graph_keep_routes(&r->graph, &r->routes, b->device, r->err) < 0 ||
-         graph_keep_scores(&r->graph, r->gate_scores, r->model.n_experts, r->err) < 0))
+         graph_keep_scores(&r->graph, b->n_free == 0 ? r->gate_scores : NULL, r->model.n_experts, r->err) < 0))
         return r->err->code;
     if (step_lay_out_plain(r, b, own, shared) < 0 || pipeline_lay_out_experts(r, b, shared) < 0)
         return r->err->code;
@@ -342,6 +342,7 @@ int pipeline_step(struct run *r, int32_t step)
             return r->err->code;
         b.previous = layer > 0 ? &r->before : NULL;
         b.placement = &r->placed.view;
+        b.n_free = r->n_free[layer];
         if (route_layer(r, &b, &own) < 0)
             return r->err->code;
         count_experts(r, layer);

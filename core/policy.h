@@ -60,6 +60,9 @@ int policy_leave(struct policy *, const char *hook, int code);
 #define HOOK(p, kind, hook, ...)                                                                                      \
     (policy_enter((p), #hook), policy_leave((p), #hook, (p)->plugin->ops.kind.hook((p)->self, __VA_ARGS__)))
 
+/* Experts of a layer that cost nothing, as a router says; 0 without its hook. */
+int policy_n_free(struct policy *, int32_t layer, int32_t *n_free);
+
 /* Where a child process leaves a note of what it is doing, so that its parent can say whose fault a crash or a
  * loop was. The parent maps it shared; NULL: nobody wants to know. */
 struct policy_note { char kind[16], name[64], hook[32]; };

@@ -9,6 +9,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+enum { MAX_FREE = 1 << 16 }; /* ids stay small */
+
 int routes_reserve(struct moe_routes *r, int64_t n, struct err *e)
 {
     if (n <= r->capacity)
@@ -91,6 +93,22 @@ int routes_check(const struct moe_routes *r, int32_t n_experts, const char *who,
     }
     free(seen);
     return e->code;
+}
+
+int policy_n_free(struct policy *p, int32_t layer, int32_t *n_free)
+{
+    const struct moe_router_ops *ops = &p->plugin->ops.router;
+    *n_free = 0;
+    if (!ops->n_free)
+        return 0;
+    policy_enter(p, "n_free");
+    *n_free = ops->n_free(p->self, layer);
+    if (policy_leave(p, "n_free", *n_free < 0 ? *n_free : 0) < 0)
+        return p->context->err->code;
+    if (*n_free > MAX_FREE)
+        return err_set(p->context->err, ERR_INPUT, "router %s, layer %d: %d experts that cost nothing, expected at most "
+                       "%d", p->plugin->name, layer, *n_free, MAX_FREE);
+    return 0;
 }
 
 void placement_reset(struct placement *p)

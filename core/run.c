@@ -77,7 +77,7 @@ static const char *undriven_hook(const struct moe_plugin *p)
 {
     const struct moe_offload_ops *o = &p->ops.offload;
     switch (p->kind) {
-    case MOE_ROUTER: return p->ops.router.ahead ? "ahead" : p->ops.router.n_free ? "n_free" : NULL;
+    case MOE_ROUTER: return p->ops.router.ahead ? "ahead" : NULL;
     case MOE_BALANCER: return p->ops.balancer.loss ? "loss" : NULL;
     case MOE_OFFLOAD:
         return o->prefetch ? "prefetch" : o->assign ? "assign" : o->form ? "form" : o->precision ? "precision" : NULL;
@@ -171,9 +171,16 @@ static int open_policies(struct run *r, const json_t *spec)
 static int allocate(struct run *r)
 {
     size_t n_experts = (size_t)r->model.n_experts, n_devices = (size_t)r->topology->n_devices;
-    r->scores = malloc(sizeof *r->scores * (size_t)r->workload.n_tokens * n_experts);
-    r->bias.add = calloc(n_experts, sizeof *r->bias.add);
-    r->bias.scale = calloc(n_experts, sizeof *r->bias.scale);
+    r->n_free = calloc((size_t)r->model.n_layers, sizeof *r->n_free);
+    for (int32_t l = 0; r->n_free && l < r->model.n_layers; l++) {
+        if (policy_n_free(&r->router, l, &r->n_free[l]) < 0)
+            return r->err->code;
+        r->max_free = r->n_free[l] > r->max_free ? r->n_free[l] : r->max_free;
+    }
+    const size_t n_columns = n_experts + (size_t)r->max_free;
+    r->scores = malloc(sizeof *r->scores * (size_t)r->workload.n_tokens * n_columns);
+    r->bias.add = calloc(n_columns, sizeof *r->bias.add);
+    r->bias.scale = calloc(n_columns, sizeof *r->bias.scale);
     r->load = calloc(n_experts, sizeof *r->load);
     r->device_load = calloc(n_devices, sizeof *r->device_load);
     r->device_tokens = calloc(n_devices, sizeof *r->device_tokens);
@@ -184,7 +191,7 @@ static int allocate(struct run *r)
     r->placed_updated = calloc(n_devices, sizeof *r->placed_updated);
     r->needs_of = calloc((size_t)r->model.n_layers * N_PASSES * n_devices, sizeof *r->needs_of);
     r->turn = calloc((size_t)r->edp * r->context.n_objects, sizeof *r->turn);
-    if (!r->scores || !r->bias.add || !r->bias.scale || !r->load || !r->device_load || !r->device_tokens ||
+    if (!r->n_free || !r->scores || !r->bias.add || !r->bias.scale || !r->load || !r->device_load || !r->device_tokens ||
         !r->entry || !r->exit || !r->leaves || !r->needs_of || !r->placed_bytes || !r->placed_updated || !r->turn)
         return err_set(r->err, ERR_MEMORY, "out of memory for %d tokens x %d experts", r->workload.n_tokens,
                        r->model.n_experts);
@@ -341,6 +348,7 @@ void run_close(struct run *r)
     placement_free(&r->placed);
     placement_free(&r->chosen);
     free(r->token_slot);
+    free(r->n_free);
     free(r->scores);
     free(r->bias.add);
     free(r->bias.scale);

@@ -61,9 +61,11 @@ struct run {
     /* of the current layer */
     struct moe_routes routes, before; /* before: the same tokens one layer earlier */
     int32_t room_routes, room_before;
-    float *scores;             /* [T][E] room for a router's */
-    const float *gate_scores;  /* [T][E] what selection looked at: those, the trace's logits, or NULL */
-    struct moe_bias bias;      /* [E] */
+    int32_t *n_free;           /* [L] experts that cost nothing, as the router says */
+    int32_t max_free;          /* of them in any layer; E' = E + n_free */
+    float *scores;             /* [T][E'] room for a router's */
+    const float *gate_scores;  /* [T][E'] what selection looked at: those, the trace's logits, or NULL */
+    struct moe_bias bias;      /* [E'] */
     int32_t *to, *replica;     /* [n routes]; replica: in `placed`, the first shard of those that are the expert */
     int64_t room_to;
     int64_t *load;             /* [E] tokens routed to each expert */

@@ -154,7 +154,7 @@ undriven() # kind use
     run_expect 2 "x.lua:2: $1 bad: .*$3.* this version's pipeline" "$moelab" run x.lua --out undriven
     ok "... and nothing is written" test ! -e undriven
 }
-for use in ahead n_free; do undriven router $use "has hook $use,"; done
+undriven router ahead 'has hook ahead,'
 undriven balancer loss 'has hook loss,'
 for use in saliency similarity; do undriven placement $use "needs the $use of experts,"; done
 for use in prefetch assign form precision; do undriven offload $use "has hook $use,"; done

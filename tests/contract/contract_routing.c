@@ -23,12 +23,16 @@ static void bias_free(struct moe_bias b)
 static void route(struct policy *policy, const struct moe_batch *batch, struct moe_routes *out)
 {
     const struct moe_router_ops *ops = &policy->plugin->ops.router;
-    struct moe_bias bias = bias_new(batch->n_experts);
+    struct moe_batch with_free = *batch;
+    with_free.n_free = ops->n_free != NULL ? ops->n_free(policy->state, batch->layer) : 0;
+    assert_true(with_free.n_free >= 0);
+    batch = &with_free;
+    struct moe_bias bias = bias_new(batch->n_experts + batch->n_free);
     struct moe_cost own = {0, 0, 0};
     int rc;
     policy_routes_init(out, batch->n_tokens);
     if (ops->select != NULL) {
-        size_t n = (size_t)batch->n_tokens * (size_t)batch->n_experts;
+        size_t n = (size_t)batch->n_tokens * (size_t)(batch->n_experts + batch->n_free);
         float *scores = calloc(n + 1, sizeof *scores);
         assert_non_null(ops->score);
         rc = ops->score(policy->state, batch, scores, &own);
