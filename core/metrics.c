@@ -241,6 +241,29 @@ static int time_under_way(const struct moe_graph *g, enum traffic kinds, double 
     return 0;
 }
 
+static double per(double sum, int64_t n)
+{
+    return n > 0 ? sum / (double)n : NAN;
+}
+
+static void routing_figures(struct metrics *m, int32_t at)
+{
+    const struct routing_sums *r = &m->routing;
+    double *const *v = m->value;
+    v[METRIC_max_vio][at] = per(r->max_vio, r->n_layers);
+    v[METRIC_max_vio_global][at] = r->n_layers > 0 ? r->max_vio_global : NAN;
+    v[METRIC_load_cv][at] = per(r->cv, r->n_layers);
+    v[METRIC_load_gini][at] = per(r->gini, r->n_layers);
+    v[METRIC_load_entropy][at] = per(r->entropy, r->n_layers);
+    v[METRIC_fluctuation][at] = per(r->fluctuation, r->n_fluctuation);
+    v[METRIC_routes][at] = r->chosen > 0 ? (double)r->chosen : NAN;
+    v[METRIC_dropped][at] = per((double)r->dropped, r->chosen);
+    v[METRIC_added][at] = per((double)r->added, r->chosen);
+    v[METRIC_experts_per_token][at] = per((double)r->computed, r->tokens);
+    v[METRIC_agreement][at] = per((double)r->agreed, r->compared);
+    v[METRIC_flops_per_token][at] = per(r->flops * r->n_layers, r->tokens);
+}
+
 int metrics_step(struct metrics *m, const struct moe_graph *g, const struct topology *t, int32_t n_tokens,
                  double seconds, double joules, struct err *e)
 {
@@ -303,10 +326,8 @@ int metrics_step(struct metrics *m, const struct moe_graph *g, const struct topo
     v[METRIC_migration_s][at] = migration;
     v[METRIC_collective_s][at] = collective > 0 ? collective : NAN;
     v[METRIC_other_s][at] = other > 0 ? other : NAN;
-    v[METRIC_imbalance][at] = m->n_layers > 0 ? m->imbalance_sum / m->n_layers : NAN;
-    v[METRIC_max_vio][at] = m->n_layers > 0 ? m->max_vio_sum / m->n_layers : NAN;
-    v[METRIC_routes][at] = m->routed > 0 ? (double)m->routed : NAN;
-    v[METRIC_dropped][at] = m->routed > 0 ? 1 - (double)m->kept / (double)m->routed : NAN;
+    v[METRIC_imbalance][at] = per(m->imbalance_sum, m->routing.n_layers);
+    routing_figures(m, at);
     v[METRIC_intra_node_bytes][at] = intra;
     v[METRIC_inter_node_bytes][at] = inter;
     v[METRIC_accesses][at] = m->accesses > 0 ? (double)m->accesses : NAN;
@@ -348,9 +369,11 @@ int metrics_end_step(struct metrics *m, int32_t n, struct err *e)
             m->spread[i] += (quantile(sorted, n, 0.75) - quantile(sorted, n, 0.25)) / *value;
         m->n_spread += i == 0;
     }
-    m->imbalance_sum = m->max_vio_sum = m->loaded_bytes = 0;
-    m->n_layers = 0;
-    m->routed = m->kept = m->accesses = m->hits = 0;
+    if (m->n_steps > 1) /* one value, of all steps */
+        m->value[METRIC_max_vio_global][m->n_steps - 2] = NAN;
+    m->imbalance_sum = m->loaded_bytes = 0;
+    m->routing = (struct routing_sums){ 0 };
+    m->accesses = m->hits = 0;
     free(sorted);
     return 0;
 }
@@ -361,7 +384,8 @@ static int denominator(int metric)
     switch (metric) {
     case METRIC_over_bound: return METRIC_bound_s;
     case METRIC_tokens_per_s: return METRIC_step_s;
-    case METRIC_dropped: return METRIC_routes;
+    case METRIC_dropped:
+    case METRIC_added: return METRIC_routes;
     case METRIC_hit_rate: return METRIC_accesses;
     default: return N_METRICS;
     }

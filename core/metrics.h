@@ -28,8 +28,17 @@
     M(migration_s, "s", "time in which weights moved to their new devices")                                           \
     M(imbalance, "", "largest / mean rows computed per device, mean over layers")                                     \
     M(max_vio, "", "largest / mean tokens per expert - 1, mean over layers")                                          \
+    M(max_vio_global, "", "the same of the loads of all steps added up, mean over layers; one value, after the last") \
+    M(load_cv, "", "coefficient of variation of experts' tokens, mean over layers")                                   \
+    M(load_gini, "", "Gini coefficient of experts' tokens, mean over layers; 0 where all have as many")               \
+    M(load_entropy, "", "entropy of experts' shares of tokens / ln(experts), mean over layers; 1 where all are equal")\
+    M(fluctuation, "", "half the sum of changes of experts' shares of tokens since the step before, mean over layers")\
     M(routes, "", "(token, expert) pairs that the router chose, summed over layers")                                  \
-    M(dropped, "", "share of routes that a balancer dropped")                                                         \
+    M(dropped, "", "share of those that a balancer took away")                                                        \
+    M(added, "", "pairs that a balancer added / pairs that the router chose")                                         \
+    M(experts_per_token, "", "experts that compute a token, mean over tokens and layers; those that cost nothing left out")\
+    M(agreement, "", "share of the router's choices that are among the K highest logits, where there are logits")     \
+    M(flops_per_token, "FLOP", "of experts, shared experts, gate, router and balancers, per token, summed over layers")\
     M(intra_node_bytes, "B", "bytes exchanged between devices of one node")                                           \
     M(inter_node_bytes, "B", "bytes exchanged between nodes")                                                         \
     M(accesses, "", "expert accesses: one per device, layer and expert with rows")                                    \
@@ -48,14 +57,23 @@ enum metric {
 struct metric_info { const char *name, *unit, *help; };
 extern const struct metric_info metric_info[N_METRICS];
 
+/* Of the layers of one step: routing_metrics.c. */
+struct routing_sums {
+    double max_vio, cv, gini, entropy, fluctuation, flops;
+    double max_vio_global;           /* of all steps so far, after the last layer */
+    int32_t n_layers, n_fluctuation; /* layers that were added up */
+    int64_t tokens, chosen, dropped, added, computed; /* layers' tokens; pairs */
+    int64_t compared, agreed;        /* choices where there are logits; those among the K highest */
+};
+
 struct metrics {
     double *value[N_METRICS]; /* [n_steps], NaN where a figure does not apply */
     double spread[N_METRICS]; /* between quartiles of what was measured several times / its median, summed over steps */
     int32_t n_steps, room, n_spread; /* n_spread: steps that were */
     /* added up by the stages while a step is built */
-    double imbalance_sum, max_vio_sum;
-    int32_t n_layers;
-    int64_t routed, kept, accesses, hits;
+    double imbalance_sum;
+    struct routing_sums routing;
+    int64_t accesses, hits;
     double loaded_bytes;
     double decide_s; /* of this step; 0: it is not told */
 };

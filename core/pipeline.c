@@ -68,6 +68,14 @@ static int check_routes(struct run *r, const struct moe_batch *b, const struct p
     return routes_check(&r->routes, moe_experts_of(&r->model, b->layer), who, r->err);
 }
 
+static bool rewrites(const struct run *r)
+{
+    bool any = false;
+    for (int i = 0; i < r->n_balancers; i++)
+        any |= r->balancer[i].plugin->ops.balancer.rewrite != NULL;
+    return any;
+}
+
 static int route_layer(struct run *r, const struct moe_batch *b, struct moe_cost *sum)
 {
     const struct moe_router_ops *router = &r->router.plugin->ops.router;
@@ -96,7 +104,8 @@ static int route_layer(struct run *r, const struct moe_batch *b, struct moe_cost
         HOOK(&r->router, router, route, b, &r->bias, &r->routes, &own);
     if (r->err->code || pipeline_charge(r, &r->router, &own, sum) < 0 || check_routes(r, b, &r->router) < 0)
         return r->err->code;
-    r->metrics.routed += r->routes.n;
+    if (routing_chosen(&r->routing, b, &r->routes, rewrites(r), &r->metrics.routing, r->err) < 0)
+        return r->err->code;
     for (int i = 0; i < r->n_balancers; i++) {
         struct moe_cost each = { 0, 0, 0 };
         if (!r->balancer[i].plugin->ops.balancer.rewrite)
@@ -106,25 +115,28 @@ static int route_layer(struct run *r, const struct moe_batch *b, struct moe_cost
             check_routes(r, b, &r->balancer[i]) < 0)
             return r->err->code;
     }
-    r->metrics.kept += r->routes.n;
+    routing_rewritten(&r->routing, &r->routes, &r->metrics.routing);
     return 0;
 }
 
-/* Tokens per expert, before anything is placed. */
-static void count_experts(struct run *r, int32_t layer)
+/* Tokens per expert, before anything is placed; what a token costs. */
+static void count_experts(struct run *r, const struct moe_batch *b, const struct moe_cost *own)
 {
-    const int32_t n_experts = moe_experts_of(&r->model, layer);
-    int64_t most = 0, sum = 0;
+    const int32_t n_experts = moe_experts_of(&r->model, b->layer);
+    const double gate = r->router.plugin->needs & MOE_OWN_GATE ? 0 : 2.0 * r->model.d_model * n_experts;
+    int64_t n = 0;
     memset(r->load, 0, sizeof *r->load * (size_t)r->model.n_experts);
     for (int64_t i = 0; i < r->routes.n; i++)
-        if (r->routes.expert[i] < n_experts) /* the others are null, zero, copy, constant */
+        if (r->routes.expert[i] < n_experts) { /* the others are null, zero, copy, constant */
             r->load[r->routes.expert[i]]++;
-    for (int32_t e = 0; e < n_experts; e++) {
-        most = r->load[e] > most ? r->load[e] : most;
-        sum += r->load[e];
-    }
-    r->metrics.max_vio_sum += sum > 0 ? (double)most * n_experts / (double)sum - 1 : 0;
-    r->metrics.n_layers++;
+            n++;
+        }
+    routing_layer(&r->routing, b->layer, n_experts, r->load, &r->metrics.routing);
+    r->metrics.routing.computed += n;
+    r->metrics.routing.tokens += b->n_tokens;
+    r->metrics.routing.flops += own->flops + b->n_tokens * gate +
+                                6.0 * r->model.d_model * r->model.d_expert *
+                                    ((double)n + (double)b->n_tokens * r->model.n_shared);
 }
 
 static void count_devices(struct run *r)
@@ -345,7 +357,7 @@ int pipeline_step(struct run *r, int32_t step)
         b.n_free = r->n_free[layer];
         if (route_layer(r, &b, &own) < 0)
             return r->err->code;
-        count_experts(r, layer);
+        count_experts(r, &b, &own);
         if (placement_assign(r, &b, &own) < 0)
             return r->err->code;
         count_devices(r);
@@ -356,6 +368,7 @@ int pipeline_step(struct run *r, int32_t step)
             return r->err->code;
         keep_as_previous(r);
     }
+    routing_step(&r->routing, r->model.n_layers, &r->metrics.routing);
     if (step_lay_out_head(r) < 0 || (r->trained && train_lay_out(r, step) < 0))
         return r->err->code;
     if (r->recording)

@@ -106,8 +106,8 @@ int policy_n_free(struct policy *p, int32_t layer, int32_t *n_free)
     if (policy_leave(p, "n_free", *n_free < 0 ? *n_free : 0) < 0)
         return p->context->err->code;
     if (*n_free > MAX_FREE)
-        return err_set(p->context->err, ERR_INPUT, "router %s, layer %d: %d experts that cost nothing, expected at most "
-                       "%d", p->plugin->name, layer, *n_free, MAX_FREE);
+        return err_set(p->context->err, ERR_INPUT, "router %s, layer %d: %d experts that cost nothing, expected at "
+                       "most %d", p->plugin->name, layer, *n_free, MAX_FREE);
     return 0;
 }
 

@@ -191,8 +191,11 @@ static int allocate(struct run *r)
     r->placed_updated = calloc(n_devices, sizeof *r->placed_updated);
     r->needs_of = calloc((size_t)r->model.n_layers * N_PASSES * n_devices, sizeof *r->needs_of);
     r->turn = calloc((size_t)r->edp * r->context.n_objects, sizeof *r->turn);
-    if (!r->n_free || !r->scores || !r->bias.add || !r->bias.scale || !r->load || !r->device_load || !r->device_tokens ||
-        !r->entry || !r->exit || !r->leaves || !r->needs_of || !r->placed_bytes || !r->placed_updated || !r->turn)
+    if (routing_metrics_open(&r->routing, r->model.n_layers, r->model.n_experts, r->err) < 0)
+        return r->err->code;
+    if (!r->n_free || !r->scores || !r->bias.add || !r->bias.scale || !r->load || !r->device_load ||
+        !r->device_tokens || !r->entry || !r->exit || !r->leaves || !r->needs_of || !r->placed_bytes ||
+        !r->placed_updated || !r->turn)
         return err_set(r->err, ERR_MEMORY, "out of memory for %d tokens x %d experts", r->workload.n_tokens,
                        r->model.n_experts);
     return 0;
@@ -263,6 +266,7 @@ static int record_accesses(struct run *r)
     }
     r->recording = false;
     metrics_free(&r->metrics);
+    routing_metrics_forget(&r->routing);
     r->decisions = UINT64_C(0xcbf29ce484222325);
     memset(r->turn, 0, sizeof *r->turn * (size_t)r->edp * r->context.n_objects);
     r->n_migration = 0;
@@ -285,8 +289,10 @@ int run_go(struct run *r)
     for (int32_t step = 0; step < r->workload.n_steps; step++) {
         if (pipeline_step(r, step) < 0)
             return r->err->code;
-        if (step + 1 == r->n_warmup)
+        if (step + 1 == r->n_warmup) {
             metrics_free(&r->metrics);
+            routing_metrics_forget(&r->routing);
+        }
         step_done(r);
     }
     return 0;
@@ -348,6 +354,7 @@ void run_close(struct run *r)
     placement_free(&r->placed);
     placement_free(&r->chosen);
     free(r->token_slot);
+    routing_metrics_close(&r->routing);
     free(r->n_free);
     free(r->scores);
     free(r->bias.add);

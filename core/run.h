@@ -10,6 +10,7 @@
 #include "machine.h"
 #include "metrics.h"
 #include "policy.h"
+#include "routing_metrics.h"
 #include "workload.h"
 
 enum { MAX_BALANCERS = 8 };
@@ -57,6 +58,7 @@ struct run {
     struct moe_graph graph;
     struct tally tally;        /* of the layer's exchanges */
     struct metrics metrics;
+    struct routing_metrics routing;
 
     /* of the current layer */
     struct moe_routes routes, before; /* before: the same tokens one layer earlier */

@@ -136,8 +136,11 @@ static void step_figures(void **state)
     (void)state;
     struct topology *t = test_links_alone("dgx-h100", 2);
     struct moe_graph g = { .n_devices = 16 };
-    struct metrics m = { .imbalance_sum = 3, .max_vio_sum = 1, .n_layers = 2, .routed = 100, .kept = 75,
-                         .accesses = 10, .hits = 4, .loaded_bytes = 6e6 };
+    struct metrics m = { .imbalance_sum = 3, .accesses = 10, .hits = 4,
+                         .loaded_bytes = 6e6, .routing = { .max_vio = 1, .cv = 3, .gini = 0.5, .entropy = 1.5,
+                             .fluctuation = 0.25, .n_fluctuation = 1, .max_vio_global = 0.125, .n_layers = 2,
+                             .tokens = 40, .flops = 2000, .chosen = 100, .dropped = 25, .added = 5, .computed = 80,
+                             .compared = 50, .agreed = 45 } };
     struct err e = { 0 };
     struct moe_work attention = { 3, 0, MOE_OP_ATTENTION, 0, test_h100_bytes(10 * US), false };
     graph_compute(&g, &attention, &e);
@@ -170,7 +173,17 @@ static void step_figures(void **state)
     FIGURE(experts_s, 0);
     FIGURE(imbalance, 1.5);
     FIGURE(max_vio, 0.5);
+    FIGURE(max_vio_global, 0.125);
+    FIGURE(load_cv, 1.5);
+    FIGURE(load_gini, 0.25);
+    FIGURE(load_entropy, 0.75);
+    FIGURE(fluctuation, 0.25);
+    FIGURE(routes, 100);
     FIGURE(dropped, 0.25);
+    FIGURE(added, 0.05);
+    FIGURE(experts_per_token, 2);
+    FIGURE(agreement, 0.9);
+    FIGURE(flops_per_token, 100); /* 2000 of 20 tokens */
     FIGURE(hit_rate, 0.4);
     FIGURE(loaded_bytes, 6e6);
     FIGURE(intra_node_bytes, 36e3);
@@ -182,6 +195,7 @@ static void step_figures(void **state)
     assert_int_equal(m.accesses, 0); /* counted anew in the next step */
     test_ok(metrics_step(&m, &g, t, 300, seconds, 6, &e), &e);
     assert_true(isnan(m.value[METRIC_energy_j][0]) && isnan(m.value[METRIC_j_per_token][0]));
+    assert_true(isnan(m.value[METRIC_max_vio_global][1]) && isnan(m.value[METRIC_agreement][1]));
     assert_near(m.value[METRIC_energy_j][1], 6, 0);
     assert_near(m.value[METRIC_j_per_token][1], 0.02, 1e-12);
     assert_true(isnan(m.value[METRIC_hit_rate][1]) && isnan(m.value[METRIC_dropped][1]));
@@ -198,7 +212,7 @@ static void medians(void **state)
     static const double us[] = { 100, 10, 7, 9, 6 };
     struct topology *t = test_machine("dgx-h100", 1);
     struct moe_graph g = { .n_devices = 8 };
-    struct metrics m = { .routed = 4, .kept = 4 };
+    struct metrics m = { .routing = { .chosen = 4 } };
     struct err e = { 0 };
     test_compute(&g, 0, 0, 5 * US);
     test_run_graph(t, NET_EXACT, &g);
