@@ -78,7 +78,7 @@ static int prepare(struct eval_job *j, struct work *w, struct moe_routes *record
         return j->err->code;
     for (int64_t e = 0; e < n_columns; e++)
         w->bias.scale[e] = 1;
-    if (ops->score && ops->select)
+    if (ops->score && ops->select && (!ops->route || job_has(j, "bias"))) /* as in a run */
         w->scores = job_alloc(j, (size_t)b->n_tokens * (size_t)n_columns, sizeof *w->scores);
     return j->err->code;
 }

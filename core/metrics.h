@@ -36,7 +36,7 @@
     M(routes, "", "(token, expert) pairs that the router chose, summed over layers")                                  \
     M(dropped, "", "share of those that a balancer took away")                                                        \
     M(added, "", "pairs that a balancer added / pairs that the router chose")                                         \
-    M(experts_per_token, "", "experts that compute a token, mean over tokens and layers; those that cost nothing left out")\
+    M(experts_per_token, "", "experts that compute a token, mean over layers; those that cost nothing left out")      \
     M(agreement, "", "share of the router's choices that are among the K highest logits, where there are logits")     \
     M(flops_per_token, "FLOP", "of experts, shared experts, gate, router and balancers, per token, summed over layers")\
     M(intra_node_bytes, "B", "bytes exchanged between devices of one node")                                           \

@@ -23,6 +23,9 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
 
 #ifdef __cplusplus
 extern "C" {
@@ -443,7 +446,8 @@ struct moe_router_ops {
     /* Optional: experts of a layer that cost nothing and follow the model's own. E' = E + n_free below. */
     int32_t (*n_free)(void *self, int32_t layer);
     /* Per layer and batch. Either route, or score and select, is required. With score and select the core lets
-     * balancers see the scores in between. scores: [T][E'], out; own: may be left at zero. */
+     * balancers see the scores in between. With all three it calls route where nobody asks for scores; that has to
+     * choose as they do, equal scores apart. scores: [T][E'], out; own: may be left at zero. */
     int (*score)(void *self, const struct moe_batch *, float *scores, struct moe_cost *own);
     /* Picks experts on scale * score + add (never one whose add is -INFINITY: it does not exist); weights come from the
      * scores alone. The core has the last word on validity: ids unique per token and < E + n_free, weights finite. */
@@ -545,21 +549,90 @@ static inline double moe_expert_bytes(const struct moe_model *m)
     return 3.0 * m->d_model * m->d_expert * m->weight_bytes;
 }
 
+#if defined(__GNUC__)
+/* Four at a time, in operations that round alike on every processor. */
+typedef float moe_f4 __attribute__((vector_size(16), aligned(4), may_alias));
+typedef int32_t moe_i4 __attribute__((vector_size(16), aligned(4), may_alias));
+
+/* e^x of x <= 0 within 2e-7 of it; 0 below -87. */
+static inline moe_f4 moe_exp4(moe_f4 x)
+{
+    const moe_f4 round = {0x1.8p23f, 0x1.8p23f, 0x1.8p23f, 0x1.8p23f}; /* adding it leaves an integer in the low bits */
+    const moe_f4 n = x * 0x1.715476p0f + round, whole = n - round;
+    const moe_f4 r = (x - whole * 0x1.62e4p-1f) - whole * 0x1.7f7d1cp-20f; /* x - whole ln 2, |r| <= ln 2 / 2 */
+    moe_f4 p = r * 0x1.6d4328p-10f + 0x1.120b74p-7f;
+    p = p * r + 0x1.5554eap-5f;
+    p = p * r + 0x1.5554dcp-3f;
+    p = (p * r + 0.5f) * (r * r) + r + 1.0f;
+    return (moe_f4)(((moe_i4)p + ((moe_i4)n << 23)) & (moe_i4)(x >= -87.0f));
+}
+
+/* e^(x[i] - top) of x[0..n) into y; their sum. */
+static inline float moe_exp_sum(const float *x, int32_t n, float top, float *y)
+{
+    moe_f4 sums = {0, 0, 0, 0};
+    int32_t i = 0;
+    for (; i + 4 <= n; i += 4)
+        sums += *(moe_f4 *)(y + i) = moe_exp4(*(const moe_f4 *)(x + i) - top);
+    if (i < n) {
+        moe_f4 rest = {top - 100, top - 100, top - 100, top - 100};
+        for (int32_t l = 0; i + l < n; l++)
+            rest[l] = x[i + l];
+        sums += rest = moe_exp4(rest - top);
+        for (int32_t l = 0; i + l < n; l++)
+            y[i + l] = rest[l];
+    }
+    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+#else
+static inline float moe_exp_sum(const float *x, int32_t n, float top, float *y)
+{
+    float sum = 0;
+    for (int32_t i = 0; i < n; i++)
+        sum += y[i] = expf(x[i] - top);
+    return sum;
+}
+#endif
+
+/* The largest of x[0..n), n > 0. */
+static inline float moe_largest(const float *x, int32_t n)
+{
+    float top = x[0];
+    int32_t i = 0;
+#if defined(__SSE2__)
+    if (n >= 16) {
+        __m128 a = _mm_loadu_ps(x), b = _mm_loadu_ps(x + 4), c = _mm_loadu_ps(x + 8), d = _mm_loadu_ps(x + 12);
+        for (i = 16; i + 16 <= n; i += 16) {
+            a = _mm_max_ps(a, _mm_loadu_ps(x + i));
+            b = _mm_max_ps(b, _mm_loadu_ps(x + i + 4));
+            c = _mm_max_ps(c, _mm_loadu_ps(x + i + 8));
+            d = _mm_max_ps(d, _mm_loadu_ps(x + i + 12));
+        }
+        a = _mm_max_ps(_mm_max_ps(a, b), _mm_max_ps(c, d));
+        a = _mm_max_ps(a, _mm_movehl_ps(a, a));
+        top = _mm_cvtss_f32(_mm_max_ps(a, _mm_shuffle_ps(a, a, 1)));
+    }
+#endif
+    for (; i < n; i++)
+        top = x[i] > top ? x[i] : top;
+    return top;
+}
+
 /* softmax of x[0..n) into y; safe for large values; y may be x. */
 static inline void moe_softmax(const float *x, int32_t n, float *y)
 {
-    float top = x[0], sum = 0;
-    for (int32_t i = 1; i < n; i++)
-        if (x[i] > top)
-            top = x[i];
-    for (int32_t i = 0; i < n; i++)
-        sum += y[i] = expf(x[i] - top);
-    for (int32_t i = 0; i < n; i++)
-        y[i] /= sum;
+    const float scale = 1 / moe_exp_sum(x, n, moe_largest(x, n), y);
+    int32_t i = 0;
+#if defined(__GNUC__)
+    for (; i + 4 <= n; i += 4)
+        *(moe_f4 *)(y + i) *= scale;
+#endif
+    for (; i < n; i++)
+        y[i] *= scale;
 }
 
-/* Indices of the k largest of x[0..n), largest first, ties to the lower index. O(n k): meant for k << n. */
-static inline void moe_top_k(const float *x, int32_t n, int32_t k, int32_t *index)
+/* As moe_top_k(), by insertion: O(n k) at worst, meant for k << n. */
+static inline void moe_top_k_plain(const float *x, int32_t n, int32_t k, int32_t *index)
 {
     int32_t have = 0;
     for (int32_t i = 0; i < n; i++) {
@@ -570,6 +643,91 @@ static inline void moe_top_k(const float *x, int32_t n, int32_t k, int32_t *inde
             index[at] = index[at - 1];
         index[at] = i;
     }
+}
+
+#if defined(__SSE2__)
+/* Bits of the 16 elements from x on that are at least `bound`. */
+static inline uint64_t moe_reach16(const float *x, __m128 bound)
+{
+    const __m128i a = _mm_castps_si128(_mm_cmpge_ps(_mm_loadu_ps(x), bound));
+    const __m128i b = _mm_castps_si128(_mm_cmpge_ps(_mm_loadu_ps(x + 4), bound));
+    const __m128i c = _mm_castps_si128(_mm_cmpge_ps(_mm_loadu_ps(x + 8), bound));
+    const __m128i d = _mm_castps_si128(_mm_cmpge_ps(_mm_loadu_ps(x + 12), bound));
+    return (unsigned)_mm_movemask_epi8(_mm_packs_epi16(_mm_packs_epi32(a, b), _mm_packs_epi32(c, d)));
+}
+
+/* How many of n values, 16 times a number, are larger. */
+static inline int32_t moe_larger(const float *value, int32_t n, float than)
+{
+    const __m128 own = _mm_set1_ps(than);
+    __m128i count = _mm_setzero_si128(); /* downwards */
+    for (int32_t j = 0; j < n; j += 16) {
+        const __m128i a = _mm_castps_si128(_mm_cmpgt_ps(_mm_loadu_ps(value + j), own));
+        const __m128i b = _mm_castps_si128(_mm_cmpgt_ps(_mm_loadu_ps(value + j + 4), own));
+        const __m128i c = _mm_castps_si128(_mm_cmpgt_ps(_mm_loadu_ps(value + j + 8), own));
+        const __m128i d = _mm_castps_si128(_mm_cmpgt_ps(_mm_loadu_ps(value + j + 12), own));
+        count = _mm_add_epi32(count, _mm_add_epi32(_mm_add_epi32(a, b), _mm_add_epi32(c, d)));
+    }
+    count = _mm_add_epi32(count, _mm_shuffle_epi32(count, 0x4e));
+    return -_mm_cvtsi128_si32(_mm_add_epi32(count, _mm_shuffle_epi32(count, 0xb1)));
+}
+
+/* As moe_top_k(), with few branches. The least of 8 (or 16) running maxima is a bound that as many elements reach; those that
+ * do, some 22 (54) of them, are then ranked against each other. n >= 64, k <= 16; false: too
+ * many reach it, or equals are among the first k. */
+static inline bool moe_top_k_fast(const float *x, int32_t n, int32_t k, int32_t *index)
+{
+    enum { FEW = 32, ROOM = 128 };
+    __m128 a = _mm_loadu_ps(x), b = _mm_loadu_ps(x + 4), c = _mm_loadu_ps(x + 8), d = _mm_loadu_ps(x + 12);
+    float value[ROOM];
+    int32_t id[ROOM], at[ROOM], n_ids = 0, i = 16;
+    for (; i + 16 <= n; i += 16) {
+        a = _mm_max_ps(a, _mm_loadu_ps(x + i));
+        b = _mm_max_ps(b, _mm_loadu_ps(x + i + 4));
+        c = _mm_max_ps(c, _mm_loadu_ps(x + i + 8));
+        d = _mm_max_ps(d, _mm_loadu_ps(x + i + 12));
+    }
+    a = k <= 8 ? _mm_min_ps(_mm_max_ps(a, b), _mm_max_ps(c, d)) : _mm_min_ps(_mm_min_ps(a, b), _mm_min_ps(c, d));
+    a = _mm_min_ps(a, _mm_movehl_ps(a, a));
+    a = _mm_min_ps(a, _mm_shuffle_ps(a, a, 1));
+    const __m128 bound = _mm_shuffle_ps(a, a, 0);
+    for (i = 0; i < n; i += 64) {
+        uint64_t reach = 0;
+        if (i + 64 <= n)
+            reach = moe_reach16(x + i, bound) | moe_reach16(x + i + 16, bound) << 16 |
+                    moe_reach16(x + i + 32, bound) << 32 | moe_reach16(x + i + 48, bound) << 48;
+        for (int32_t j = i; i + 64 > n && j < n; j++)
+            reach |= (uint64_t)(x[j] >= _mm_cvtss_f32(bound)) << (j - i);
+        if (n_ids > ROOM - 64)
+            return false;
+        for (; reach != 0; reach &= reach - 1)
+            id[n_ids++] = i + __builtin_ctzll(reach);
+    }
+    for (i = 0; i < n_ids; i++)
+        value[i] = x[id[i]];
+    for (; i < FEW || i % 16 != 0; i++)
+        value[i] = -INFINITY;
+    for (i = 0; i < k; i++)
+        at[i] = -1;
+    for (i = n_ids - 1; i >= 0; i--) /* of equals, which have one rank, the first stays */
+        at[n_ids <= FEW ? moe_larger(value, FEW, value[i]) : moe_larger(value, (n_ids + 15) & ~15, value[i])] = id[i];
+    int32_t least = 0;
+    for (i = 0; i < k; i++) {
+        index[i] = at[i];
+        least = at[i] < least ? at[i] : least;
+    }
+    return least == 0;
+}
+#endif
+
+/* Indices of the k largest of x[0..n), none NaN; largest first, ties to the lower index. */
+static inline void moe_top_k(const float *x, int32_t n, int32_t k, int32_t *index)
+{
+#if defined(__SSE2__)
+    if (n >= 64 && k <= 16 && moe_top_k_fast(x, n, k, index))
+        return;
+#endif
+    moe_top_k_plain(x, n, k, index);
 }
 
 #ifdef __cplusplus

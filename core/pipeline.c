@@ -76,6 +76,15 @@ static bool rewrites(const struct run *r)
     return any;
 }
 
+/* Somebody looks at scores: a balancer, the offload policy, or a machine that chooses again. */
+static bool scores_wanted(const struct run *r)
+{
+    bool any = (r->offload.plugin->needs & MOE_NEEDS_SCORES) || r->graph.keep_scores;
+    for (int i = 0; i < r->n_balancers; i++)
+        any |= r->balancer[i].plugin->ops.balancer.rewrite || r->balancer[i].plugin->ops.balancer.adjust;
+    return any;
+}
+
 static int route_layer(struct run *r, const struct moe_batch *b, struct moe_cost *sum)
 {
     const struct moe_router_ops *router = &r->router.plugin->ops.router;
@@ -85,7 +94,7 @@ static int route_layer(struct run *r, const struct moe_batch *b, struct moe_cost
         r->bias.add[e] = 0;
         r->bias.scale[e] = 1;
     }
-    bool scored = router->score && router->select;
+    bool scored = router->score && router->select && (!router->route || scores_wanted(r));
     if (scored && HOOK(&r->router, router, score, b, r->scores, &own) < 0)
         return r->err->code;
     const float *scores = r->gate_scores = scored ? r->scores : b->router_logits;

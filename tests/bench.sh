@@ -9,7 +9,7 @@ tool=${BENCH_TOOL:-tests/bench_tool}
 net=${BENCH_NET:-tests/bench_net}
 dir=$(mktemp -d) || exit 2
 trap 'rm -rf "$dir"' EXIT
-"$tool" inputs "$dir" || exit 2
+read_ns=$("$tool" inputs "$dir") || exit 2
 
 json() { # key: its number in the JSON on standard input
   sed -n "s/.*\"$1\": *\([-0-9.e+]*\).*/\1/p" | head -n 1
@@ -41,6 +41,19 @@ for policy in lru:100 belady:20; do
     "$("$moelab" eval offload "${policy%:*}" --keys "$dir/zipf.npy" --capacity 1536 --repeat 5 |
         json requests_per_s | awk '{ print $1 / 1e6 }')"
 done
+
+# Routers on 8,192 tokens x 256 experts, k = 8: with what a token costs and what reading its logits alone does.
+router() { # name, ns, options...
+  local name=$1 target=$2 ns
+  shift 2
+  ns=$("$moelab" eval router "$name" --logits "$dir/logits.npy" --top-k 8 --repeat 9 "$@" | json seconds |
+      awk '{ print 1e9 * $1 / 8192 }')
+  line "router $name, 256 experts, k = 8" "<$target" ns/token "$ns"
+  awk -v ns="${ns:-0}" -v read="$read_ns" 'BEGIN {
+    if (ns > 0) printf "    %.3g M tokens/s, %.3g GB/s of logits; reading them takes %.3g ns a token, %.3g GB/s\n",
+      1e3 / ns, 1024 / ns, read, 1024 / read }'
+}
+router softmax-top-k 150
 
 # Network: what peers take for the same work (user s, MB; peers were measured on two shared cores of a server).
 exchange() { # what, tier, traffic, N, s, MB, peers: the best time and memory of three

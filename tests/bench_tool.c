@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  * bench_tool inputs DIR - writes what tests/bench.sh measures on: zipf.npy (the standard request stream of
- *   tests/unit/zipf.h) and eplb.json (58 layers x 256 experts with log-normal loads, 288 replicas, 32 devices).
+ *   tests/unit/zipf.h), eplb.json (58 layers x 256 experts with log-normal loads, 288 replicas, 32 devices) and
+ *   logits.npy (8,192 tokens x 256 experts); prints how many ns a token's logits take to be read and added up.
  * bench_tool cost COMMAND... - runs the command; prints how many seconds it took and the most memory that one of its
  *   processes held at a time, in MB. */
 #include "config.h"
@@ -58,10 +59,44 @@ static int write_eplb(const char *dir, struct err *e)
     return fclose(f) == 0 ? 0 : err_set(e, ERR_IO, "cannot write %s", path);
 }
 
+static double now_s(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+enum { TOKENS = 8192, EXPERTS = 256 };
+
+static int write_logits(const char *dir, struct err *e)
+{
+    const int64_t shape[2] = { TOKENS, EXPERTS }, n = TOKENS * EXPERTS;
+    char path[600];
+    float *logit = malloc(sizeof *logit * (size_t)n), sum = 0;
+    double best = INFINITY;
+    if (!logit)
+        return err_set(e, ERR_MEMORY, "out of memory for %d x %d logits", TOKENS, EXPERTS);
+    for (int64_t i = 0; i < n; i++)
+        logit[i] = (float)log(load_of((uint64_t)i) + 1);
+    snprintf(path, sizeof path, "%s/logits.npy", dir);
+    npy_write(path, "f4", 2, shape, logit, e);
+    for (int i = 0; i < 5; i++) {
+        const double began = now_s();
+        float part[16] = { 0 };
+        for (int64_t j = 0; j < n; j += 16)
+            for (int l = 0; l < 16; l++)
+                part[l] += logit[j + l];
+        sum += part[i];
+        best = fmin(best, now_s() - began);
+    }
+    printf("%.4g\n", sum > 0 ? 1e9 * best / TOKENS : 0);
+    free(logit);
+    return e->code;
+}
+
 static int print_cost(char **command)
 {
-    struct timespec began, ended;
-    clock_gettime(CLOCK_MONOTONIC, &began);
+    const double began = now_s();
     pid_t pid = fork();
     if (pid == 0) {
         if (freopen("/dev/null", "w", stdout))
@@ -74,9 +109,7 @@ static int print_cost(char **command)
         fprintf(stderr, "bench_tool: %s failed\n", command[0]);
         return 2;
     }
-    clock_gettime(CLOCK_MONOTONIC, &ended);
-    double seconds = (double)(ended.tv_sec - began.tv_sec) + 1e-9 * (double)(ended.tv_nsec - began.tv_nsec);
-    printf("%.3f %.1f\n", seconds, (double)used.ru_maxrss * 1024 / 1e6); /* Linux counts KiB */
+    printf("%.3f %.1f\n", now_s() - began, (double)used.ru_maxrss * 1024 / 1e6); /* Linux counts KiB */
     return 0;
 }
 
@@ -89,7 +122,7 @@ int main(int argc, char **argv)
         fprintf(stderr, "usage: bench_tool inputs DIR | cost COMMAND...\n");
         return 2;
     }
-    if (write_zipf(argv[2], &e) < 0 || write_eplb(argv[2], &e) < 0) {
+    if (write_zipf(argv[2], &e) < 0 || write_eplb(argv[2], &e) < 0 || write_logits(argv[2], &e) < 0) {
         fprintf(stderr, "bench_tool: %s\n", e.text);
         return 2;
     }

@@ -57,6 +57,11 @@ static void weigh(const float *p, const int32_t *expert, int32_t k, bool renorma
         weight[i] = sum > 0 ? weight[i] / sum : 1 / (float)k;
 }
 
+static int too_many(const struct moe_env *env, const struct moe_batch *batch, int32_t k)
+{
+    return env->host->fail(env, MOE_EINVAL, "layer %d: top_k = %d of %d experts", batch->layer, k, batch->n_experts);
+}
+
 static int select(void *self, const struct moe_batch *batch, const float *scores, const struct moe_bias *bias,
                   struct moe_routes *out)
 {
@@ -64,7 +69,7 @@ static int select(void *self, const struct moe_batch *batch, const float *scores
     const struct moe_env *env = s->env;
     int32_t n = batch->n_experts, k = s->conf->top_k > 0 ? (int32_t)s->conf->top_k : batch->top_k;
     if (k > n)
-        return env->host->fail(env, MOE_EINVAL, "layer %d: top_k = %d of %d experts", batch->layer, k, n);
+        return too_many(env, batch, k);
     float *biased = env->host->scratch(env, (size_t)n * sizeof *biased);
     int rc = biased != NULL ? env->host->routes_reserve(env, out, (int64_t)batch->n_tokens * k) : MOE_ENOMEM;
     if (rc < 0)
@@ -86,6 +91,39 @@ static int select(void *self, const struct moe_batch *batch, const float *scores
     return MOE_OK;
 }
 
+/* The same where nobody asks for all scores: the largest logits are the largest probabilities. (Two logits so near that
+ * their probabilities are one number: here the larger, above the lower id.) */
+static int route(void *self, const struct moe_batch *batch, const struct moe_bias *bias, struct moe_routes *out,
+                 struct moe_cost *own)
+{
+    const struct state *s = self;
+    const struct moe_env *env = s->env;
+    int32_t n = batch->n_experts, k = s->conf->top_k > 0 ? (int32_t)s->conf->top_k : batch->top_k;
+    (void)bias;
+    int rc = k <= n ? env->host->routes_reserve(env, out, (int64_t)batch->n_tokens * k) : too_many(env, batch, k);
+    float *p = env->host->scratch(env, (size_t)n * sizeof *p);
+    if (rc < 0 || p == NULL)
+        return rc < 0 ? rc : MOE_ENOMEM;
+    out->offset[0] = 0;
+    for (int32_t t = 0; t < batch->n_tokens; t++) {
+        const float *logits = batch->router_logits + (int64_t)t * n;
+        int32_t *expert = out->expert + (int64_t)t * k;
+        float *weight = out->weight + (int64_t)t * k;
+        moe_top_k(logits, n, k, expert);
+        for (int32_t i = 0; i < k; i++)
+            weight[i] = logits[expert[i]];
+        const float top = weight[0], chosen = moe_exp_sum(weight, k, top, weight);
+        const float scale = 1 / (s->conf->renormalise ? chosen : moe_exp_sum(logits, n, top, p));
+        for (int32_t i = 0; i < k; i++)
+            weight[i] *= scale;
+        out->offset[t + 1] = (int64_t)(t + 1) * k;
+    }
+    out->n = (int64_t)batch->n_tokens * k;
+    own->flops = (double)batch->n_tokens * (n + 4.0 * (s->conf->renormalise ? k : n)); /* compare; the four above */
+    own->bytes = sizeof(float) * (double)batch->n_tokens * n;
+    return MOE_OK;
+}
+
 const struct moe_plugin moe_plugin = {
     .abi = MOE_ABI,
     .size = sizeof(struct moe_plugin),
@@ -98,5 +136,5 @@ const struct moe_plugin moe_plugin = {
     .conf_size = sizeof(struct conf),
     .state_size = sizeof(struct state),
     .init = init,
-    .ops.router = {.score = score, .select = select},
+    .ops.router = {.score = score, .select = select, .route = route},
 };

@@ -19,8 +19,8 @@ static void bias_free(struct moe_bias b)
     free(b.scale);
 }
 
-/* Routes a batch as the core does: score and select if the router has them, else route. */
-static void route(struct policy *policy, const struct moe_batch *batch, struct moe_routes *out)
+/* Routes a batch as the core does: score and select if the router has them, else (or plain) route. */
+static void route_either(struct policy *policy, const struct moe_batch *batch, bool plain, struct moe_routes *out)
 {
     const struct moe_router_ops *ops = &policy->plugin->ops.router;
     struct moe_batch with_free = *batch;
@@ -31,7 +31,7 @@ static void route(struct policy *policy, const struct moe_batch *batch, struct m
     struct moe_cost own = {0, 0, 0};
     int rc;
     policy_routes_init(out, batch->n_tokens);
-    if (ops->select != NULL) {
+    if (ops->select != NULL && !plain) {
         size_t n = (size_t)batch->n_tokens * (size_t)(batch->n_experts + batch->n_free);
         float *scores = calloc(n + 1, sizeof *scores);
         assert_non_null(ops->score);
@@ -52,6 +52,11 @@ static void route(struct policy *policy, const struct moe_batch *batch, struct m
     assert_int_equal(policy->host->n_failures, 0);
     assert_true(own.flops >= 0 && isfinite(own.flops) && own.bytes >= 0 && isfinite(own.bytes));
     bias_free(bias);
+}
+
+static void route(struct policy *policy, const struct moe_batch *batch, struct moe_routes *out)
+{
+    route_either(policy, batch, false, out);
 }
 
 /* Two steps of every layer, checked; what was decided goes to `notes`. */
@@ -143,9 +148,39 @@ static void router_keeps_requests_apart(void **state)
     }
 }
 
+/* With scores or without them: the same experts in the same order, with the same weights but for rounding. */
+static void router_needs_no_scores_to_choose(void **state)
+{
+    const struct moe_plugin *plugin = *state;
+    if (plugin->ops.router.select == NULL || plugin->ops.router.route == NULL)
+        return;
+    for (int i = 0; i < contract_n_sizes; i++) {
+        const struct contract_size *size = &contract_sizes[i];
+        struct contract_batch b;
+        struct moe_routes out[2];
+        contract_batch_make(&b, size, 0, 0, 5, -1);
+        for (int plain = 0; plain < 2; plain++) {
+            struct policy_host host;
+            struct policy policy;
+            contract_start(&policy, &host, plugin, size, 0);
+            route_either(&policy, &b.batch, plain == 1, &out[plain]);
+            contract_stop(&policy);
+        }
+        assert_int_equal(out[0].n, out[1].n);
+        assert_memory_equal(out[0].offset, out[1].offset, ((size_t)size->n_tokens + 1) * sizeof *out->offset);
+        assert_memory_equal(out[0].expert, out[1].expert, (size_t)out->n * sizeof *out->expert);
+        for (int64_t r = 0; r < out->n; r++)
+            assert_true(fabsf(out[0].weight[r] - out[1].weight[r]) <= 1e-6f);
+        policy_routes_free(&out[0]);
+        policy_routes_free(&out[1]);
+        contract_batch_free(&b);
+    }
+}
+
 const struct contract_check contract_router[] = {
     {"decides validly and repeatably", router_decides_validly_and_repeatably},
     {"keeps requests apart", router_keeps_requests_apart},
+    {"needs no scores to choose", router_needs_no_scores_to_choose},
     {NULL, NULL},
 };
 

@@ -36,6 +36,52 @@ static void megatron_softmax(void **state)
     json_decref(all);
 }
 
+static uint64_t draw(int64_t i)
+{
+    const struct moe_env env = {.seed = 11};
+    return moe_rand(&env, 0, 0, 0, i);
+}
+
+/* In vectors and by insertion: the same, with few different values or many, and with all of them equal. */
+static void top_k_by_either_way(void **state)
+{
+    (void)state;
+    float x[400];
+    int32_t fast[16], plain[16];
+    for (int64_t trial = 0; trial < 20000; trial++) {
+        int32_t n = 64 + (int32_t)(draw(2 * trial) % 300), k = 1 + (int32_t)(draw(2 * trial + 1) % 16);
+        uint64_t values = trial % 4 == 0 ? 1 : trial % 4 == 1 ? 7 : 100000;
+        for (int32_t i = 0; i < n; i++)
+            x[i] = (float)(draw(trial * 1000 + i) % values) - 50;
+        moe_top_k(x, n, k, fast);
+        moe_top_k_plain(x, n, k, plain);
+        assert_memory_equal(fast, plain, (size_t)k * sizeof *fast);
+        for (int32_t i = 1; i < k; i++)
+            assert_true(x[fast[i - 1]] > x[fast[i]] || (x[fast[i - 1]] == x[fast[i]] && fast[i - 1] < fast[i]));
+    }
+}
+
+/* Within 1e-6 of what doubles give, whatever the length; equal logits have equal probabilities. */
+static void softmax_to_the_last_digits(void **state)
+{
+    (void)state;
+    float x[70], y[70];
+    for (int32_t n = 1; n <= 70; n++) {
+        double sum = 0;
+        for (int32_t i = 0; i < n; i++) {
+            x[i] = (float)(8 * moe_unit(draw(n * 100 + i / 2)) - 4);
+            sum += exp(x[i]);
+        }
+        moe_softmax(x, n, y);
+        for (int32_t i = 0; i < n; i++)
+            assert_true(fabs(y[i] / (exp(x[i]) / sum) - 1) < 1e-6 && (i % 2 == 0 || y[i] == y[i - 1]));
+    }
+    x[0] = 0;
+    x[1] = -200;
+    moe_softmax(x, 2, y);
+    assert_true(y[0] == 1 && y[1] == 0);
+}
+
 static void equal_logits_go_to_the_lower_ids(void **state)
 {
     (void)state;
@@ -122,6 +168,8 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(megatron_softmax),
+        cmocka_unit_test(top_k_by_either_way),
+        cmocka_unit_test(softmax_to_the_last_digits),
         cmocka_unit_test(equal_logits_go_to_the_lower_ids),
         cmocka_unit_test(bias_selects_but_does_not_weigh),
         cmocka_unit_test(forced_choices_without_score),
