@@ -46,6 +46,11 @@ static int bad_option(const char *text, const struct option *o)
     return cmd_unknown_option("run", text, known);
 }
 
+static bool measures(const char *executor)
+{
+    return !strcmp(executor, "host") || !strcmp(executor, "cuda");
+}
+
 /* mpirun has started several: the first reads the scenario and leads the others through what is to run on ranks. */
 static int run_as_rank(const char *scenario, const struct script_options *o)
 {
@@ -108,6 +113,9 @@ int cmd_run(int argc, char **argv)
         return cmd_usage("run", "expected one scenario, found %d", argc - optind);
     if (o.against && (!o.executor || !strcmp(o.executor, o.against)))
         return cmd_usage("run", "--against %s: expected --machine with another executor", o.against);
+    if (o.against && measures(o.executor) && measures(o.against))
+        return cmd_usage("run", "--machine %s --against %s: both measure, each on hardware of its own; "
+                         "expected flow or simgrid as one of them", o.executor, o.against);
     struct err e = { 0 };
     if (team_open(&o.team, &e) < 0)
         return cmd_fail(&e);

@@ -18,6 +18,7 @@ assert(#r.list == 4) -- a scenario's own tables have what was measured
 EOF
 run_expect 2 'against flow: expected --machine with another executor' "$moelab" run two.lua --against flow
 run_expect 2 'against flow: expected --machine with another' "$moelab" run two.lua --against flow --machine flow
+run_expect 2 'both measure, each on hardware of its own' "$moelab" run two.lua --machine host --against cuda
 run_expect 2 'unknown executor|no executor|expected one of' "$moelab" run two.lua --machine flow --against nowhere
 run_expect 2 'one of flow|unknown executor|no executor' "$moelab" run two.lua --machine nowhere --against flow
 ok "nothing is written" test ! -e results
