@@ -12,9 +12,11 @@
 #include "team.h"
 
 #include <errno.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/prctl.h>
 #include <unistd.h>
 
 /* The first to write wins; whole or not at all. */
@@ -82,6 +84,7 @@ int cmd_rank(int argc, char **argv)
         return cmd_unknown_option("rank", argv[1], (const char *const[]){ NULL });
     if (argc != 3)
         return cmd_usage("rank", "expected SPEC RESULT; `moelab run` starts ranks, nobody else needs to");
+    prctl(PR_SET_PDEATHSIG, SIGKILL); /* ends with mpirun, however that ends */
     json_error_t at;
     json_t *spec = json_load_file(argv[1], 0, &at), *result = NULL;
     struct team *team = NULL;

@@ -10,6 +10,7 @@
 #include "rank.h"
 #include "rank_start.h"
 
+#include <dirent.h>
 #include <errno.h>
 #include <signal.h>
 #include <stdio.h>
@@ -22,7 +23,7 @@
 static int open_launch(struct launch *l, json_t *spec, struct err *e)
 {
     const char *tmp = getenv("TMPDIR");
-    int n = snprintf(l->dir, sizeof l->dir, "%s/moelab-XXXXXX", tmp && *tmp ? tmp : "/tmp");
+    int n = snprintf(l->dir, sizeof l->dir, "%s/moelab-%ld-XXXXXX", tmp && *tmp ? tmp : "/tmp", (long)getpid());
     if ((size_t)n >= sizeof l->dir || !mkdtemp(l->dir)) {
         err_set(e, ERR_IO, "machine %s: cannot make the directory %s: %s", l->machine, l->dir, strerror(errno));
         l->dir[0] = '\0';
@@ -37,15 +38,37 @@ static int open_launch(struct launch *l, json_t *spec, struct err *e)
     return 0;
 }
 
+static void remove_dir(const char *dir)
+{
+    char path[1400];
+    DIR *d = opendir(dir);
+    for (const struct dirent *f; d && (f = readdir(d));)
+        if (f->d_name[0] != '.' && (size_t)snprintf(path, sizeof path, "%s/%s", dir, f->d_name) < sizeof path)
+            unlink(path);
+    if (d)
+        closedir(d);
+    rmdir(dir);
+}
+
 static void close_launch(const struct launch *l)
 {
-    if (!l->dir[0])
-        return;
-    unlink(l->spec);
-    unlink(l->result);
-    unlink(l->log);
-    unlink(l->progress);
-    rmdir(l->dir);
+    if (l->dir[0])
+        remove_dir(l->dir);
+}
+
+void rank_clean(pid_t launcher)
+{
+    const char *tmp = getenv("TMPDIR");
+    char own[40], dir[1024];
+    const int n = snprintf(own, sizeof own, "moelab-%ld-", (long)launcher);
+    tmp = tmp && *tmp ? tmp : "/tmp";
+    DIR *d = opendir(tmp);
+    for (const struct dirent *f; d && (f = readdir(d));)
+        if (!strncmp(f->d_name, own, (size_t)n) &&
+            (size_t)snprintf(dir, sizeof dir, "%s/%s", tmp, f->d_name) < sizeof dir)
+            remove_dir(dir);
+    if (d)
+        closedir(d);
 }
 
 /* ---- what they said ---- */

@@ -7,6 +7,7 @@
 #include "err.h"
 #include <jansson.h>
 #include <stdbool.h>
+#include <sys/types.h>
 
 struct team;
 
@@ -25,6 +26,8 @@ int rank_check(const json_t *spec, const struct team *, double *needed, struct e
 int rank_check_again(const json_t *spec, double needed, struct err *);
 /* Starts the ranks, waits for them, and returns what rank 0 made of the run (run_result); NULL: see err. */
 json_t *rank_launch(json_t *spec, struct err *);
+/* What a process that was ended has left of its launch. */
+void rank_clean(pid_t launcher);
 /* The run, in a process that is a rank; of rank 0 the result. If the team is lost afterwards, the
  * process has to end. */
 int rank_go(struct team *, json_t *spec, json_t **result, struct err *);

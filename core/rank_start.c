@@ -7,7 +7,6 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
-#include <spawn.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -16,8 +15,6 @@
 #include <time.h>
 #include <unistd.h>
 
-extern char **environ;
-
 static int find_self(const struct launch *l, char *self, size_t room, struct err *e)
 {
     const ssize_t length = readlink("/proc/self/exe", self, room - 1);
@@ -25,6 +22,18 @@ static int find_self(const struct launch *l, char *self, size_t room, struct err
         return err_set(e, ERR_IO, "machine %s: cannot find this program: %s", l->machine, strerror(errno));
     self[length] = '\0';
     return 0;
+}
+
+/* In a child: reads nothing, writes to the log, and ends with its parent, however that ends. Only what is safe between
+ * fork and exec in a process with one thread, which this one is. */
+static bool enter_child(const struct launch *l, pid_t parent)
+{
+    const int in = open("/dev/null", O_RDONLY), out = open(l->log, O_WRONLY | O_CREAT | O_APPEND, 0600);
+    prctl(PR_SET_PDEATHSIG, SIGKILL);
+    if (getppid() != parent) /* which has ended already */
+        _exit(1);
+    return in >= 0 && out >= 0 && dup2(in, STDIN_FILENO) >= 0 && dup2(out, STDOUT_FILENO) >= 0 &&
+           dup2(out, STDERR_FILENO) >= 0;
 }
 
 /* ---- by mpirun ---- */
@@ -72,34 +81,42 @@ static int start_mpirun(struct launch *l, struct err *e)
     snprintf(number, sizeof number, "%d", l->n_ranks);
     char *const own[OWN] = { option, number, self, rank, l->spec, l->result, NULL };
     memcpy(argv + n_words, own, sizeof own);
-    posix_spawn_file_actions_t actions;
     set_environment();
-    int code = posix_spawn_file_actions_init(&actions);
-    if (code == 0) {
-        posix_spawn_file_actions_addopen(&actions, STDIN_FILENO, "/dev/null", O_RDONLY, 0);
-        posix_spawn_file_actions_addopen(&actions, STDOUT_FILENO, l->log, O_WRONLY | O_CREAT | O_APPEND, 0600);
-        posix_spawn_file_actions_adddup2(&actions, STDOUT_FILENO, STDERR_FILENO);
-        code = posix_spawnp(&l->pid[0], argv[0], &actions, NULL, argv, environ);
-        posix_spawn_file_actions_destroy(&actions);
+    int told[2], code = 0; /* what exec said, if it came back */
+    if (pipe2(told, O_CLOEXEC) < 0)
+        return err_set(e, ERR_IO, "machine %s: cannot make a pipe: %s", l->machine, strerror(errno));
+    fflush(NULL);
+    const pid_t parent = getpid();
+    l->pid[0] = fork();
+    if (l->pid[0] == 0) {
+        close(told[0]);
+        if (enter_child(l, parent))
+            execvp(argv[0], argv);
+        code = errno;
+        _exit(write(told[1], &code, sizeof code) == sizeof code ? 127 : 126);
     }
+    close(told[1]);
+    if (l->pid[0] < 0)
+        code = errno;
+    else if (read(told[0], &code, sizeof code) <= 0)
+        l->n_pids = 1;
+    else
+        waitpid(l->pid[0], NULL, 0);
+    close(told[0]);
     if (code == ENOENT)
         return err_set(e, ERR_INPUT, "machine %s: no %s on PATH: install openmpi-bin", l->machine, argv[0]);
-    l->n_pids = code == 0;
     return code ? err_set(e, ERR_IO, "machine %s: %s: %s", l->machine, argv[0], strerror(code)) : 0;
 }
 
 /* ---- one by one ---- */
 
-/* The child: only what is safe between fork and exec in a process with one thread, which this one is. */
-static void become(const struct launch *l, const struct team_pipes *pipes, int rank, char *self)
+/* The child. */
+static void become(const struct launch *l, const struct team_pipes *pipes, int rank, char *self, pid_t parent)
 {
     char word[] = "rank", spec[sizeof l->spec], result[sizeof l->result];
-    const int in = open("/dev/null", O_RDONLY), out = open(l->log, O_WRONLY | O_CREAT | O_APPEND, 0600);
     memcpy(spec, l->spec, sizeof spec);
     memcpy(result, l->result, sizeof result);
-    prctl(PR_SET_PDEATHSIG, SIGKILL);
-    if (in >= 0 && out >= 0 && dup2(in, STDIN_FILENO) >= 0 && dup2(out, STDOUT_FILENO) >= 0 &&
-        dup2(out, STDERR_FILENO) >= 0 && team_pipes_become(pipes, rank) == 0)
+    if (enter_child(l, parent) && team_pipes_become(pipes, rank) == 0)
         execv(self, (char *const[]){ self, word, spec, result, NULL });
     _exit(127);
 }
@@ -113,10 +130,11 @@ static int start_local(struct launch *l, struct err *e)
     else
         find_self(l, self, sizeof self, e);
     fflush(NULL);
+    const pid_t parent = getpid();
     for (int i = 0; i < l->n_ranks && !e->code; i++) {
         const pid_t pid = fork();
         if (pid == 0)
-            become(l, &pipes, i, self);
+            become(l, &pipes, i, self, parent);
         if (pid < 0)
             err_set(e, ERR_IO, "machine %s: cannot start rank %d: %s", l->machine, i, strerror(errno));
         else

@@ -12,6 +12,7 @@
 #include <fcntl.h>
 #include <math.h>
 #include <poll.h>
+#include <setjmp.h>
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdio.h>
@@ -48,6 +49,7 @@ struct state {
     size_t n_started, n_done, n_failed, n_total;
     double began;
     bool bad_input;
+    bool out_of_time;   /* a run on ranks that mpirun has started did not end */
     bool checking;      /* whether runs on machine host can go on; nothing runs yet */
     const struct sweep_options *options;
     struct err *err;
@@ -185,7 +187,7 @@ static void show_progress(const struct state *s, bool last)
 
 /* A run that is compared with one of machine host simulates the computer as fast as that found it (moelab_against.lua):
  * pace_of is the index of that run, which has ended. What becomes of it is part of the machine, and of the manifest. */
-static void set_pace(const struct state *s, size_t index)
+static int set_pace(const struct state *s, size_t index, struct err *e)
 {
     json_t *spec = json_array_get(s->specs, index), *of = json_object_get(spec, "pace_of");
     json_t *description = json_object_get(json_object_get(spec, "machine"), "description");
@@ -193,10 +195,15 @@ static void set_pace(const struct state *s, size_t index)
     const json_t *run = of ? json_array_get(s->results, (size_t)json_integer_value(of)) : NULL;
     const double now = json_number_value(json_object_get(run, "probe_s"));
     if (!of || s->checking)
-        return;
-    if (then > 0 && now > 0)
-        json_object_set_new(description, "pace", json_real(fmin(fmax(now / then, 0.1), 10)));
+        return 0;
     json_object_del(spec, "pace_of");
+    if (then > 0 && now > 0 && !(now / then >= 0.1 && now / then <= 10))
+        return err_set(e, ERR_RUN, "%s: the probe took %.3g ms beside the run and %.3g ms when the machine was "
+                       "calibrated, expected within ten times of each other: calibrate again",
+                       json_string_value(json_object_get(spec, "where")), 1e3 * now, 1e3 * then);
+    if (then > 0 && now > 0)
+        json_object_set_new(description, "pace", json_real(now / then));
+    return 0;
 }
 
 static int start(struct state *s, struct job *j)
@@ -206,7 +213,6 @@ static int start(struct state *s, struct job *j)
         return err_set(s->err, ERR_IO, "cannot make a pipe: %s", strerror(errno));
     struct slot *slot = &s->board->slot[j - s->job];
     memset(slot, 0, sizeof *slot);
-    set_pace(s, s->n_started);
     fflush(NULL);
     pid_t pid = fork();
     if (pid < 0) {
@@ -259,8 +265,10 @@ static void finish(struct state *s, struct job *j)
     bool clean = WIFEXITED(status) && WEXITSTATUS(status) == 0 && !j->timed_out;
     if (clean && j->n > 0)
         o = json_loadb(j->text, j->n, 0, NULL);
-    if (!o)
+    if (!o) {
         o = failure(s, j, status);
+        rank_clean(j->pid);
+    }
     keep(s, j->index, o);
     free(j->text);
     memset(j, 0, sizeof *j);
@@ -352,18 +360,43 @@ static bool is_led(const struct state *s, size_t index)
     return s->options->team && !s->checking && rank_wanted(json_array_get(s->specs, index));
 }
 
+/* A run that takes too long is left where it is: its memory and what MPI has under way stay as they are, the team is
+ * lost, and what was measured before is written. Should even that not end, the second ring ends the process. */
+enum { LAST_S = 20 };
+static sigjmp_buf back;
+
 static void ring(int signal)
 {
-    static const char text[] = "moelab: a run did not end within its time (--run-timeout)\n";
+    static const char text[] = "moelab: a run did not end within its time (--run-timeout), nor did writing others\n";
+    static volatile sig_atomic_t rung;
     (void)signal;
-    if (write(STDERR_FILENO, text, sizeof text - 1) < 0)
-        _exit(2);
-    _exit(1);
+    if (!rung++) {
+        alarm(LAST_S);
+        siglongjmp(back, 1);
+    }
+    _exit(write(STDERR_FILENO, text, sizeof text - 1) < 0 ? 2 : 1);
 }
 
-/* What cannot be told to the others ends this process, and mpirun ends theirs; so does a run that takes too long. */
+static void keep_failed(struct state *s, size_t index, const char *fmt, double seconds)
+{
+    struct err e = { 0 };
+    err_set(&e, ERR_RUN, fmt, seconds);
+    keep(s, index, answer_of(NULL, 0, &e));
+    show_progress(s, false);
+}
+
+/* What cannot be told to the others ends this process, and mpirun ends theirs. */
 static void lead(struct state *s, size_t index)
 {
+    if (s->out_of_time) {
+        keep_failed(s, index, "not begun: a run before it did not end", 0);
+        return;
+    }
+    if (sigsetjmp(back, 1) != 0) {
+        s->options->team->lost = s->out_of_time = true;
+        keep_failed(s, index, "did not end within %g s (--run-timeout); the ranks are gone", s->options->timeout_s);
+        return;
+    }
     json_t *spec = json_array_get(s->specs, index), *o = NULL;
     const json_t *found = json_array_get(s->results, index);
     const double needed = json_number_value(json_object_get(found, "memory_needed"));
@@ -390,7 +423,10 @@ static void pass(struct state *s)
         for (int i = 0; i < s->n_jobs && !s->err->code; i++) {
             for (; s->n_started < s->n_total && passed_over(s, s->n_started); s->n_done++)
                 s->n_started++;
-            if (s->n_started < s->n_total && is_led(s, s->n_started))
+            struct err e = { 0 };
+            if (s->n_started < s->n_total && set_pace(s, s->n_started, &e) < 0)
+                keep(s, s->n_started++, answer_of(NULL, 0, &e));
+            else if (s->n_started < s->n_total && is_led(s, s->n_started))
                 lead(s, s->n_started++);
             else if (!s->job[i].pid && s->n_started < s->n_total)
                 start(s, &s->job[i]);

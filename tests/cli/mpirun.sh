@@ -102,6 +102,22 @@ began=$SECONDS
 run_expect 137 'process rank 1 .*exited on signal 9' mpirun -n 2 "$moelab" run deadly.lua --out deadly
 ok "... within seconds" test $((SECONDS - began)) -lt 20
 
+# A run that does not end within its time fails, with every rank; what was measured before it is kept.
+policy stuck 'if (rank == 1) for (;;) usleep(1000);'
+one stays 'placement = moe.each { "contiguous", "stuck", "round-robin" },'
+run_expect 1 'run 2 of "stays" failed: .*did not end within 8 s \(--run-timeout\)' \
+    mpirun -n 2 "$moelab" run stays.lua --out led-stays --run-timeout 8
+ok "... the run before it is kept" test "$(figures led-stays '"verified":[1-9][0-9.]*e-[0-9]+' | wc -l)" = 1
+ok "... the one after it was not begun" grep -q 'not begun: a run before it did not end' led-stays/runs.jsonl
+mkdir tmp
+run_expect 1 'run 2 of "stays" failed: .*did not end within 8 s' \
+    env TMPDIR="$PWD/tmp" "$moelab" run stays.lua --out own-stays --run-timeout 8
+ok "... with ranks of our own the others go on" \
+    test "$(figures own-stays '"verified":[1-9][0-9.]*e-[0-9]+' | wc -l)" = 2
+ok "... no directory of a run is left" test -z "$(ls -d tmp/moelab-* 2>/dev/null)"
+sleep 1
+ok "... and no rank" test -z "$(pgrep -f "rank $PWD/tmp/moelab-")"
+
 # Ranks that are not the same say so before they begin: another build of a policy, another scenario.
 mkdir other
 policy twin ''
