@@ -140,7 +140,13 @@ local function print_run(one)
     text = text .. string.format("    the computer took %.2f times as long for a probe as when it was calibrated, " ..
                                  "and so does what is simulated\n", one.simulated.pace)
   end
-  if aside then text = text .. string.format("    %d disturbed repetitions were set aside\n", aside) end
+  if aside then
+    text = text .. string.format("    %d attempts that others disturbed were made again, and %d repetitions stayed " ..
+                                 "disturbed\n", aside, one.measured.disturbed or 0)
+  end
+  if one.measured.stolen then
+    text = text .. string.format("    a hypervisor took up to %.0f %% of processor time\n", 100 * one.measured.stolen)
+  end
   return text
 end
 

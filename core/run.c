@@ -327,6 +327,10 @@ json_t *run_result(const struct run *r)
         json_object_set_new(o, "probe_s", json_real(r->machine.probe_s));
     if (r->machine.set_aside > 0)
         json_object_set_new(o, "set_aside", json_integer(r->machine.set_aside));
+    if (r->machine.disturbed > 0)
+        json_object_set_new(o, "disturbed", json_integer(r->machine.disturbed));
+    if (r->machine.stolen > 0)
+        json_object_set_new(o, "stolen", json_real(r->machine.stolen));
     if (r->machine.peak_memory > 0)
         json_object_set_new(o, "peak_memory", json_integer((json_int_t)r->machine.peak_memory));
     if (r->offloading)

@@ -18,6 +18,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#include <unistd.h>
 
 /* ---- the step ---- */
 
@@ -212,24 +213,55 @@ static void nap(double seconds)
     nanosleep(&(struct timespec){ .tv_nsec = (long)(1e9 * fmin(fmax(seconds, 0), 0.999)) }, NULL);
 }
 
-/* Once more. What somebody else on this computer has slowed down is set aside and done again: a processor whose other
- * half is busy, or that is taken away, takes half as long again for the probe before or after, too. */
+/* Once, between two probes. `probe`: their mean; the disturbance, on all ranks that of the worst, is what is returned;
+ * < 0 after an error. */
+static double attempt(struct machine *m, struct moe_graph *g, double *probe, struct err *e)
+{
+    struct host *h = m->priv;
+    const double before = look_around(h), stolen = quiet_stolen(), began = host_now();
+    if (run_once(m, g, e) < 0)
+        return -1;
+    const double share = quiet_share(stolen, quiet_stolen(), host_now() - began, (int)sysconf(_SC_NPROCESSORS_ONLN));
+    const double after = look_around(h);
+    double worst[2] = { quiet_disturbance(before, after, h->probe_s, share), share };
+    MPI_Allreduce(MPI_IN_PLACE, worst, 2, MPI_DOUBLE, MPI_MAX, MPI_COMM_WORLD);
+    *probe = (before + after) / 2;
+    m->stolen = fmax(m->stolen, worst[1]);
+    return worst[0];
+}
+
+/* Once more. What somebody else on this computer has slowed down is done again: a processor whose other half is busy,
+ * or that is taken away, takes half as long again for the probe before or after, too. Of several attempts the least
+ * disturbed counts. */
 static int run_again(struct machine *m, struct moe_graph *g, struct err *e)
 {
     struct host *h = m->priv;
     const double now = m->now;
-    for (;;) {
-        const double before = look_around(h);
+    double ended = now, kept_probe = 0;
+    for (int i = 0;; i++) {
+        double probe;
         m->now = now;
-        if (run_once(m, g, e) < 0)
+        const double disturbance = attempt(m, g, &probe, e);
+        if (disturbance < 0)
             return e->code;
-        const double after = look_around(h);
-        if (fmax(before, after) <= HOST_DISTURBED * h->probe_s || h->spare == 0)
-            return keep_probe(m, (before + after) / 2, e);
+        if (i == 0 || disturbance < h->best.disturbance) {
+            ended = m->now;
+            kept_probe = probe;
+        }
+        if (quiet_offer(&h->best, i, disturbance, g, e) < 0 || disturbance <= QUIET_ENOUGH ||
+            i + 1 == QUIET_ATTEMPTS || h->spare == 0)
+            break;
         h->spare--;
         m->set_aside++;
         nap(fmin(m->now - now, MOST_NAP)); /* such spells pass */
     }
+    if (!e->code) {
+        quiet_take(&h->best, g);
+        m->now = ended;
+        m->disturbed += h->best.disturbance > QUIET_ENOUGH;
+        keep_probe(m, kept_probe, e);
+    }
+    return team_agree(m->team, e);
 }
 
 static int host_run(struct machine *m, struct moe_graph *g, struct err *e)
@@ -263,6 +295,7 @@ static void host_close(struct machine *m)
         free(pools[i]->data);
     free(h->weights);
     free(h->probe);
+    free(h->best.time);
     free(h->token_row);
     free(h->route_row);
     free(h->route_of);

@@ -10,6 +10,7 @@
 #include "err.h"
 #include "graph.h"
 #include "host_kernels.h"
+#include "host_quiet.h"
 #include "host_store.h"
 
 #include <mpi.h>
@@ -28,7 +29,8 @@ struct host {
     double probe_s;              /* the shortest so far, or as calibrated: nobody disturbed that; 0: none yet */
     double *probe;               /* [n_probes] of repetitions that count, sorted */
     int32_t n_probes, room_probes;
-    int32_t spare;               /* repetitions of this step that may still be set aside */
+    int32_t spare;               /* attempts of this step that may still be set aside */
+    struct quiet_best best;      /* of the attempts at this repetition */
     struct pool rows, send, gathered, gate, up;
     size_t n_rows;
     int64_t *token_row;          /* [(L + 1) * T] */
@@ -74,7 +76,7 @@ static inline int64_t route_of(const struct host *h, const struct moe_graph *g, 
 
 /* A few products on all ranks at once: how long the slowest took. shortest: so far, 0 before the first. Others are at
  * work on this computer if it is that many times as much. */
-#define HOST_DISTURBED 1.12
+#define HOST_DISTURBED (1 + QUIET_ENOUGH)
 double host_look_around(struct host_rings *, double *shortest);
 /* Checks that the graph can be run here and makes room for all that this rank will touch. */
 int host_prepare(struct host *, const struct moe_graph *, struct err *);

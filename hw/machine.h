@@ -327,7 +327,9 @@ struct machine {
     const char *products; /* machine cuda: how a task's products are queued, "grouped" or "one by one"; else NULL */
     double max_error; /* largest so far, relative */
     double peak_memory; /* bytes that all ranks together held at most, or 0 */
-    int32_t set_aside;/* repetitions of machine host that others disturbed */
+    int32_t set_aside;/* attempts at repetitions of machine host that others disturbed, of which another was made */
+    int32_t disturbed;/* repetitions whose least disturbed attempt was */
+    double stolen;    /* most of the processors' time that a hypervisor took in any attempt, as a share */
     double probe_s;   /* median of what machine host's probes took around those that count; 0: none were */
     void *priv;
 };
