@@ -11,6 +11,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 struct ask { const char *name, *out, *raw, *like; int n_ranks, n_nodes; bool gpu; };
@@ -116,7 +117,20 @@ static int write_file(const struct calibration *c, const struct ask *a, const js
         calibration_write_gpu(c, a->name, like, a->like, f);
     else
         calibration_write(c, a->name, f);
-    if (fclose(f) != 0 || rename(own, path) < 0) {
+    const bool bad = ferror(f) != 0;
+    if ((fclose(f) != 0) | bad || rename(own, path) < 0) {
+        err_set(e, ERR_IO, "%s: %s", path, strerror(errno));
+        unlink(own);
+    }
+    return e->code;
+}
+
+/* Likewise. */
+static int write_samples(const json_t *samples, const char *path, struct err *e)
+{
+    char own[1024];
+    snprintf(own, sizeof own, "%s.%ld", path, (long)getpid());
+    if (json_dump_file(samples, own, JSON_INDENT(1) | JSON_REAL_PRECISION(9)) < 0 || rename(own, path) < 0) {
         err_set(e, ERR_IO, "%s: %s", path, strerror(errno));
         unlink(own);
     }
@@ -127,6 +141,9 @@ static int write_file(const struct calibration *c, const struct ask *a, const js
 static int check_writable(const char *path, struct err *e)
 {
     char dir[1024];
+    struct stat st;
+    if (stat(path, &st) == 0 && S_ISDIR(st.st_mode))
+        return err_set(e, ERR_INPUT, "%s: is a directory, expected a file", path);
     snprintf(dir, sizeof dir, "%s", path);
     char *slash = strrchr(dir, '/');
     if (slash)
@@ -227,10 +244,12 @@ int cmd_calibrate(int argc, char **argv)
     struct calibration c = { 0 };
     struct err e = { 0 };
     json_t *like = read_like(a.like, &e), *samples = NULL;
-    if (!e.code && check_writable(out, &e) == 0)
+    if (a.raw && !strcmp(a.raw, out))
+        return cmd_usage("calibrate", "--samples %s: is what --out names, expected another file", a.raw);
+    if (!e.code && check_writable(out, &e) == 0 && (!a.raw || check_writable(a.raw, &e) == 0))
         samples = a.gpu ? measure_gpu(&a, &e) : rank_calibrate(a.n_ranks, &e);
-    if (samples && a.raw && json_dump_file(samples, a.raw, JSON_INDENT(1) | JSON_REAL_PRECISION(9)) < 0)
-        err_set(&e, ERR_INPUT, "%s: %s", a.raw, strerror(errno));
+    if (samples && a.raw)
+        write_samples(samples, a.raw, &e);
     if (!e.code && calibration_read(&c, samples, &e) == 0 &&
         (a.gpu ? calibration_fit_gpu : calibration_fit)(&c, &e) == 0 && write_file(&c, &a, like, out, &e) == 0)
         (a.gpu ? summary_gpu : summary)(&c, out);

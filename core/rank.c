@@ -219,6 +219,8 @@ json_t *rank_calibrate(int n_ranks, struct err *e)
         err_set(e, ERR_INPUT, "calibrate: this is an MPI rank already: start moelab without mpirun");
         return NULL;
     }
+    if (rank_check_calibration(n_ranks, tmp && *tmp ? tmp : "/tmp", e) < 0)
+        return NULL;
     json_t *spec = json_pack("{s:{s:s}}", "calibrate", "dir", tmp && *tmp ? tmp : "/tmp");
     struct launch l = { .machine = "host", .n_ranks = n_ranks };
     json_t *result = launch(&l, spec, "calibrate", true, e);

@@ -35,6 +35,8 @@ int rank_go(struct team *, json_t *spec, json_t **result, struct err *);
 int rank_lead(struct team *, json_t *spec, json_t **result, struct err *);
 void rank_dismiss(struct team *);
 int rank_follow(struct team *, struct err *);
+/* Whether this computer has the memory, and the directory for files the room, that so many ranks measure with. */
+int rank_check_calibration(int n_ranks, const char *dir, struct err *);
 /* Starts so many ranks to measure this computer; samples and versions (calibrate.h). Says on stderr how far it is. */
 json_t *rank_calibrate(int n_ranks, struct err *);
 

@@ -6,6 +6,8 @@
  * computing, decisions are all there is), and host_need.c adds up the graphs that come of them. */
 #include "config.h"
 
+#include "host_calibrate.h"
+#include "host_kernels.h"
 #include "host_need.h"
 #include "memory.h"
 #include "rank.h"
@@ -17,6 +19,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/statvfs.h>
 #include <unistd.h>
 
 enum { MAX_RANKS = 256 }; /* processes on this machine */
@@ -195,6 +198,25 @@ int rank_check_again(const json_t *spec, double needed, struct err *e)
         err_set(e, ERR_INPUT, "machine host: the ranks would hold %s, and %s is available by now (%s)",
                 memory_text(needed, sum, sizeof sum), memory_text(left.bytes, there, sizeof there), left.source);
     return e->code ? err_prefix(e, "%s", given ? given : "run") : 0;
+}
+
+int rank_check_calibration(int n_ranks, const char *dir, struct err *e)
+{
+    const double holds = n_ranks * HOST_CALIBRATION_HOLDS(n_ranks), files = n_ranks * (double)HOST_CALIBRATION_FILE;
+    char needed[16], there[16];
+    struct memory_left left;
+    struct statvfs disk;
+    if (read_left(&left, e) < 0)
+        return e->code;
+    if (left.bytes >= 0 && holds > left.bytes)
+        return err_set(e, ERR_INPUT, "calibrate: %d ranks hold %s, and %s is available (%s): fewer with --ranks N",
+                       n_ranks, memory_text(holds, needed, sizeof needed),
+                       memory_text(left.bytes, there, sizeof there), left.source);
+    if (statvfs(dir, &disk) == 0 && files > (double)disk.f_bavail * (double)disk.f_frsize)
+        return err_set(e, ERR_INPUT, "calibrate: %d ranks write files of %s, and %s has %s left: TMPDIR names another "
+                       "directory", n_ranks, memory_text(files, needed, sizeof needed), dir,
+                       memory_text((double)disk.f_bavail * (double)disk.f_frsize, there, sizeof there));
+    return 0;
 }
 
 void rank_warn(const json_t *specs)

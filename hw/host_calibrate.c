@@ -19,7 +19,7 @@
 
 /* Of each size in each pass. Passes are seconds apart, since a computer that others share is not always as fast. */
 enum { TRIES = 9, LEAST_TRIES = 3, PASSES = 3, MOST_SIZES = 200, OTHERS = 1 << 23 /* bytes */,
-       FILE_SIZE = 1 << 28, ATTEMPTS = 4, SPARE = 150 /* attempts of all sizes beside the first */ };
+       ATTEMPTS = 4, SPARE = 150 /* attempts of all sizes beside the first */ };
 static const double LONG_ENOUGH = 0.2; /* s of tries of one size, after which the least will do */
 
 struct bench {
@@ -170,7 +170,7 @@ static void read_some(struct bench *b, const struct host_sample *s)
 {
     struct reader r = { .b = b, .bytes = (size_t)s->bytes };
     pthread_t thread;
-    b->at_file = b->at_file + r.bytes > FILE_SIZE ? 0 : b->at_file;
+    b->at_file = b->at_file + r.bytes > HOST_CALIBRATION_FILE ? 0 : b->at_file;
     if (pthread_create(&thread, NULL, read_part, &r) == 0) {
         while (!atomic_load(&r.done))
             host_probe(&b->rings);
@@ -239,7 +239,7 @@ static int reads(struct bench *b, const char *dir, struct err *e)
         if (!b->to)
             return err_set(e, ERR_MEMORY, "rank %d: out of memory for reads", b->rank);
         memset(b->to, 0, MOST);
-        if (host_store_open_plain(&b->store, b->rank, dir, FILE_SIZE, e) < 0)
+        if (host_store_open_plain(&b->store, b->rank, dir, HOST_CALIBRATION_FILE, e) < 0)
             return e->code;
     }
     for (double bytes = 1 << 18; bytes <= MOST; bytes *= 2)

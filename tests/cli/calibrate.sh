@@ -68,4 +68,19 @@ ok "... and kept in the manifest" grep -q '"pace": *[0-9.]' paced/manifest.json
 ok "one rank has no exchanges" "$moelab" calibrate alone --ranks 1
 ok "... and no links" test "$(grep -c nvlink alone.lua | head -n 1)" -le 1
 run_expect 2 "/nowhere/x.lua: No such file" "$moelab" calibrate --ranks 1 --out /nowhere/x.lua
+run_expect 2 "/nowhere/x.json: No such file" "$moelab" calibrate --ranks 1 --samples /nowhere/x.json
+mkdir -p folder
+run_expect 2 "folder: is a directory, expected a file" "$moelab" calibrate --ranks 1 --out folder
+run_expect 2 "folder: is a directory, expected a file" "$moelab" calibrate --ranks 1 --samples folder
+run_expect 2 "samples x.lua: is what --out names" "$moelab" calibrate --ranks 1 --samples x.lua --out x.lua
+run_expect 2 'calibrate: 2 ranks hold 1.[0-9]* GB, and 50.0 MB is available .MOELAB_HOST_MEMORY.' \
+    env MOELAB_HOST_MEMORY=50e6 "$moelab" calibrate --ranks 2
+if [ "$(id -u)" = 0 ] && mkdir small && mount -t tmpfs -o size=20m none small 2>/dev/null; then
+    run_expect 2 'calibrate: 2 ranks write files of 537 MB, and small has 21.0 MB left' \
+        env TMPDIR=small "$moelab" calibrate --ranks 2
+    umount small
+else
+    skip "a disk that is too small" "cannot mount"
+fi
+ok "nothing more is written" test ! -e x.lua -a ! -e cpu-localhost.lua -a -z "$(ls folder)"
 plan
