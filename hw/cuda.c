@@ -210,6 +210,7 @@ static int cuda_open(struct machine *m, struct err *e)
     c->n_here = n_here;
     c->fp8 = m->precision == PREC_FP8;
     c->half = m->precision == PREC_BF16 || c->fp8;
+    c->keeps = c->fp8 && m->verify;
     c->ring = RING;
     c->element = c->half ? 2 : sizeof(float);
     c->rank = calloc((size_t)n_here, sizeof *c->rank);

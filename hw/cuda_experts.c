@@ -37,9 +37,13 @@ int cuda_experts_room(struct cuda *c, struct cuda_rank *r, struct cuda_stream *s
     const size_t row = c->fp8 ? (size_t)c->model->d_model : row_bytes(c);
     cuda_take_more(&s->gathered.at, &s->gathered.room, n * row, r->rank, "rows of experts", e);
     if (c->fp8) {
-        cuda_take_more(&s->hidden.at, &s->hidden.room, hidden / c->element, r->rank, "hidden layers in fp8", e);
+        const size_t kept = (size_t)s->kept + n;
+        c->plan.experts[act->entry].kept = s->kept;
+        s->kept = c->keeps ? (int64_t)kept : 0;
+        cuda_take_more(&s->hidden.at, &s->hidden.room, kept * (size_t)c->model->d_expert, r->rank,
+                       "hidden layers in fp8", e);
         cuda_take_more(&s->row_scale.at, &s->row_scale.room, n * sizeof(float), r->rank, "scales of rows", e);
-        cuda_take_more(&s->hidden_scale.at, &s->hidden_scale.room, n * sizeof(float), r->rank, "scales of rows", e);
+        cuda_take_more(&s->hidden_scale.at, &s->hidden_scale.room, kept * sizeof(float), r->rank, "scales of rows", e);
     }
     cuda_take_more(&s->gate.at, &s->gate.room, hidden, r->rank, "hidden layers", e);
     return cuda_take_more(&s->up.at, &s->up.room, hidden, r->rank, "hidden layers", e);
@@ -61,7 +65,8 @@ static struct cuda_product product_of(const struct cuda *c, const struct cuda_ra
     if (matrix == 2) {
         p.n = d;
         p.k = width;
-        p.a = c->fp8 ? (char *)s->hidden.at + hidden / c->element : (char *)s->gate.at + hidden;
+        p.a = c->fp8 ? (char *)s->hidden.at + (c->plan.experts[act->entry].kept + x->first) * width
+                     : (char *)s->gate.at + hidden;
         p.to = (char *)r->rows.at + (size_t)(act->row + x->first) * row_bytes(c);
     }
     return p;
@@ -93,14 +98,16 @@ static int run_fp8(struct cuda *c, struct cuda_rank *r, struct cuda_stream *s, c
 {
     const struct cuda_experts *t = &c->plan.experts[act->entry];
     const int32_t d = c->model->d_model, width = c->model->d_expert;
+    uint8_t *hidden = (uint8_t *)s->hidden.at + t->kept * width;
+    float *scale = (float *)s->hidden_scale.at + t->kept;
     CUDA_TRY(e, r->rank, cuda_gather_e4m3(s->stream, d, act->n, (const int32_t *)c->index.at + act->index, r->rows.at,
                                           s->gathered.at, s->row_scale.at));
     cuda_products_run(&c->products, t->call, c->half, s, r->rank, e);
     CUDA_TRY(e, r->rank, cuda_activate_e4m3(s->stream, width, act->n, s->row_scale.at, s->gate.at, s->up.at,
-                                            s->hidden.at, s->hidden_scale.at));
+                                            hidden, scale));
     cuda_products_run(&c->products, t->call + 1, c->half, s, r->rank, e);
-    return CUDA_TRY(e, r->rank, cuda_scale_rows(s->stream, d, act->n, s->hidden_scale.at,
-                                                (char *)r->rows.at + (size_t)act->row * row_bytes(c)));
+    return CUDA_TRY(e, r->rank, cuda_scale_rows(s->stream, d, act->n, scale, (char *)r->rows.at +
+                                                (size_t)act->row * row_bytes(c)));
 }
 
 int cuda_experts_run(struct cuda *c, struct cuda_rank *r, struct cuda_stream *s, const struct moe_graph *g,

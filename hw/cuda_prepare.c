@@ -86,6 +86,8 @@ static int open_stream(struct cuda_stream *s, int32_t rank, bool computes, struc
 static int open_streams(struct cuda *c, const struct moe_graph *g, struct err *e)
 {
     const struct cuda_plan *p = &c->plan;
+    for (int32_t i = 0; i < c->n_here * RANK_STREAMS; i++)
+        c->stream[i].kept = 0;
     for (int64_t i = 0; i < p->n_op && !e->code; i++) {
         const struct cuda_op *op = &p->op[i];
         const int32_t rank = c->rank[op->rank].rank;

@@ -26,6 +26,7 @@ struct cuda_stream {
     cublasHandle_t blas;            /* its own: handles have a workspace; NULL likewise */
     struct cuda_buffer gathered, gate, up; /* of all experts of the task that computes */
     struct cuda_buffer hidden, row_scale, hidden_scale, workspace; /* in fp8 */
+    int64_t kept;                   /* rows of hidden layers that are not written again in this step */
 };
 
 enum cuda_what {
@@ -42,8 +43,9 @@ struct cuda_act { enum cuda_what what; int32_t n, entry; int64_t index, row; };
 /* One expert's n rows: of those of its task from `first`, in the lists as in the rows that are written. Each expert's
  * begin where products may (cuda_row_step()); rows before them mean nothing. entry: in the graph's experts. */
 struct cuda_expert { int32_t entry, n, first; };
-/* Experts of a task that have rows: those of the plan from `first`; gate and up are one call, down is the next. */
-struct cuda_experts { int32_t first, n, call; };
+/* Experts of a task that have rows: those of the plan from `first`; gate and up are one call, down is the next. kept: in
+ * fp8, rows in front of its hidden layers on its stream. */
+struct cuda_experts { int32_t first, n, call; int64_t kept; };
 
 /* Bytes of rows, or of weights that move, which mean nothing. */
 struct cuda_transfer { int32_t peer, round; bool sends; int64_t at; size_t bytes; };
@@ -111,6 +113,7 @@ struct cuda {
     int32_t n_ranks, n_here;       /* of all processes, in this one */
     bool half;                     /* bf16: rows, and what products give */
     bool fp8;                      /* products of experts, and those that simulated machines have in fp8 */
+    bool keeps;                    /* hidden layers of all tasks, in fp8, to be verified */
     size_t element;                /* bytes */
     int64_t decided;               /* choices of the GPU that were the host's decisions, with verify, so far */
     int32_t draw;                  /* of inputs, so far */
@@ -178,6 +181,8 @@ int cuda_top_k_check(int32_t rank, struct err *);
 
 /* cuda_verify.c: every layer of every token against the reference. */
 int cuda_verify(struct machine *, struct cuda *, const struct moe_graph *, struct err *);
+/* cuda_verify_fp8.c: what a rank's experts computed. */
+int cuda_verify_fp8(const struct cuda *, const struct cuda_rank *, const struct moe_graph *, struct err *);
 void cuda_from_floats(const struct cuda *, size_t n, const float *from, void *to);
 void cuda_to_floats(const struct cuda *, size_t n, const void *from, float *to);
 

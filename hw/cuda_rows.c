@@ -292,7 +292,7 @@ static int64_t add_experts(struct at *a, const struct task *t, int64_t step)
     if (!cuda_grow(&p->experts, &p->room_experts, p->n_experts + 1, sizeof *p->experts, a->e) ||
         !cuda_grow(&p->expert, &p->room_expert, p->n_expert + t->n, sizeof *p->expert, a->e))
         return -1;
-    p->experts[p->n_experts] = (struct cuda_experts){ (int32_t)p->n_expert, 0, -1 };
+    p->experts[p->n_experts] = (struct cuda_experts){ (int32_t)p->n_expert, 0, -1, 0 };
     for (int32_t i = t->first; i < t->first + t->n; i++) {
         if (a->g->rows[i] == 0)
             continue;

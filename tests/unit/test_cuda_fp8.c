@@ -188,6 +188,48 @@ static void golden(void **state)
     json_decref(spec);
 }
 
+/* What a task of experts left behind is looked at number by number. */
+static void looks_closely(void **state)
+{
+    struct err e = { 0 };
+    standin_open(STANDIN_FIRST, 0, -1);
+    json_t *spec = fp8_spec(*state, (struct shape){ 2, 1, 2, 4, 2, 4, 1 });
+    struct run *r = cuda_open_run(spec, NULL, &e);
+    test_ok(e.code < 0 ? e.code : run_go(r), &e);
+    const struct cuda *c = r->machine.priv;
+    for (int32_t i = 0; i < 2; i++)
+        test_ok(cuda_verify_fp8(c, &c->rank[i], &r->graph, &e), &e);
+    for (int64_t i = 0; i < c->plan.n_op; i++) {
+        const struct cuda_op *op = &c->plan.op[i];
+        for (int32_t j = op->first_act; j < op->first_act + op->n_acts; j++) {
+            const struct cuda_act *a = &c->plan.act[j];
+            if (a->what != CUDA_EXPERTS)
+                continue;
+            const struct cuda_rank *rank = &c->rank[op->rank];
+            uint8_t *hidden = (uint8_t *)c->stream[op->stream].hidden.at + c->plan.experts[a->entry].kept * 32;
+            uint16_t *out = (uint16_t *)rank->rows.at + a->row * 48;
+            int largest = 0;
+            for (int x = 0; x < 32; x++)
+                largest = (hidden[x] & 0x7f) > (hidden[largest] & 0x7f) ? x : largest;
+            const uint8_t code = hidden[largest];
+            hidden[largest] -= 2; /* two steps: one could be rounding */
+            assert_int_equal(cuda_verify_fp8(c, rank, &r->graph, &e), ERR_RUN);
+            if (!strstr(e.text, "row 0, hidden element "))
+                fail_msg("%s", e.text);
+            e = (struct err){ 0 };
+            hidden[largest] = code;
+            out[5] ^= 0x8000; /* its sign */
+            assert_int_equal(cuda_verify_fp8(c, rank, &r->graph, &e), ERR_RUN);
+            if (!strstr(e.text, "row 0, element 5: "))
+                fail_msg("%s", e.text);
+            e = (struct err){ 0 };
+            out[5] ^= 0x8000;
+        }
+    }
+    test_close_run(r);
+    json_decref(spec);
+}
+
 /* A reference that rounds otherwise is further away than what is allowed: the GPU did compute in FP8. */
 static float as_it_is(float v)
 {
@@ -278,6 +320,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(layouts, scratch_make, scratch_remove),
         cmocka_unit_test_setup_teardown(offloaded, scratch_make, scratch_remove),
         cmocka_unit_test_setup_teardown(golden, scratch_make, scratch_remove),
+        cmocka_unit_test_setup_teardown(looks_closely, scratch_make, scratch_remove),
         cmocka_unit_test(rounding_matters),
         cmocka_unit_test_setup_teardown(refused, scratch_make, scratch_remove),
     };
