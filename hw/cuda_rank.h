@@ -43,8 +43,8 @@ struct cuda_act { enum cuda_what what; int32_t n, entry; int64_t index, row; };
 /* One expert's n rows: of those of its task from `first`, in the lists as in the rows that are written. Each expert's
  * begin where products may (cuda_row_step()); rows before them mean nothing. entry: in the graph's experts. */
 struct cuda_expert { int32_t entry, n, first; };
-/* Experts of a task that have rows: those of the plan from `first`; gate and up are one call, down is the next. kept: in
- * fp8, rows in front of its hidden layers on its stream. */
+/* Experts of a task that have rows: those of the plan from `first`; gate and up are one call, down is the next. kept:
+ * in fp8, rows in front of its hidden layers on its stream. */
 struct cuda_experts { int32_t first, n, call; int64_t kept; };
 
 /* Bytes of rows, or of weights that move, which mean nothing. */

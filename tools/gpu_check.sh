@@ -100,6 +100,12 @@ fi
 shown 120 "outputs against the reference" ./moelab run scenarios/gpu/verify.lua --out "$work/verify"
 say "largest relative errors: $(grep -Eo '"verified":[0-9.e-]+' "$work/verify/runs.jsonl" 2>/dev/null | sort | uniq |
     tr '\n' ' ')"
+capability=$(sed -n 's/.*compute capability \([0-9.]*\).*/\1/p' "$work/calibration.txt" 2>/dev/null | head -n 1)
+if awk -v c="${capability:-9.0}" 'BEGIN { exit !(c >= 8.9) }'; then
+    shown 80 "FP8 against the reference, and its times" ./moelab run scenarios/gpu/fp8.lua --out "$work/fp8"
+else
+    say "== FP8: not tried, this GPU has compute capability $capability and 8.9 is needed"
+fi
 lines=400
 for scenario in offload gemm kernels; do
     shown 70 "$scenario, measured and simulated" ./moelab run "scenarios/gpu/$scenario.lua" --machine cuda \

@@ -29,9 +29,14 @@ else
 fi
 one lua 'placement = moe.policy { kind = "placement", name = "mine", place = function() end },' ''
 run_expect 2 'machine cuda: placement mine is written in Lua, which ranks do not load' "$moelab" run lua.lua
-one fp8 'virtual_ranks = true,' 'precision = "fp8"'
-run_expect 2 'fp8.lua:2: machine cuda: model.precision: computes in bf16 and fp32, found fp8' \
-    "$moelab" run fp8.lua --out results
+one int8 'virtual_ranks = true,' 'precision = "int8"'
+run_expect 2 'int8.lua:2: machine cuda: model.precision: computes in bf16, fp32 and fp8, found int8' \
+    "$moelab" run int8.lua --out results
+if [ -e "$top_builddir/hw/cuda.so" ]; then
+    one fp8 'virtual_ranks = true,' 'precision = "fp8"'
+    run_expect 2 'fp8.lua:2: machine cuda: model.d_expert: fp8 needs a multiple of 16, found 8' \
+        "$moelab" run fp8.lua --out results
+fi
 one word 'virtual_ranks = "yes",' ''
 run_expect 2 'virtual_ranks: expected .*boolean' "$moelab" run word.lua --out results
 one right 'virtual_ranks = true, verify = true,' ''

@@ -8,7 +8,7 @@ gpu=$top_srcdir/scenarios/gpu
 
 # ---- scenarios -------------------------------------------------------------------------------------------------------
 
-for scenario in gemm kernels layouts offload verify; do
+for scenario in fp8 gemm kernels layouts offload verify; do
     ok "$scenario, simulated" "$moelab" run "$gpu/$scenario.lua" --machine flow --out "$scenario"
 done
 # 512 rows for each of 8 experts in 2 layers: 6 x 512 x 2048 x 768 operations each, over the time of the experts.
@@ -57,9 +57,10 @@ case $FAKE:$what in
 none:calibrate) echo "moelab: calibrate: no GPU: there is no driver (an error)" >&2; exit 2 ;;
 broken:calibrate) echo "moelab: rank 0, GPU 0: cudaMalloc: an error" >&2; exit 1 ;;
 *:calibrate)
+    [ $FAKE != old ] || capability=8.0
     echo "return { name = \"made-up\" }" >"$out"
     echo "  measured     sizes"
-    echo "  moelab 0.1.0, Made-up GPU (compute capability 9.0, 96 SMs), driver 13.0"
+    echo "  moelab 0.1.0, Made-up GPU (compute capability ${capability:-9.0}, 96 SMs), driver 13.0"
     echo "  300 TFLOP/s in bf16, 30 in fp32; 1800 GB/s of copies, 50 GB/s from the host after 8 us"
     echo "  permute, 65536 tokens x 4096: 1620 GB/s, 90.0 % of copies, spread 0.1 %"
     echo "  unpermute, 65536 tokens x 4096: 1440 GB/s, 79.9 % of copies, spread 0.1 %"
@@ -88,17 +89,18 @@ EOF
 run_expect 2 'usage: gpu_check.sh' bash "$top_srcdir/tools/gpu_check.sh" made.tar.gz
 run_expect 2 'no such tarball' bash "$top_srcdir/tools/gpu_check.sh" nothing.tar.gz - report
 ok "everything in turn" bash check well
-said=$(sed 's/--out [^ ]*//; s/--samples [^ ]*//; s|[^ =]*/\([a-z]*.lua\)|\1|g; s/  */ /g; s/ $//' calls)
+said=$(sed 's/--out [^ ]*//; s/--samples [^ ]*//; s|[^ =]*/\([a-z0-9]*.lua\)|\1|g; s/  */ /g; s/ $//' calls)
 ok "... calibration first, then what is computed, then scenarios against the calibrated machine" test "$said" = \
     "calibrate gpu --gpu
 run verify.lua
+run fp8.lua
 run offload.lua --machine cuda --against flow --set machine=gpu.lua
 run gemm.lua --machine cuda --against flow --set machine=gpu.lua
 run kernels.lua --machine cuda --against flow --set machine=gpu.lua
 calibrate virtual --gpu --ranks 2x4
 run layouts.lua --machine cuda --against flow --set machine=virtual.lua
 run empty.lua --quiet"
-ok "... the report has what each said" test "$(grep -c '^  said of ' report)" = 5
+ok "... the report has what each said" test "$(grep -c '^  said of ' report)" = 6
 ok "... and the machine" test "$(tail -n 2 report | head -n 1)" = "$(cat report.lua)"
 ok "... and targets: permute" grep -Eq '^permute, 65536 tokens x 4096, of copies +> 80 +% +90 +met$' report
 ok "... unpermute" grep -Eq '^unpermute, .* > 80 +% +79.9 +MISSED$' report
@@ -113,6 +115,9 @@ ok "... with what moelab says" grep -q '^moelab: calibrate: no GPU: there is no 
 run_expect 1 'SOMETHING FAILED' bash check broken
 ok "... what does not need the machine file runs" test "$(grep -c '^run .*/*.lua' calls)" -ge 5
 ok "... on the machines that scenarios name" test "$(grep -c 'machine=' calls)" = 0
+ok "an older GPU" bash check old
+said=$(grep -c fp8 calls):$(grep -c "^== FP8: not tried, .* 8.0 and 8.9 is needed" report)
+ok "... does without FP8, which is said" test "$said" = 0:1
 run_expect 1 'offload, measured and simulated: FAILED, exit status 1' bash check slow
 (mkdir bench && cd made && sh ./configure && FAKE=none MOELAB=./moelab bash tests/bench_gpu.sh "$work/bench") >said
 ok "the bench without a GPU" grep -q '^machine cuda: no GPU here, its targets are not measured (moelab: .*no GPU' said
