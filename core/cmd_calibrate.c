@@ -182,10 +182,12 @@ static void summary_gpu(const struct calibration *c, const char *path)
         if (what[i] && c->quality[i].n > 0)
             printf("  %-12s %6d  %6.1f %%  %12.1f %%  %5.1f %%\n", what[i], c->quality[i].n, 100 * c->quality[i].spread,
                    100 * c->quality[i].median, 100 * c->quality[i].largest);
-    printf("\n  %s\n  %.4g TFLOP/s in bf16, %.4g in fp32; %.4g GB/s of copies, %.4g GB/s from the host after %.3g us\n",
-           c->versions, d->peak[PREC_BF16] * d->gemm.mma_efficiency / 1e12,
-           d->peak[PREC_FP32] * d->gemm.mma_efficiency / 1e12, c->copy_bandwidth / 1e9, c->read_bandwidth / 1e9,
-           c->read_s * 1e6);
+    printf("\n  %s\n  %.4g TFLOP/s in bf16, %.4g in fp32", c->versions,
+           d->peak[PREC_BF16] * d->gemm.mma_efficiency / 1e12, d->peak[PREC_FP32] * d->gemm.mma_efficiency / 1e12);
+    if (d->peak[PREC_FP8] > 0)
+        printf(", %.4g in fp8", d->peak[PREC_FP8] * d->gemm.mma_efficiency / 1e12);
+    printf("; %.4g GB/s of copies, %.4g GB/s from the host after %.3g us\n", c->copy_bandwidth / 1e9,
+           c->read_bandwidth / 1e9, c->read_s * 1e6);
     calibration_say_gpu(c, "  ", stdout);
     printf("  written: %s\n", path);
 }

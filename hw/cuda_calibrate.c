@@ -39,6 +39,7 @@ struct bench {
     char *pinned;
     size_t at_pinned, at_written;
     int64_t set;               /* of operands, next */
+    bool fp8;                  /* the GPU has it */
     void *rows, *moved, *lists; /* of kernels of rows */
     int32_t tokens;
     struct host_sample *sample; /* of all passes, one behind another; NULL: sizes are only counted */
@@ -119,8 +120,8 @@ static int multiply(struct bench *b, const struct host_sample *s, struct err *e)
 static void measure_products(struct bench *b, const struct host_sample *s, struct err *e)
 {
     const struct kernel k = product_of(s);
-    const double each = (double)b->cuda.element * (double)k.groups * (double)(k.shape.rows + k.shape.n) *
-                        (double)k.shape.k;
+    const double element = k.precision == PREC_FP8 ? 1 : (double)b->cuda.element;
+    const double each = element * (double)k.groups * (double)(k.shape.rows + k.shape.n) * (double)k.shape.k;
     int sets = b->sample ? (int)fmin(MOST_SETS, ceil((double)b->cuda.rank[0].operands.room / each)) : 0;
     cuda_products_clear(&b->cuda.products);
     for (b->set = 0; sets > 0 && !e->code; sets--)
@@ -215,13 +216,15 @@ static int rows_kernel(struct bench *b, const struct host_sample *s, struct err 
 
 /* ---- sizes ---- */
 
+/* In fp8 each is a call of its own, so that groups say nothing new. */
 static void gemms(struct bench *b, enum precision p, struct err *e)
 {
     static const struct gemm_group matrix[] = { { 0, 1536, 2560 }, { 0, 2560, 1536 }, { 0, 4096, 1792 },
                                                 { 0, 896, 4096 } };
     static const int32_t groups[] = { 1, 4, 16 };
     const size_t n = sizeof matrix / sizeof *matrix;
-    for (size_t i = 0; i < (p == PREC_BF16 ? n : n / 2) * (sizeof groups / sizeof *groups); i++)
+    for (size_t i = 0; i < (p == PREC_BF16 ? n : n / 2) * (sizeof groups / sizeof *groups);
+         i += p == PREC_FP8 ? sizeof groups / sizeof *groups : 1)
         for (int64_t rows = 1; rows <= 1024; rows *= groups[i % 3] == 1 ? 2 : 4) {
             struct host_sample s = { .what = HOST_GEMM, .precision = p, .groups = groups[i % 3],
                                      .shape = matrix[i / 3] };
@@ -292,7 +295,7 @@ static void queue(struct bench *b, struct err *e)
 
 static void set_precision(struct bench *b, enum precision p)
 {
-    b->cuda.half = p == PREC_BF16;
+    b->cuda.half = p != PREC_FP32;
     b->cuda.element = b->cuda.half ? 2 : sizeof(float);
 }
 
@@ -400,6 +403,7 @@ static void close_bench(struct bench *b)
             cudaStreamDestroy(c->stream[i].stream);
         if (b->end[i])
             cudaEventDestroy(b->end[i]);
+        cudaFree(c->stream[i].workspace.at);
         cudaFree(c->rank[i].operands.at);
         cudaFree(c->rank[i].results.at);
     }
@@ -420,8 +424,9 @@ static void close_bench(struct bench *b)
 
 /* ---- all of it ---- */
 
-static int describe(struct cuda_calibration *c, cublasHandle_t blas, struct err *e)
+static int describe(struct bench *b, cublasHandle_t blas, struct err *e)
 {
+    struct cuda_calibration *c = b->c;
     struct cudaDeviceProp p = { 0 };
     int driver = 0, runtime = 0, lib = 0, clock = 0, width = 0;
     size_t left, all = 0;
@@ -438,6 +443,11 @@ static int describe(struct cuda_calibration *c, cublasHandle_t blas, struct err 
              "runtime %d.%d, cuBLAS %d.%d.%d (%s)", PACKAGE_VERSION, p.name, p.major, p.minor, p.multiProcessorCount,
              driver / 1000, driver % 1000 / 10, runtime / 1000, runtime % 1000 / 10, lib / 10000, lib % 10000 / 100,
              lib % 100, cuda_products_grouped() ? "products of a task in one call" : "products one by one");
+    b->fp8 = 10 * p.major + p.minor >= CUDA_FP8_CAPABILITY;
+    for (int32_t i = 0; b->fp8 && i < c->n_ranks; i++) {
+        struct cuda_stream *s = &b->cuda.stream[i];
+        cuda_take_more(&s->workspace.at, &s->workspace.room, CUDA_FP8_WORKSPACE, i, "cuBLASLt", e);
+    }
     c->sms = p.multiProcessorCount;
     c->memory = (double)all;
     c->mem_bandwidth = 2 * 1e3 * (double)clock * (double)width / 8; /* kHz, both edges, bits */
@@ -451,6 +461,8 @@ static void pass(struct bench *b, struct err *e)
         gemms(b, all[i], e);
         squares(b, all[i], e);
     }
+    if (b->fp8) /* the bytes of bf16 will do */
+        gemms(b, PREC_FP8, e);
     bytes(b, e);
     if (b->c->n_ranks == 1)
         kernels(b, e);
@@ -466,7 +478,7 @@ int cuda_calibrate(struct cuda_calibration *c, struct err *e)
         return err_set(e, ERR_INPUT, "%d virtual ranks, expected 1 to %d", c->n_ranks, MOST_RANKS);
     if (cuda_find_device(e) < 0 || CUDA_TRY(e, 0, cudaSetDevice(0)) < 0)
         return e->code;
-    if (open_ranks(&b, e) == 0 && describe(c, b.cuda.stream[0].blas, e) == 0 && open_rows(&b, e) == 0 &&
+    if (open_ranks(&b, e) == 0 && describe(&b, b.cuda.stream[0].blas, e) == 0 && open_rows(&b, e) == 0 &&
         CUDA_TRY(e, 0, cudaHostAlloc((void **)&b.pinned, PINNED, cudaHostAllocDefault)) == 0) {
         memset(b.pinned, 0x3c, PINNED);
         pass(&b, e); /* counts */

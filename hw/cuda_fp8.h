@@ -12,6 +12,7 @@
 
 /* Rows and columns of both matrices of weights, and row lengths, have to be multiples of this. */
 enum { CUDA_FP8_STEP = 16, CUDA_FP8_WORKSPACE = 32 << 20 /* bytes of a stream: what Hopper's kernels ask for */ };
+enum { CUDA_FP8_CAPABILITY = 89 };
 
 /* m rows, n columns of what is computed, k of what is multiplied; `algo` is what cuBLASLt thinks best. */
 struct cuda_fp8_shape { int64_t m, n, k; cublasLtMatrixLayout_t weights, rows, out; cublasLtMatmulAlgo_t algo; };

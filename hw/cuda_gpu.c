@@ -54,7 +54,7 @@ static int check_precision(const struct cuda *c, int32_t rank, int device, struc
         return e->code;
     CUDA_TRY(e, rank, cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
     CUDA_TRY(e, rank, cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
-    if (!e->code && (major < 8 || (major == 8 && minor < 9)))
+    if (!e->code && 10 * major + minor < CUDA_FP8_CAPABILITY)
         err_set(e, ERR_INPUT, "rank %d, GPU %d: model.precision: fp8 needs compute capability 8.9 or higher, found "
                 "%d.%d", rank, device, major, minor);
     return e->code;

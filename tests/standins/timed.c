@@ -436,7 +436,7 @@ cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *p, int device)
 {
     (void)device;
     snprintf(p->name, sizeof p->name, "Made-up GPU");
-    p->major = 9;
+    p->major = all.gpu.capability ? all.gpu.capability : 9;
     p->multiProcessorCount = (int)all.gpu.device.gemm.sms;
     return cudaSuccess;
 }

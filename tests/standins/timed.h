@@ -16,6 +16,7 @@ struct timed_gpu {
     double load_s, load_bandwidth, store_s, store_bandwidth; /* from the host and to it */
     double permute_bandwidth, combine_bandwidth, top_k_bandwidth;
     double memory;                       /* bytes that there are */
+    int capability;                      /* to compute, the number before the point; 0: 9 */
     cudaError_t devices;                 /* what looking for them says */
 };
 

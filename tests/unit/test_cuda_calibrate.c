@@ -12,7 +12,7 @@
 /* Round figures: 400 TFLOP/s of which products reach 300, 2 TB/s of which kernels reach 1.6. */
 static const struct timed_gpu made_up = {
     .device = { .launch_s = 3e-6, .flops_efficiency = 0.5, .mem_efficiency = 0.8, .mem_bandwidth = 2.048e12,
-                .peak = { [PREC_BF16] = 400e12, [PREC_FP32] = 40e12 },
+                .peak = { [PREC_BF16] = 400e12, [PREC_FP32] = 40e12, [PREC_FP8] = 800e12 },
                 .gemm = { .sms = 96, .mma_efficiency = 0.75, .port_bandwidth = 200e9, .store_bandwidth = 40e9,
                           .mem_efficiency = 0.7, .launch_s = 4e-6, .overlap = 2 } },
     .copy_s = 2e-6, .copy_bandwidth = 1.8e12, .load_s = 8e-6, .load_bandwidth = 50e9, .store_s = 9e-6,
@@ -71,12 +71,13 @@ static void prices_products(const struct device_spec *fitted, const struct devic
         { PREC_BF16, 1, { 1, 2048, 1024 } },   { PREC_BF16, 8, { 6, 1024, 2048 } },
         { PREC_BF16, 1, { 300, 2048, 2048 } }, { PREC_BF16, 32, { 100, 2048, 768 } },
         { PREC_BF16, 1, { 8192, 8192, 4096 } }, { PREC_FP32, 1, { 300, 2048, 2048 } },
+        { PREC_FP8, 1, { 300, 2048, 2048 } },   { PREC_FP8, 1, { 8192, 8192, 4096 } },
         { PREC_FP32, 1, { 8192, 8192, 4096 } },
     };
     for (size_t i = 0; i < sizeof list / sizeof *list; i++) {
-        const double in = list[i].p == PREC_BF16 ? 2 : 4;
+        const double in = list[i].p == PREC_BF16 ? 2 : list[i].p == PREC_FP8 ? 1 : 4;
         const struct kernel k = { .precision = list[i].p, .groups = list[i].groups, .shape = list[i].shape,
-                                  .bytes = { in, in, in } };
+                                  .bytes = { in, in, fmax(in, 2) } };
         assert_near(cost_kernel(fitted, &k).seconds, cost_kernel(truth, &k).seconds, 0.08);
     }
 }
@@ -93,6 +94,7 @@ static void rates_are_found(void **state)
     assert_near(d->launch_s, 3e-6, 0.01);
     assert_near(d->peak[PREC_BF16] * d->gemm.mma_efficiency, 300e12, 0.03);
     assert_near(d->peak[PREC_FP32] * d->gemm.mma_efficiency, 30e12, 0.03);
+    assert_near(d->peak[PREC_FP8] * d->gemm.mma_efficiency, 600e12, 0.05);
     assert_near(d->mem_bandwidth * d->gemm.mem_efficiency, 0.7 * 2.048e12, 0.03);
     assert_near(d->peak[PREC_BF16] * d->flops_efficiency, 200e12, 0.05);
     assert_near(c.copy_bandwidth, 1.8e12, 0.01);
@@ -111,6 +113,19 @@ static void rates_are_found(void **state)
     assert_near(kernel(&c, LATENCY_TOP_K)->bytes / kernel(&c, LATENCY_TOP_K)->seconds, 0.9e12, 1e-3);
     assert_true(kernel(&c, LATENCY_PERMUTE)->key.rows == 65536 && kernel(&c, LATENCY_PERMUTE)->key.n == 4096);
     assert_string_equal(c.gpu.note, "");
+    calibration_free(&c);
+}
+
+static void without_fp8(void **state)
+{
+    struct timed_gpu older = made_up;
+    struct calibration c;
+    (void)state;
+    older.capability = 8;
+    measure(&c, &older, 1);
+    assert_true(c.device.peak[PREC_FP8] == 0 && c.device.peak[PREC_BF16] > 0);
+    for (int i = 0; i < c.n; i++)
+        assert_true(c.sample[i].precision != PREC_FP8);
     calibration_free(&c);
 }
 
@@ -316,6 +331,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(rates_are_found),
+        cmocka_unit_test(without_fp8),
         cmocka_unit_test(virtual_ranks),
         cmocka_unit_test_setup_teardown(file_is_a_machine, scratch_make, scratch_remove),
         cmocka_unit_test_setup_teardown(links_of_another, scratch_make, scratch_remove),

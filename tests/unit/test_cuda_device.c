@@ -2,6 +2,7 @@
  * test_cuda_device.c - the kernels of machine cuda against plain loops, on a GPU; skipped where there is none. */
 #include "core_test.h"
 
+#include "cuda_e4m3.h"
 #include "cuda_kernels.h"
 
 #include <cuda_runtime_api.h>
@@ -149,6 +150,85 @@ static void combines(void **state)
     }
 }
 
+/* Rows of very different sizes, each with the scale and the codes that the processor finds. */
+static void gathers_fp8(void **state)
+{
+    static const int32_t widths[] = { 16, 2048, 4096, 7168 };
+    (void)state;
+    for (int w = 0; w < 4; w++) {
+        enum { FROM = 60, TO = 200 };
+        const size_t d = (size_t)widths[w];
+        int32_t index[TO];
+        float scale[TO], *row = malloc(d * sizeof *row);
+        uint16_t *from = numbers(true, FROM * d, 3);
+        uint8_t *to = malloc(TO * d), *want = malloc(d);
+        for (size_t i = 0; i < FROM * d; i++) /* times 2^-20 to 2^39; row 0 is zeros, signed */
+            from[i] = (uint16_t)(i < d ? from[i] & 0x8000
+                                 : from[i] & 0x7fff ? from[i] + 128 * ((int)(i / d) - 20) : 0);
+        for (int i = 0; i < TO; i++)
+            index[i] = (int32_t)(moe_mix((uint64_t)i) % FROM);
+        void *d_from = upload(from, FROM * d * 2), *d_index = upload(index, sizeof index);
+        void *d_to = upload(to, TO * d), *d_scale = upload(scale, sizeof scale);
+        CUDA(cuda_gather_e4m3(NULL, widths[w], TO, d_index, d_from, d_to, d_scale));
+        fetch(to, d_to, TO * d);
+        fetch(scale, d_scale, sizeof scale);
+        for (size_t i = 0; i < TO; i++) {
+            for (size_t j = 0; j < d; j++)
+                row[j] = value(true, from, (size_t)index[i] * d + j);
+            assert_true(scale[i] == cuda_e4m3_codes(d, row, want));
+            assert_memory_equal(to + i * d, want, d);
+        }
+        cudaFree(d_from);
+        cudaFree(d_index);
+        cudaFree(d_to);
+        cudaFree(d_scale);
+        free(from);
+        free(to);
+        free(want);
+        free(row);
+    }
+}
+
+/* Codes are as near as an exponential in single precision comes; then rows are multiplied by their scales. */
+static void activates_fp8(void **state)
+{
+    enum { N = 100, D = 1536 };
+    float scale[N], to_scale[N];
+    uint16_t *gate = numbers(true, N * D, 1), *up = numbers(true, N * D, 1 << 20);
+    uint8_t *to = malloc(N * D);
+    (void)state;
+    for (int i = 0; i < N; i++)
+        scale[i] = ldexpf(1, i % 5 - 2);
+    void *d_gate = upload(gate, N * D * 2), *d_up = upload(up, N * D * 2), *d_scale = upload(scale, sizeof scale);
+    void *d_to = upload(to, N * D), *d_to_scale = upload(scale, sizeof scale);
+    CUDA(cuda_activate_e4m3(NULL, D, N, d_scale, d_gate, d_up, d_to, d_to_scale));
+    CUDA(cuda_scale_rows(NULL, D, N, d_scale, d_gate));
+    fetch(to, d_to, N * D);
+    fetch(to_scale, d_to_scale, sizeof to_scale);
+    for (size_t i = 0; i < N; i++) {
+        double most = 0;
+        for (size_t j = 0; j < D; j++) {
+            const double s = (double)scale[i], g = s * (double)value(true, gate, i * D + j);
+            const double want = g / (1 + exp(-g)) * s * (double)value(true, up, i * D + j);
+            const double got = (double)(to_scale[i] * cuda_e4m3_value(to[i * D + j]));
+            most = fmax(most, fabs(want));
+            assert_true(fabs(got - want) <= fmax(fabs(want) / 16, (double)to_scale[i] / 1024) * 1.0001);
+        }
+        assert_true(most <= 448.001 * (double)to_scale[i] && most > 223.999 * (double)to_scale[i]);
+    }
+    uint16_t *scaled = malloc(N * D * 2);
+    fetch(scaled, d_gate, N * D * 2);
+    for (size_t i = 0; i < N * D; i++)
+        assert_true(value(true, scaled, i) == scale[i / D] * value(true, gate, i));
+    void *const all[] = { d_gate, d_up, d_scale, d_to, d_to_scale };
+    for (int i = 0; i < 5; i++)
+        cudaFree(all[i]);
+    free(gate);
+    free(up);
+    free(to);
+    free(scaled);
+}
+
 static int has_gpu(void)
 {
     int n = 0;
@@ -158,7 +238,8 @@ static int has_gpu(void)
 int main(void)
 {
     const struct CMUnitTest tests[] = { cmocka_unit_test(gathers), cmocka_unit_test(activates),
-                                        cmocka_unit_test(combines) };
+                                        cmocka_unit_test(combines), cmocka_unit_test(gathers_fp8),
+                                        cmocka_unit_test(activates_fp8) };
     if (!has_gpu()) {
         puts("1..0 # SKIP no GPU");
         return 0;
