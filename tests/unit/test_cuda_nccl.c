@@ -195,6 +195,28 @@ static void offloaded_experts(void **state)
     free_left(left, 2);
 }
 
+/* Each rank looks at its own experts more closely: cuda_verify_fp8.c. */
+static void in_fp8(void **state)
+{
+    static const struct shape shapes[] = { { 2, 1, 2, 8, 2, 4, 2 }, { 2, 2, 2, 16, 4, 4, 2 } };
+    for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
+        struct left left[4];
+        const int n = shapes[i].nodes * shapes[i].devices;
+        json_t *spec = cuda_spec(*state, shapes[i]);
+        test_set(spec, "model", "d_model", json_integer(48));
+        test_set(spec, "model", "d_expert", json_integer(32));
+        test_set(spec, "model", "precision", json_string("fp8"));
+        run_ranks(*state, spec, n, &none, left);
+        for (int r = 0; r < n; r++) {
+            if (left[r].status != 0 || left[r].code != 0)
+                fail_msg("rank %d of %d: status %x: %s", r, n, (unsigned)left[r].status, left[r].text);
+            assert_true(left[r].max_error > 1e-4 && left[r].max_error < 1e-2);
+            assert_non_null(strstr(left[r].calls, " gemm in fp8 "));
+        }
+        free_left(left, n);
+    }
+}
+
 /* Weights that move are sent as bytes in several rounds. */
 static void moving_weights(void **state)
 {
@@ -366,6 +388,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_setup_teardown(two_to_eight_ranks, scratch_make, scratch_remove),
         cmocka_unit_test_setup_teardown(offloaded_experts, scratch_make, scratch_remove),
+        cmocka_unit_test_setup_teardown(in_fp8, scratch_make, scratch_remove),
         cmocka_unit_test_setup_teardown(moving_weights, scratch_make, scratch_remove),
         cmocka_unit_test_setup_teardown(conserves, scratch_make, scratch_remove),
         cmocka_unit_test_setup_teardown(golden, scratch_make, scratch_remove),

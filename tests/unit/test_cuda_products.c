@@ -121,6 +121,9 @@ static double run_checked(json_t *spec, uint64_t seed, bool one_by_one, int (*ch
     if (run_go(r) < 0)
         fail_msg("order %d: %s", (int)(seed % 3), r->err->text);
     *found += check(r);
+    json_t *result = run_result(r);
+    assert_string_equal(json_string_value(json_object_get(result, "products")), "grouped"); /* what the library can */
+    json_decref(result);
     const double error = r->machine.max_error;
     test_close_run(r);
     json_decref(spec);
