@@ -23,12 +23,18 @@ static int open_once(struct cuda_fp8 *f, int32_t rank, struct err *e)
     const cublasOperation_t transposed = CUBLAS_OP_T, as_it_is = CUBLAS_OP_N;
     const uint64_t workspace = CUDA_FP8_WORKSPACE;
     const uint32_t aligned = CUDA_FP8_STEP;
+    const float one = 1;
     if (f->lt)
         return e->code;
+    cuda_take(&f->one, sizeof one, rank, "a scale", e);
+    CUDA_TRY(e, rank, cudaMemcpy(f->one, &one, sizeof one, cudaMemcpyHostToDevice));
     BLAS_TRY(e, rank, cublasLtCreate(&f->lt));
     BLAS_TRY(e, rank, cublasLtMatmulDescCreate(&f->desc, CUBLAS_COMPUTE_32F, CUDA_R_32F));
     set(f->desc, CUBLASLT_MATMUL_DESC_TRANSA, &transposed, sizeof transposed, rank, e);
     set(f->desc, CUBLASLT_MATMUL_DESC_TRANSB, &as_it_is, sizeof as_it_is, rank, e);
+    /* Algorithms are chosen with scales in mind. */
+    set(f->desc, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, &f->one, sizeof f->one, rank, e);
+    set(f->desc, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, &f->one, sizeof f->one, rank, e);
     BLAS_TRY(e, rank, cublasLtMatmulPreferenceCreate(&f->preference));
     BLAS_TRY(e, rank, cublasLtMatmulPreferenceSetAttribute(f->preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
                                                            &workspace, sizeof workspace));
@@ -86,7 +92,8 @@ int cuda_fp8_run(const struct cuda_fp8 *f, int64_t shape, const void *rows, cons
 {
     const struct cuda_fp8_shape *s = &f->shape[shape];
     const float one = 1, zero = 0;
-    set(f->desc, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, &scale, sizeof scale, rank, e);
+    const void *at = scale ? (const void *)scale : f->one;
+    set(f->desc, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, &at, sizeof at, rank, e);
     return BLAS_TRY(e, rank, cublasLtMatmul(f->lt, f->desc, &one, weights, s->weights, rows, s->rows, &zero, to, s->out,
                                             to, s->out, &s->algo, workspace, CUDA_FP8_WORKSPACE, stream));
 }
@@ -96,6 +103,7 @@ void cuda_fp8_close(struct cuda_fp8 *f)
     for (int64_t i = 0; i < f->n_shapes; i++)
         close_shape(&f->shape[i]);
     free(f->shape);
+    cudaFree(f->one);
     if (f->preference)
         cublasLtMatmulPreferenceDestroy(f->preference);
     if (f->desc)

@@ -22,6 +22,7 @@ struct cuda_fp8 {
     cublasLtHandle_t lt;
     cublasLtMatmulDesc_t desc;
     cublasLtMatmulPreference_t preference;
+    void *one;                 /* a scale, on the device: what has none is multiplied by this */
     struct cuda_fp8_shape *shape;
     int64_t n_shapes, room;
 };

@@ -7,7 +7,7 @@
 #include <string.h>
 
 /* Fields of the library's opaque structures, as they are used here. */
-enum { DESC_TRANS_A, DESC_TRANS_B, DESC_SCALE, DESC_COMPUTE, DESC_TYPE };
+enum { DESC_TRANS_A, DESC_TRANS_B, DESC_SCALE_A, DESC_SCALE_B, DESC_COMPUTE, DESC_TYPE };
 enum { LAYOUT_TYPE, LAYOUT_ROWS, LAYOUT_COLS, LAYOUT_LD };
 enum { PREF_WORKSPACE, PREF_ALIGNED = 1 /* of A, B, C, D */ };
 struct cublasLtContext { int unused; };
@@ -47,8 +47,9 @@ cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t d, cublasLtMa
 {
     const int field = what == CUBLASLT_MATMUL_DESC_TRANSA ? DESC_TRANS_A
                       : what == CUBLASLT_MATMUL_DESC_TRANSB ? DESC_TRANS_B
-                      : what == CUBLASLT_MATMUL_DESC_A_SCALE_POINTER ? DESC_SCALE : -1;
-    if (field < 0 || size != (field == DESC_SCALE ? sizeof(void *) : sizeof(cublasOperation_t)))
+                      : what == CUBLASLT_MATMUL_DESC_A_SCALE_POINTER ? DESC_SCALE_A
+                      : what == CUBLASLT_MATMUL_DESC_B_SCALE_POINTER ? DESC_SCALE_B : -1;
+    if (field < 0 || size != (field >= DESC_SCALE_A ? sizeof(void *) : sizeof(cublasOperation_t)))
         return CUBLAS_STATUS_INVALID_VALUE;
     d->data[field] = 0;
     memcpy(&d->data[field], value, size);
@@ -96,6 +97,7 @@ static bool supported(cublasLtMatmulDesc_t desc, cublasLtMatrixLayout_t a, cubla
 {
     const uint64_t k = a->data[LAYOUT_ROWS], m = a->data[LAYOUT_COLS], n = b->data[LAYOUT_COLS];
     return desc->data[DESC_TRANS_A] == CUBLAS_OP_T && desc->data[DESC_TRANS_B] == CUBLAS_OP_N &&
+           desc->data[DESC_SCALE_A] != 0 && desc->data[DESC_SCALE_B] != 0 &&
            desc->data[DESC_COMPUTE] == CUBLAS_COMPUTE_32F && desc->data[DESC_TYPE] == CUDA_R_32F && c == d &&
            a->data[LAYOUT_TYPE] == CUDA_R_8F_E4M3 && b->data[LAYOUT_TYPE] == CUDA_R_8F_E4M3 &&
            d->data[LAYOUT_TYPE] == CUDA_R_16BF && b->data[LAYOUT_ROWS] == k && d->data[LAYOUT_ROWS] == m &&
@@ -125,9 +127,9 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t h, cublasLtMatmul
     return CUBLAS_STATUS_SUCCESS;
 }
 
-struct product { uint64_t m, n, k; const uint8_t *a, *b; const float *scale; uint16_t *d; };
+struct product { uint64_t m, n, k; const uint8_t *a, *b; const float *scale[2]; uint16_t *d; };
 
-/* By tables of 128 values each, which the exponents give. */
+/* Doubled as often as the exponent says. */
 static float value(uint8_t code)
 {
     float size = (float)(code & 7) / 512;
@@ -149,7 +151,7 @@ static void multiply(const void *work)
             float sum = 0;
             for (uint64_t l = 0; l < p->k; l++)
                 sum += table[p->a[i * p->k + l]] * table[p->b[j * p->k + l]];
-            p->d[j * p->m + i] = standin_half(p->scale ? *p->scale * sum : sum);
+            p->d[j * p->m + i] = standin_half(*p->scale[0] * *p->scale[1] * sum);
         }
 }
 
@@ -160,10 +162,10 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t h, cublasLtMatmulDesc_t desc, con
 {
     cublasLtMatmulAlgo_t expected;
     float one, zero;
-    struct product p = { dl->data[LAYOUT_ROWS], dl->data[LAYOUT_COLS], al->data[LAYOUT_ROWS], a, b, NULL, d };
+    struct product p = { dl->data[LAYOUT_ROWS], dl->data[LAYOUT_COLS], al->data[LAYOUT_ROWS], a, b, { NULL, NULL }, d };
     memcpy(&one, alpha, sizeof one);
     memcpy(&zero, beta, sizeof zero);
-    memcpy(&p.scale, &desc->data[DESC_SCALE], sizeof p.scale);
+    memcpy(p.scale, &desc->data[DESC_SCALE_A], sizeof p.scale);
     describe(&expected, al, dl);
     if (!h || !supported(desc, al, bl, cl, dl) || memcmp(algo, &expected, sizeof expected) != 0 || one < 1 || one > 1 ||
         zero < 0 || zero > 0 || c != d || !workspace || size == 0 || (uintptr_t)a % 16 || (uintptr_t)b % 16 ||
