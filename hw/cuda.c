@@ -203,7 +203,7 @@ static int cuda_open(struct machine *m, struct err *e)
     m->ops = &cuda_ops;
     m->priv = c;
     m->rank = t ? t->rank : 0;
-    m->products = cuda_products_grouped() ? "grouped" : "one by one";
+    m->products = cuda_products_grouped() && m->precision != PREC_FP8 ? "grouped" : "one by one";
     c->model = m->model;
     c->team = t;
     c->n_ranks = n;

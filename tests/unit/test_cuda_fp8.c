@@ -127,6 +127,9 @@ static void run_well(json_t *spec, uint64_t seed)
         fail_msg("order %d: %s", (int)(seed % 3), e.text);
     assert_true(r->machine.max_error > 1e-4 && r->machine.max_error < 1e-2);
     assert_true(count(standin_calls(), " gemm in fp8 ") > 0);
+    json_t *result = run_result(r);
+    assert_string_equal(json_string_value(json_object_get(result, "products")), "one by one");
+    json_decref(result);
     test_close_run(r);
     json_decref(spec);
     assert_int_equal(standin_left(), 0);
