@@ -322,6 +322,8 @@ int metrics_step(struct metrics *m, const struct moe_graph *g, const struct topo
     v[METRIC_unpermute_s][at] = slowest(&s, MOE_OP_COMBINE);
     v[METRIC_shared_s][at] = shared > 0 ? shared : NAN;
     v[METRIC_decide_s][at] = m->decide_s > 0 ? m->decide_s : NAN;
+    v[METRIC_queue_s][at] = m->queue_s > 0 ? m->queue_s : NAN;
+    v[METRIC_padding][at] = m->queue_s > 0 && m->padding >= 0 ? m->padding : NAN;
     v[METRIC_load_s][at] = m->accesses > 0 ? load : NAN;
     v[METRIC_migration_s][at] = migration;
     v[METRIC_collective_s][at] = collective > 0 ? collective : NAN;

@@ -24,6 +24,8 @@
     M(other_s, "s", "time of the slowest device's dense FFNs, embedding, head and optimiser, summed over layers")     \
     M(collective_s, "s", "time in which partial sums or gradients of what devices share were on their way")           \
     M(decide_s, "s", "time before the step in which policies decided and it was laid out, where times are real")      \
+    M(queue_s, "s", "time that the host took to queue a step on a GPU")                                                \
+    M(padding, "", "share of the rows that experts computed which mean nothing, where CUDA graphs pad them")          \
     M(load_s, "s", "time that expert weights were on their way, summed over the busiest device's loads")              \
     M(migration_s, "s", "time in which weights moved to their new devices")                                           \
     M(imbalance, "", "largest / mean rows computed per device, mean over layers")                                     \
@@ -76,6 +78,7 @@ struct metrics {
     int64_t accesses, hits;
     double loaded_bytes;
     double decide_s; /* of this step; 0: it is not told */
+    double queue_s, padding; /* of what ran last; below 0: not told */
 };
 
 void metrics_free(struct metrics *);

@@ -172,12 +172,12 @@ local label_of, unfold, cross = axes_part.label_of, axes_part.unfold, axes_part.
 local experiment_keys = {
   name = 1, model = 1, machine = 1, executor = 1, tier = 1, workload = 1, router = 1, balancer = 1, placement = 1,
   dispatch = 1, offload = 1, cache = 1, warmup = 1, repetitions = 1, seed = 1, verify = 1, layout = 1,
-  virtual_ranks = 1, allow_extrapolation = 1,
+  virtual_ranks = 1, cuda_graphs = 1, allow_extrapolation = 1,
 }
 -- The order in which axes unfold: the last varies fastest.
 local axis_order = { "model", "machine", "layout", "executor", "tier", "workload", "router", "balancer", "placement",
                      "dispatch", "offload", "cache", "warmup", "repetitions", "seed", "verify",
-                     "virtual_ranks", "allow_extrapolation" }
+                     "virtual_ranks", "cuda_graphs", "allow_extrapolation" }
 local kinds = { "router", "balancer", "placement", "dispatch", "offload" }
 local defaults = { router = "replay", placement = "contiguous", dispatch = "flat", offload = "none", seed = 1,
                    executor = "flow", name = "experiment" }
@@ -357,12 +357,14 @@ local function run_spec(run, where)
   if run.virtual_ranks ~= nil then
     check_type(where, "experiment", "virtual_ranks", run.virtual_ranks, "boolean")
   end
+  if run.cuda_graphs ~= nil then check_type(where, "experiment", "cuda_graphs", run.cuda_graphs, "boolean") end
   if run.cache ~= nil then check_type(where, "experiment", "cache", run.cache, "number") end
   return {
     where = text_of(where), seed = run.seed, model = model_spec(run.model, where),
     machine = machine_spec(run.machine, run, where), workload = workload_spec(run.workload, where),
     layout = run.layout, policies = policies, cache = run.cache, warmup = run.warmup, verify = run.verify,
-    repetitions = run.repetitions, virtual_ranks = run.virtual_ranks, allow_extrapolation = run.allow_extrapolation,
+    repetitions = run.repetitions, virtual_ranks = run.virtual_ranks, cuda_graphs = run.cuda_graphs,
+    allow_extrapolation = run.allow_extrapolation,
   }
 end
 

@@ -328,6 +328,8 @@ static int run_once(struct run *r, int32_t step, int (*run)(struct machine *, st
         return err_prefix(r->err, "machine %s, step %d", r->machine.ops->name, step);
     if (!r->graph.keep_items && layout_times(r) < 0)
         return r->err->code;
+    r->metrics.queue_s = r->machine.queue_s;
+    r->metrics.padding = r->machine.graphs ? r->machine.padding : -1;
     return metrics_step(&r->metrics, &r->graph, r->topology, r->workload.n_tokens, r->machine.now - began,
                         r->machine.joules, r->err);
 }

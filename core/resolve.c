@@ -176,6 +176,10 @@ json_t *run_resolve(const struct run *r)
         json_object_set_new(spec, "virtual_ranks", json_boolean(r->machine.virtual_ranks));
     else
         json_object_del(spec, "virtual_ranks"); /* means nothing there */
+    if (!strcmp(r->machine.ops->name, "cuda"))
+        json_object_set_new(spec, "cuda_graphs", json_boolean(r->machine.graphs));
+    else
+        json_object_del(spec, "cuda_graphs");
     if (r->offloading && !json_object_get(spec, "cache") && r->context.cache_objects > 0)
         json_object_set_new(spec, "cache",
                             json_real((double)r->context.cache_objects / (double)r->context.n_objects));

@@ -14,6 +14,7 @@
  *   allow_extrapolation  models may be asked outside of their ranges
  *   verify     machines host and cuda: compare every layer's output with a plain computation of it
  *   virtual_ranks  machine cuda: all ranks on one GPU, in one process
+ *   cuda_graphs    machine cuda: repetitions of a step are a CUDA graph, at padded sizes
  * Defaults are filled in here and in workload.c; resolve.c says what they came to. */
 #include "config.h"
 
@@ -27,7 +28,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-static int open_machine(struct run *r, const json_t *m, bool verify, struct team *team)
+static int open_machine(struct run *r, const json_t *m, bool verify, bool graphs, struct team *team)
 {
     const char *executor = json_string_value(json_object_get(m, "executor"));
     const char *tier = json_string_value(json_object_get(m, "tier"));
@@ -46,7 +47,7 @@ static int open_machine(struct run *r, const json_t *m, bool verify, struct team
             return err_prefix(r->err, "%s: machine host", r->where);
         r->graph.keep_items = true;
     } else if (!strcmp(executor, "cuda")) {
-        if (machine_open_cuda(&r->machine, r->topology, &r->model, r->precision, verify, team, r->err) < 0)
+        if (machine_open_cuda(&r->machine, r->topology, &r->model, r->precision, verify, graphs, team, r->err) < 0)
             return err_prefix(r->err, "%s: machine cuda", r->where);
         r->graph.keep_items = r->graph.keep_scores = true;
     } else if (!strcmp(executor, "flow") || !strcmp(executor, "simgrid")) {
@@ -216,7 +217,8 @@ int run_open_rank(struct run *r, json_t *spec, struct team *team, struct err *e)
     r->seed = (uint64_t)json_integer_value(json_object_get(spec, "seed"));
     r->decisions = UINT64_C(0xcbf29ce484222325);
     if (run_read_model(r, json_object_get(spec, "model")) < 0 ||
-        open_machine(r, json_object_get(spec, "machine"), json_is_true(json_object_get(spec, "verify")), team) < 0 ||
+        open_machine(r, json_object_get(spec, "machine"), json_is_true(json_object_get(spec, "verify")),
+                     json_is_true(json_object_get(spec, "cuda_graphs")), team) < 0 ||
         run_read_layout(r, json_object_get(spec, "layout")) < 0 ||
         workload_open(&r->workload, json_object_get(spec, "workload"), &r->model, r->topology->n_devices, r->seed,
                       r->where, e) < 0 ||
@@ -319,6 +321,9 @@ json_t *run_result(const struct run *r)
         json_object_set(o, "extrapolated", r->extrapolated);
     if (r->machine.virtual_ranks)
         json_object_set_new(o, "virtual_ranks", json_true());
+    if (r->machine.graphs)
+        json_object_set_new(o, "graphs", json_pack("{s:I, s:I}", "captured", (json_int_t)r->machine.graphs_captured,
+                                                   "launched", (json_int_t)r->machine.graphs_launched));
     if (r->machine.products)
         json_object_set_new(o, "products", json_string(r->machine.products));
     if (r->machine.verify)

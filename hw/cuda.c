@@ -55,12 +55,16 @@ static int share_error(struct cuda *c, double *max_error, struct err *e)
     return e->code;
 }
 
-static int run_once(struct machine *m, struct moe_graph *g, struct err *e)
+static int run_once(struct machine *m, struct moe_graph *g, bool captured, struct err *e)
 {
     struct cuda *c = m->priv;
-    if (cuda_step(c, g, e) < 0)
+    if (cuda_step(c, g, captured, e) < 0)
         return e->code;
     set_times(m, g);
+    m->queue_s = c->queue_s;
+    m->padding = c->pad.rows > 0 ? (double)c->pad.padding / (double)c->pad.rows : 0;
+    m->graphs_captured = c->graphs.captured;
+    m->graphs_launched = c->graphs.launched;
     for (int32_t i = 0; m->verify && i < c->n_here && !e->code; i++)
         cuda_choose_verify(c, &c->rank[i], g, &c->decided, e);
     if (m->verify && !e->code)
@@ -93,7 +97,14 @@ static int cuda_run(struct machine *m, struct moe_graph *g, struct err *e)
     if (!c->comm && connect(c, e) < 0)
         return e->code;
     cuda_prepare(c, g, e);
-    return team_agree(c->team, e) < 0 ? e->code : run_once(m, g, e);
+    return team_agree(c->team, e) < 0 ? e->code : run_once(m, g, false, e);
+}
+
+/* What was queued call by call once, so that everything is loaded, is captured. */
+static int cuda_again(struct machine *m, struct moe_graph *g, struct err *e)
+{
+    const struct cuda *c = m->priv;
+    return run_once(m, g, c->pad.on, e);
 }
 
 static void close_rank(const struct cuda *c, struct cuda_rank *r)
@@ -153,6 +164,8 @@ static void cuda_close(struct machine *m)
         cudaFreeHost(c->pinned[i]);
     if (c->comm)
         c->comm->ops->close(c->comm);
+    cuda_graph_free(c);
+    cuda_pad_free(&c->pad);
     cudaFree(c->index.at);
     cuda_products_free(&c->products);
     cuda_plan_free(&c->plan);
@@ -166,7 +179,8 @@ static void cuda_close(struct machine *m)
     m->priv = NULL;
 }
 
-static const struct machine_ops cuda_ops = { .name = "cuda", .run = cuda_run, .again = run_once, .close = cuda_close };
+static const struct machine_ops cuda_ops = { .name = "cuda", .run = cuda_run, .again = cuda_again,
+                                             .close = cuda_close };
 
 /* What products in fp8 can be of. */
 static int check_model(const struct moe_model *m, struct err *e)
@@ -184,6 +198,17 @@ static int check_model(const struct moe_model *m, struct err *e)
     return 0;
 }
 
+/* What a graph cannot hold: matrices that a call is given as places. */
+static int check_graphs(const struct machine *m, struct err *e)
+{
+    if (m->precision == PREC_FP8)
+        return err_set(e, ERR_INPUT, "cuda_graphs: products in fp8 are queued with the places of experts, which differ "
+                       "from step to step: use bf16 or fp32, or cuda_graphs = false");
+    if (!cuda_products_grouped())
+        return err_set(e, ERR_INPUT, "cuda_graphs: cuBLAS has no grouped products: expected 12.5 or newer");
+    return 0;
+}
+
 static int cuda_open(struct machine *m, struct err *e)
 {
     struct team *t = m->team;
@@ -195,6 +220,8 @@ static int cuda_open(struct machine *m, struct err *e)
     if (t && t->size != n)
         return err_set(e, ERR_INPUT, "%d ranks, expected one for each of the %d devices of %s", t->size, n,
                        m->topology->name);
+    if (m->graphs && check_graphs(m, e) < 0)
+        return e->code;
     if ((m->precision == PREC_FP8 && check_model(m->model, e) < 0) || cuda_find_device(e) < 0)
         return e->code;
     struct cuda *c = calloc(1, sizeof *c);
@@ -212,6 +239,7 @@ static int cuda_open(struct machine *m, struct err *e)
     c->half = m->precision == PREC_BF16 || c->fp8;
     c->keeps = c->fp8 && m->verify;
     c->ring = RING;
+    c->pad.on = m->graphs;
     c->element = c->half ? 2 : sizeof(float);
     c->rank = calloc((size_t)n_here, sizeof *c->rank);
     c->stream = calloc((size_t)n_here * RANK_STREAMS, sizeof *c->stream);

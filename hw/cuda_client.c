@@ -58,13 +58,14 @@ static const struct cuda_module *load(struct err *e)
 }
 
 int machine_open_cuda(struct machine *m, const struct topology *t, const struct moe_model *model, enum precision p,
-                      bool verify, struct team *team, struct err *e)
+                      bool verify, bool graphs, struct team *team, struct err *e)
 {
     memset(m, 0, sizeof *m);
     m->topology = t;
     m->model = model;
     m->precision = p;
     m->verify = verify;
+    m->graphs = graphs;
     m->virtual_ranks = !team;
     m->team = team;
     if (p != PREC_BF16 && p != PREC_FP32 && p != PREC_FP8)

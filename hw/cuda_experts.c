@@ -79,6 +79,8 @@ int cuda_experts_list(struct cuda *c, struct cuda_rank *r, const struct cuda_str
     for (size_t down = 0; down < 2 && !e->code; down++) {
         size_t hidden = 0;
         t->call = (int32_t)(cuda_products_call(&c->products, c->fp8, e) - (int64_t)down);
+        if (!e->code)
+            c->products.call[t->call + (int64_t)down].listed = c->pad.on;
         for (int32_t i = t->first; i < t->first + t->n && !e->code; i++) {
             const struct cuda_expert *x = &c->plan.expert[i];
             const int64_t width = width_of(c, g, layer, x);

@@ -158,7 +158,7 @@ static int open_plan(struct cuda *c, const struct moe_graph *g, struct err *e)
     size_t joins = 0;
     for (size_t i = 0; i < n; i++)
         joins += g->task[i].kind == TASK_JOIN;
-    p->n_op = p->n_act = p->n_transfer = p->n_wait = p->n_index = p->n_experts = p->n_expert = 0;
+    p->n_op = p->n_act = p->n_transfer = p->n_wait = p->n_index = p->n_experts = p->n_expert = p->n_plain = 0;
     p->n_joins = 0;
     p->sequence = fresh(p->sequence, n, sizeof *p->sequence, e);
     p->task_op = fresh(p->task_op, n, sizeof *p->task_op, e);
@@ -186,14 +186,16 @@ static int open_plan(struct cuda *c, const struct moe_graph *g, struct err *e)
         c->rank[r].send_rows = host_place_sends(g, &p->order, p->sequence, c->rank[r].rank, c->rank[r].send_at,
                                                 p->packed + r * n);
         memset(p->packed + r * n, 0, n * sizeof *p->packed);
+        if (c->pad.on)
+            cuda_plan_sends(c, g, &c->rank[r], e);
     }
-    return 0;
+    return e->code;
 }
 
 int cuda_plan(struct cuda *c, const struct moe_graph *g, struct err *e)
 {
     struct cuda_plan *p = &c->plan;
-    if (open_plan(c, g, e) < 0)
+    if (cuda_pad_begin(&c->pad, g, e) < 0 || open_plan(c, g, e) < 0)
         return e->code;
     for (int32_t i = 0; i < g->n_tasks && !e->code; i++)
         plan_one(c, g, p->sequence[i], e);
@@ -210,7 +212,7 @@ int cuda_plan(struct cuda *c, const struct moe_graph *g, struct err *e)
 void cuda_plan_free(struct cuda_plan *p)
 {
     void *const all[] = { p->sequence, p->task_op, p->task_join, p->join, p->op, p->act, p->transfer, p->wait, p->index,
-                          p->experts, p->expert, p->need, p->waited, p->pred, p->pred_first, p->packed,
+                          p->experts, p->expert, p->plain, p->need, p->waited, p->pred, p->pred_first, p->packed,
                           p->experts_left };
     for (size_t i = 0; i < sizeof all / sizeof *all; i++)
         free(all[i]);

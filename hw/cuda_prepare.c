@@ -10,6 +10,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+enum { BLAS_WORKSPACE = 32 << 20 }; /* bytes: what cuBLAS recommends for Hopper, and more than for others */
+
 static void *again(void *old, size_t n, size_t size, struct err *e)
 {
     free(old);
@@ -71,13 +73,16 @@ static int make_tables(struct cuda *c, const struct moe_graph *g, struct err *e)
 
 /* ---- the device ---- */
 
-static int open_stream(struct cuda_stream *s, int32_t rank, bool computes, struct err *e)
+/* captured: cuBLAS gets its workspace from us, since what it takes by itself would belong to the graph. */
+static int open_stream(struct cuda_stream *s, int32_t rank, bool computes, bool captured, struct err *e)
 {
     if (!s->stream)
         CUDA_TRY(e, rank, cudaStreamCreateWithFlags(&s->stream, cudaStreamNonBlocking));
     if (computes && !s->blas) {
         BLAS_TRY(e, rank, cublasCreate(&s->blas));
         BLAS_TRY(e, rank, cublasSetStream(s->blas, s->stream));
+        if (captured && cuda_take_more(&s->workspace.at, &s->workspace.room, BLAS_WORKSPACE, rank, "cuBLAS", e) == 0)
+            BLAS_TRY(e, rank, cublasSetWorkspace(s->blas, s->workspace.at, s->workspace.room));
     }
     return e->code;
 }
@@ -94,7 +99,7 @@ static int open_streams(struct cuda *c, const struct moe_graph *g, struct err *e
         struct cuda_stream *s = &c->stream[op->stream];
         const struct task *t = op->task < 0 ? NULL : &g->task[op->task];
         const bool computes = t && (t->kind == TASK_EXPERTS || t->kind == TASK_COMPUTE);
-        open_stream(s, rank, computes, e);
+        open_stream(s, rank, computes, c->pad.on, e);
         if (computes && c->fp8)
             cuda_take_more(&s->workspace.at, &s->workspace.room, CUDA_FP8_WORKSPACE, rank, "cuBLASLt", e);
         for (int32_t j = op->first_act; t && j < op->first_act + op->n_acts && !e->code; j++) {
@@ -203,6 +208,10 @@ int cuda_prepare(struct cuda *c, const struct moe_graph *g, struct err *e)
     bool offloads = false;
     for (int32_t i = 0; i < g->n_tasks; i++)
         offloads |= g->task[i].kind == TASK_LOAD;
+    if (c->pad.on && offloads)
+        return err_set(e, ERR_INPUT, "cuda_graphs: experts are loaded, and a captured step cannot say into which "
+                       "slots: use offload = \"none\", or cuda_graphs = false");
+    cuda_graph_forget(c);
     if (items_check(c->model, g, "cuda", e) < 0 || make_tables(c, g, e) < 0)
         return e->code;
     for (int32_t i = 0; i < c->n_here && !e->code; i++)

@@ -32,7 +32,7 @@ int64_t cuda_products_call(struct cuda_products *p, bool fp8, struct err *e)
 {
     if (!cuda_grow(&p->call, &p->room_calls, p->n_calls + 1, sizeof *p->call, e))
         return -1;
-    p->call[p->n_calls] = (struct cuda_call){ (int32_t)p->n_products, 0, fp8 };
+    p->call[p->n_calls] = (struct cuda_call){ (int32_t)p->n_products, 0, fp8, false };
     return p->n_calls++;
 }
 
@@ -130,6 +130,12 @@ static int run_grouped(const struct cuda_products *p, struct cuda_call call, boo
 #endif
 
 /* One product alone is not a group: calls for one choose among more kernels. */
+bool cuda_products_by_list(const struct cuda_products *p, int64_t call)
+{
+    const struct cuda_call *c = &p->call[call];
+    return !c->fp8 && (c->n > 1 || c->listed) && cuda_products_grouped() && !p->one_by_one;
+}
+
 int cuda_products_run(const struct cuda_products *p, int64_t call, bool half, const struct cuda_stream *s, int32_t rank,
                       struct err *e)
 {
@@ -140,7 +146,7 @@ int cuda_products_run(const struct cuda_products *p, int64_t call, bool half, co
     if (c.fp8)
         return e->code;
 #if CUBLAS_VERSION >= 120500
-    if (c.n > 1 && cuda_products_grouped() && !p->one_by_one)
+    if (cuda_products_by_list(p, call))
         return run_grouped(p, c, half, s->blas, rank, e);
 #endif
     for (int32_t i = c.first; i < c.first + c.n && !e->code; i++)

@@ -26,7 +26,8 @@ struct cuda_buffer { void *at; size_t room; };
 struct cuda_product { int64_t m, n, k; const void *a, *b; void *to; const float *scale; };
 
 struct cuda_stream;
-struct cuda_call { int32_t first, n; bool fp8; };
+/* listed: never as a call for one, which would be given places. */
+struct cuda_call { int32_t first, n; bool fp8, listed; };
 
 /* Of all calls behind one another. To cuBLAS, which goes by columns, a product is C' = B' A'. */
 struct cuda_products {
@@ -52,6 +53,8 @@ int64_t cuda_products_call(struct cuda_products *, bool fp8, struct err *);
 /* To the last call. What is written must not overlap with anything else of the call. */
 int cuda_products_add(struct cuda_products *, const struct cuda_product *, int32_t rank, struct err *);
 int cuda_products_upload(struct cuda_products *, int32_t rank, struct err *);
+/* Whether a call reads from the device's memory where its matrices are. */
+bool cuda_products_by_list(const struct cuda_products *, int64_t call);
 /* In bf16 where `half`, else in fp32 (not TF32), or in fp8, one by one; sums are in fp32. */
 int cuda_products_run(const struct cuda_products *, int64_t call, bool half, const struct cuda_stream *, int32_t rank,
                       struct err *);

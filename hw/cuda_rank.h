@@ -10,6 +10,8 @@
 
 #include "cuda_check.h"
 #include "cuda_comm.h"
+#include "cuda_graph.h"
+#include "cuda_pad.h"
 #include "cuda_products.h"
 #include "err.h"
 #include "graph.h"
@@ -17,6 +19,7 @@
 #include <cublas_v2.h>
 #include <cuda_runtime_api.h>
 #include <stdbool.h>
+#include <time.h>
 
 /* A rank's streams: those of the graph, one for exchanges. */
 enum { COMM_STREAM = N_STREAMS, RANK_STREAMS };
@@ -36,13 +39,14 @@ enum cuda_what {
     CUDA_LOAD,    /* load `entry` of this rank */
     CUDA_CHOOSE,  /* the experts of own tokens in layer `entry` */
     CUDA_KERNEL,  /* kernel `entry` of the graph; its products are call `index` */
-    CUDA_PLAIN    /* the task's FLOPs or bytes */
+    CUDA_PLAIN    /* FLOPs or bytes, the plan's `entry` */
 };
 struct cuda_act { enum cuda_what what; int32_t n, entry; int64_t index, row; };
 
 /* One expert's n rows: of those of its task from `first`, in the lists as in the rows that are written. Each expert's
- * begin where products may (cuda_row_step()); rows before them mean nothing. entry: in the graph's experts. */
-struct cuda_expert { int32_t entry, n, first; };
+ * begin where products may (cuda_row_step()); rows before them mean nothing, nor do those from `real` on (padding).
+ * entry: in the graph's experts; item: its first among those of its task. */
+struct cuda_expert { int32_t entry, n, first, real; int64_t item; };
 /* Experts of a task that have rows: those of the plan from `first`; gate and up are one call, down is the next. kept:
  * in fp8, rows in front of its hidden layers on its stream. */
 struct cuda_experts { int32_t first, n, call; int64_t kept; };
@@ -67,10 +71,11 @@ struct cuda_plan {
     struct cuda_experts *experts;
     struct cuda_expert *expert;
     struct cuda_transfer *transfer;
+    struct cuda_plain { double flops, bytes; } *plain;
     int32_t *wait;        /* operations */
     int32_t *index;       /* rows, and weights as their bits */
     int64_t n_op, room_op, n_act, room_act, n_transfer, room_transfer, n_wait, room_wait, n_index, room_index;
-    int64_t n_experts, room_experts, n_expert, room_expert;
+    int64_t n_experts, room_experts, n_expert, room_expert, n_plain, room_plain;
     int32_t n_joins;
     /* While it is made: */
     int32_t *need;        /* [streams] */
@@ -130,6 +135,9 @@ struct cuda {
     cudaEvent_t *event, zero;      /* [2 * operations] */
     int64_t n_events;
     double *time;                  /* [tasks][2] */
+    double queue_s;                /* that queueing the last step took, on the host's clock */
+    struct cuda_pad pad;
+    struct cuda_graphs graphs;
 };
 
 /* cuda_gpu.c: this process's GPU becomes the current one, and can compute what is asked of it. Ranks in several
@@ -141,8 +149,13 @@ int cuda_prepare(struct cuda *, const struct moe_graph *, struct err *);
 int cuda_plan(struct cuda *, const struct moe_graph *, struct err *);
 void cuda_plan_free(struct cuda_plan *);
 /* cuda_rows.c: what a task reads and writes. */
+/* Where in the send buffer exchanges put their rows when those are padded: each where no other does. */
+int cuda_plan_sends(struct cuda *, const struct moe_graph *, struct cuda_rank *, struct err *);
 int cuda_plan_task(struct cuda *, const struct moe_graph *, struct cuda_rank *, int32_t id, int32_t op, struct err *);
 int cuda_plan_end(struct cuda *, const struct moe_graph *, struct cuda_rank *, int32_t op, struct err *);
+/* cuda_pad.c: places of a task's experts when those are padded. */
+int cuda_pad_experts(struct cuda *, const struct moe_graph *, int32_t rank, int32_t task, struct cuda_experts *,
+                     struct err *);
 /* cuda_store.c: where weights are. */
 int cuda_store_prepare(struct cuda *, struct cuda_rank *, const struct moe_graph *, bool offloads, struct err *);
 int cuda_store_rewind(struct cuda *, struct cuda_rank *, struct err *);
@@ -150,8 +163,10 @@ size_t cuda_expert_bytes(const struct cuda *, int64_t object);
 /* One of an expert's three matrices, which lie behind each other: W1, W3, W2. In fp8 column by column, with a scale
  * each behind them, of 4 bytes. */
 size_t cuda_matrix_bytes(const struct cuda *, int32_t width);
+/* Queues the whole plan, between the start that all streams wait for and what runs after the step's last task. */
+int cuda_queue_plan(struct cuda *, const struct moe_graph *, struct err *);
 /* cuda_step.c: the plan once, with poisoned rows and new inputs; then c->time holds each task's. */
-int cuda_step(struct cuda *, const struct moe_graph *, struct err *);
+int cuda_step(struct cuda *, const struct moe_graph *, bool captured, struct err *);
 /* cuda_experts.c: before the step, room on a task's stream, and its products among those of the plan; then all. */
 int cuda_experts_room(struct cuda *, struct cuda_rank *, struct cuda_stream *, const struct moe_graph *, int32_t layer,
                       const struct cuda_act *, struct err *);
@@ -185,6 +200,14 @@ int cuda_verify(struct machine *, struct cuda *, const struct moe_graph *, struc
 int cuda_verify_fp8(const struct cuda *, const struct cuda_rank *, const struct moe_graph *, struct err *);
 void cuda_from_floats(const struct cuda *, size_t n, const float *from, void *to);
 void cuda_to_floats(const struct cuda *, size_t n, const void *from, float *to);
+
+/* s, on the host's clock. */
+static inline double cuda_now(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
 
 static inline size_t row_bytes(const struct cuda *c)
 {

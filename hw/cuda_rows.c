@@ -11,7 +11,7 @@
 #include <string.h>
 
 /* Where the task at hand is planned. */
-struct at { struct cuda *c; const struct moe_graph *g; struct cuda_rank *r; int32_t op; struct err *e; };
+struct at { struct cuda *c; const struct moe_graph *g; struct cuda_rank *r; int32_t task, op; struct err *e; };
 
 static void need(struct at *a, int32_t op)
 {
@@ -90,6 +90,8 @@ static int combine(struct at *a, int32_t layer)
         for (int64_t j = route_of(a->c, g, layer, t); j < route_of(a->c, g, layer, t + 1); j++)
             m += g->route[j].expert < a->c->model->n_experts;
     }
+    if (n > 0)
+        m = (int64_t)cuda_pad(&a->c->pad, g, a->task, PAD_COMBINE, r->rank, layer, (double)m, a->e);
     const int64_t at = n > 0 ? add_index(a, 2 * (int64_t)n + 1 + 2 * m) : -1, row = at < 0 ? -1 : add_rows(a, n);
     if (row >= 0 && add_act(a, (struct cuda_act){ CUDA_COMBINE, n, (int32_t)m, at, row }) == 0) {
         int32_t *before = a->c->plan.index + at, *first = before + n, *from = first + n + 1, *weight = from + m, k = 0;
@@ -107,6 +109,8 @@ static int combine(struct at *a, int32_t layer)
             *token_row(r, g, layer + 1, token[i]) = row + i;
         }
         first[n] = k;
+        for (; k < m; k++) /* of no token */
+            from[k] = weight[k] = 0;
     }
     free(token);
     return a->e->code;
@@ -121,9 +125,11 @@ static int64_t row_of(const struct at *a, const struct task *t, int64_t item)
                                    : *token_row(a->r, a->g, t->layer, a->g->route[route].token);
 }
 
-/* Rows that a rank sends to each, `out` (those that stay are not sent), and gets from each, `in`: [n_ranks]. */
-static void count_rows(const struct at *a, const struct task *t, int64_t *out, int64_t *in)
+/* Rows that a rank sends to each, `out` (those that stay are not sent), and gets from each, `in`: [n_ranks]; padded,
+ * where they are. */
+static void count_rows(const struct at *a, int32_t id, int64_t *out, int64_t *in)
 {
+    const struct task *t = &a->g->task[id];
     const int32_t me = a->r->rank;
     for (int32_t i = 0; i < a->c->n_ranks; i++)
         out[i] = in[i] = 0;
@@ -134,6 +140,39 @@ static void count_rows(const struct at *a, const struct task *t, int64_t *out, i
         out[p->dst] += p->src == me ? p->n_items : 0;
         in[p->src] += p->dst == me ? p->n_items : 0;
     }
+    for (int32_t i = 0; i < a->c->n_ranks && a->c->pad.on; i++) { /* a pair's, whoever of the two asks */
+        out[i] = (int64_t)cuda_pad(&a->c->pad, a->g, id, PAD_ROWS, me, i, (double)out[i], a->e);
+        in[i] = (int64_t)cuda_pad(&a->c->pad, a->g, id, PAD_ROWS, i, me, (double)in[i], a->e);
+    }
+}
+
+/* Rows of an exchange that stay where they are; padded, where they are. */
+static int64_t count_stay(const struct at *a, int32_t id)
+{
+    const struct task *t = &a->g->task[id];
+    int64_t stay = 0;
+    for (int32_t i = t->first; i < t->first + t->n; i++) {
+        const struct moe_part *p = &a->g->part[i];
+        stay += p->src == a->r->rank && p->dst == p->src ? p->n_items : 0;
+    }
+    return (int64_t)cuda_pad(&a->c->pad, a->g, id, PAD_STAY, a->r->rank, 0, (double)stay, a->e);
+}
+
+int cuda_plan_sends(struct cuda *c, const struct moe_graph *g, struct cuda_rank *r, struct err *e)
+{
+    int64_t out[c->n_ranks], in[c->n_ranks];
+    r->send_rows = 0;
+    for (int32_t id = 0; id < g->n_tasks && !e->code; id++) {
+        const struct at a = { c, g, r, id, -1, e };
+        if (g->task[id].kind != TASK_EXCHANGE || g->task[id].payload == MOE_PAY_BYTES)
+            continue;
+        count_rows(&a, id, out, in);
+        r->send_at[id] = r->send_rows;
+        for (int32_t i = 0; i < c->n_ranks; i++)
+            r->send_rows += (size_t)out[i];
+        r->send_rows += (size_t)count_stay(&a, id);
+    }
+    return e->code;
 }
 
 /* What went before from where this will be put has to have left. */
@@ -152,15 +191,15 @@ static void need_room(struct at *a, size_t from, size_t to)
 static int64_t pack(struct at *a, int32_t id)
 {
     const struct task *t = &a->g->task[id];
-    int64_t out[a->c->n_ranks], in[a->c->n_ranks], at[a->c->n_ranks], n = 0, stay = 0;
-    count_rows(a, t, out, in);
+    int64_t out[a->c->n_ranks], in[a->c->n_ranks], at[a->c->n_ranks], n = 0;
+    const int64_t stay = count_stay(a, id);
+    count_rows(a, id, out, in);
     for (int32_t i = 0; i < a->c->n_ranks; i++) {
         at[i] = n;
         n += out[i];
     }
     for (int32_t i = t->first; i < t->first + t->n; i++) {
         const struct moe_part *p = &a->g->part[i];
-        stay += p->src == a->r->rank && p->dst == p->src ? p->n_items : 0;
         for (int64_t j = 0; p->src == a->r->rank && j < p->n_items; j++)
             if (row_of(a, t, a->g->item[a->g->part_item[i] + j]) < 0)
                 return a->g->item[a->g->part_item[i] + j];
@@ -170,6 +209,8 @@ static int64_t pack(struct at *a, int32_t id)
     const int64_t index = add_index(a, n);
     if (index < 0)
         return -2;
+    for (int64_t i = 0; i < n && a->c->pad.on; i++) /* padding sends any row */
+        a->c->plan.index[index + i] = 0;
     for (int32_t i = t->first; i < t->first + t->n; i++) {
         const struct moe_part *p = &a->g->part[i];
         for (int64_t j = 0; p->src == a->r->rank && j < p->n_items; j++) {
@@ -205,7 +246,7 @@ static int exchange_rows(struct at *a, int32_t id)
     if (missing >= 0)
         return err_set(a->e, ERR_RUN, "rank %d, layer %d: route %lld is sent before its %s is here", r->rank, t->layer,
                        (long long)missing, t->payload == MOE_PAY_OUTPUT ? "output" : "token");
-    count_rows(a, t, out, in);
+    count_rows(a, id, out, in);
     for (int32_t i = 0; i < n; i++)
         got += in[i];
     const int64_t row = a->e->code ? -1 : add_rows(a, got);
@@ -288,20 +329,29 @@ static void use_slot(struct at *a, int32_t slot)
 static int64_t add_experts(struct at *a, const struct task *t, int64_t step)
 {
     struct cuda_plan *p = &a->c->plan;
-    int64_t n = 0;
+    int64_t n = 0, item = 0;
     if (!cuda_grow(&p->experts, &p->room_experts, p->n_experts + 1, sizeof *p->experts, a->e) ||
         !cuda_grow(&p->expert, &p->room_expert, p->n_expert + t->n, sizeof *p->expert, a->e))
         return -1;
-    p->experts[p->n_experts] = (struct cuda_experts){ (int32_t)p->n_expert, 0, -1, 0 };
-    for (int32_t i = t->first; i < t->first + t->n; i++) {
+    struct cuda_experts *own = &p->experts[p->n_experts];
+    *own = (struct cuda_experts){ (int32_t)p->n_expert, 0, -1, 0 };
+    for (int32_t i = t->first; i < t->first + t->n; item += a->g->rows[i], i++) {
         if (a->g->rows[i] == 0)
             continue;
-        n = (n + step - 1) / step * step;
-        if (n + a->g->rows[i] > INT32_MAX || p->n_expert >= INT32_MAX)
+        if (a->g->rows[i] > INT32_MAX || p->n_expert >= INT32_MAX)
             return err_set(a->e, ERR_INPUT, "rank %d: more than %d rows of experts in one step", a->r->rank, INT32_MAX);
-        p->expert[p->n_expert++] = (struct cuda_expert){ i, (int32_t)a->g->rows[i], (int32_t)n };
-        p->experts[p->n_experts].n++;
-        n += a->g->rows[i];
+        const int32_t rows = (int32_t)a->g->rows[i];
+        p->expert[p->n_expert++] = (struct cuda_expert){ i, rows, 0, rows, item };
+        own->n++;
+    }
+    if (a->c->pad.on && cuda_pad_experts(a->c, a->g, a->r->rank, a->task, own, a->e) < 0)
+        return -1;
+    for (struct cuda_expert *x = p->expert + own->first; x < p->expert + own->first + own->n; x++) {
+        n = (n + step - 1) / step * step;
+        if (n + x->n > INT32_MAX)
+            return err_set(a->e, ERR_INPUT, "rank %d: more than %d rows of experts in one step", a->r->rank, INT32_MAX);
+        x->first = (int32_t)n;
+        n += x->n;
     }
     p->n_experts += n > 0;
     return n;
@@ -311,15 +361,16 @@ static int experts(struct at *a, int32_t id)
 {
     const struct task *t = &a->g->task[id];
     const struct cuda_plan *p = &a->c->plan;
-    const int64_t *item = a->g->item + t->first_item, step = cuda_row_step(a->c);
+    const int64_t step = cuda_row_step(a->c);
     const int64_t all = add_experts(a, t, step), blank = (step - a->r->n_rows % step) % step;
     const int64_t index = all < 0 || add_rows(a, blank) < 0 ? -1 : add_index(a, all), row = add_rows(a, all);
     if (a->e->code)
         return a->e->code;
     const struct cuda_experts none = { 0 }, *x = all > 0 ? &p->experts[p->n_experts - 1] : &none;
     for (const struct cuda_expert *own = p->expert + x->first; own < p->expert + x->first + x->n; own++) {
+        const int64_t *item = a->g->item + t->first_item + own->item;
         int64_t at = own->first, from = 0;
-        for (int32_t j = 0; j < own->n; j++, item++, at++) {
+        for (int32_t j = 0; j < own->real; j++, item++, at++) {
             from = row_of(a, t, *item);
             if (from < 0)
                 return err_set(a->e, ERR_RUN, "rank %d, layer %d: route %lld is computed before its token is here",
@@ -328,7 +379,8 @@ static int experts(struct at *a, int32_t id)
             need(a, a->r->row_op[from]);
             a->r->route_row[a->g->route_first[t->layer] + *item] = row + at;
         }
-        for (; at < all && at % step != 0; at++) /* rows that mean nothing */
+        const int64_t end = own + 1 < p->expert + x->first + x->n ? own[1].first : all;
+        for (; at < end; at++) /* rows that mean nothing */
             p->index[index + at] = (int32_t)from;
         for (int32_t s = 0; s < a->r->n_slots; s++)
             if (a->r->slot[s].weights == a->r->expert_weights[own->entry]) {
@@ -370,8 +422,14 @@ static int compute(struct at *a, int32_t id)
     for (int32_t i = t->first; t->listed && i < t->first + t->n; i++)
         if (!chooses || a->g->kernel[i].key.op != LATENCY_TOP_K)
             add_act(a, (struct cuda_act){ CUDA_KERNEL, 1, i, 0, 0 });
-    if (!t->listed && (t->flops > 0 || t->bytes > 0))
-        add_act(a, (struct cuda_act){ CUDA_PLAIN, 1, 0, 0, 0 });
+    struct cuda_plan *p = &a->c->plan;
+    if (!t->listed && (t->flops > 0 || t->bytes > 0) &&
+        cuda_grow(&p->plain, &p->room_plain, p->n_plain + 1, sizeof *p->plain, a->e)) {
+        struct cuda_pad *pad = &a->c->pad;
+        p->plain[p->n_plain] = (struct cuda_plain){ cuda_pad(pad, a->g, id, PAD_FLOPS, a->r->rank, 0, t->flops, a->e),
+                                                    cuda_pad(pad, a->g, id, PAD_BYTES, a->r->rank, 0, t->bytes, a->e) };
+        add_act(a, (struct cuda_act){ CUDA_PLAIN, 1, (int32_t)p->n_plain++, 0, 0 });
+    }
     return a->e->code;
 }
 
@@ -383,7 +441,7 @@ static bool *packed(const struct at *a, int32_t task)
 int cuda_plan_task(struct cuda *c, const struct moe_graph *g, struct cuda_rank *r, int32_t id, int32_t op,
                    struct err *e)
 {
-    struct at a = { c, g, r, op, e };
+    struct at a = { c, g, r, id, op, e };
     const struct task *t = &g->task[id];
     switch (t->kind) {
     case TASK_EXPERTS:
@@ -405,7 +463,7 @@ int cuda_plan_task(struct cuda *c, const struct moe_graph *g, struct cuda_rank *
 
 int cuda_plan_end(struct cuda *c, const struct moe_graph *g, struct cuda_rank *r, int32_t op, struct err *e)
 {
-    struct at a = { c, g, r, op, e };
+    struct at a = { c, g, r, g->n_tasks - 1, op, e };
     const int32_t last = g->n_route_layers;
     combine(&a, last - 1);
     for (int32_t i = 0; i < r->n_own && !e->code; i++)

@@ -55,10 +55,21 @@ static int begin(struct cuda *c, struct err *e)
     return CUDA_TRY(e, c->rank[0].rank, cudaDeviceSynchronize());
 }
 
+/* An event with a time. In a graph only those that are called external have one, and none waits for them; `done` is for
+ * that, NULL where it is not captured. */
+static int mark(struct cuda *c, cudaEvent_t timed, cudaEvent_t done, cudaStream_t s, int32_t rank, struct err *e)
+{
+    if (!c->graphs.capturing)
+        return CUDA_TRY(e, rank, cudaEventRecord(timed, s));
+    CUDA_TRY(e, rank, cudaEventRecordWithFlags(timed, s, cudaEventRecordExternal));
+    return done ? CUDA_TRY(e, rank, cudaEventRecord(done, s)) : e->code;
+}
+
 /* Every stream that this plan uses waits for the start, which ranks in other processes come to together. */
 static int start(struct cuda *c, struct err *e)
 {
     struct cuda_stream *first = NULL;
+    cudaEvent_t first_done = c->graphs.capturing ? c->graphs.done[c->graphs.n_done - 1] : NULL;
     for (int32_t s = 0; s < c->n_here * RANK_STREAMS && !e->code; s++) {
         const int32_t rank = c->rank[s / RANK_STREAMS].rank;
         if (!c->stream[s].stream)
@@ -66,9 +77,9 @@ static int start(struct cuda *c, struct err *e)
         if (!first) {
             first = &c->stream[s];
             c->comm->ops->barrier(c->comm, first->stream, e);
-            CUDA_TRY(e, rank, cudaEventRecord(c->zero, first->stream));
+            mark(c, c->zero, first_done, first->stream, rank, e);
         } else {
-            CUDA_TRY(e, rank, cudaStreamWaitEvent(c->stream[s].stream, c->zero, 0));
+            CUDA_TRY(e, rank, cudaStreamWaitEvent(c->stream[s].stream, first_done ? first_done : c->zero, 0));
         }
     }
     return e->code;
@@ -105,7 +116,7 @@ static int run_act(struct cuda *c, const struct moe_graph *g, const struct cuda_
     case CUDA_KERNEL:
         return cuda_run_kernel(c, r, s, &g->kernel[a->entry], a->index, e);
     case CUDA_PLAIN:
-        return cuda_run_plain(c, r, s, g->task[op->task].flops, g->task[op->task].bytes, e);
+        return cuda_run_plain(c, r, s, c->plan.plain[a->entry].flops, c->plan.plain[a->entry].bytes, e);
     }
     return e->code;
 }
@@ -116,8 +127,9 @@ static int begin_op(struct cuda *c, const struct moe_graph *g, int32_t id, struc
     const int32_t rank = c->rank[op->rank].rank;
     cudaStream_t s = c->stream[op->stream].stream;
     for (int32_t i = op->first_wait; i < op->first_wait + op->n_waits; i++)
-        CUDA_TRY(e, rank, cudaStreamWaitEvent(s, c->event[2 * c->plan.wait[i] + 1], 0));
-    CUDA_TRY(e, rank, cudaEventRecord(c->event[2 * id], s));
+        CUDA_TRY(e, rank, cudaStreamWaitEvent(s, c->graphs.capturing ? c->graphs.done[c->plan.wait[i]]
+                                                                      : c->event[2 * c->plan.wait[i] + 1], 0));
+    mark(c, c->event[2 * id], NULL, s, rank, e);
     for (int32_t i = op->first_act; i < op->first_act + op->n_acts && !e->code; i++)
         run_act(c, g, op, &c->plan.act[i], e);
     return e->code;
@@ -126,7 +138,8 @@ static int begin_op(struct cuda *c, const struct moe_graph *g, int32_t id, struc
 static int end_op(struct cuda *c, int32_t id, struct err *e)
 {
     const struct cuda_op *op = &c->plan.op[id];
-    return CUDA_TRY(e, c->rank[op->rank].rank, cudaEventRecord(c->event[2 * id + 1], c->stream[op->stream].stream));
+    return mark(c, c->event[2 * id + 1], c->graphs.capturing ? c->graphs.done[id] : NULL, c->stream[op->stream].stream,
+                c->rank[op->rank].rank, e);
 }
 
 /* One group for what all ranks here send and receive in one round. False: there is none of this round. */
@@ -220,7 +233,7 @@ static int share_times(struct cuda *c, const struct moe_graph *g, struct err *e)
     return e->code;
 }
 
-static int run_plan(struct cuda *c, const struct moe_graph *g, struct err *e)
+int cuda_queue_plan(struct cuda *c, const struct moe_graph *g, struct err *e)
 {
     const struct cuda_plan *p = &c->plan;
     start(c, e);
@@ -230,18 +243,27 @@ static int run_plan(struct cuda *c, const struct moe_graph *g, struct err *e)
         begin_op(c, g, (int32_t)i, e);
         end_op(c, (int32_t)i, e);
     }
+    return e->code;
+}
+
+static int run_plan(struct cuda *c, const struct moe_graph *g, struct err *e)
+{
+    const double began = cuda_now();
+    cuda_queue_plan(c, g, e);
+    c->queue_s = cuda_now() - began;
     for (int32_t s = 0; s < c->n_here * RANK_STREAMS && !e->code; s++)
         if (c->stream[s].stream)
             c->comm->ops->wait(c->comm, c->stream[s].stream, e);
     return e->code;
 }
 
-int cuda_step(struct cuda *c, const struct moe_graph *g, struct err *e)
+/* captured: as a graph. */
+int cuda_step(struct cuda *c, const struct moe_graph *g, bool captured, struct err *e)
 {
     begin(c, e);
     if (team_agree(c->team, e) < 0)
         return e->code;
-    if (run_plan(c, g, e) < 0) {
+    if ((captured ? cuda_graph_run : run_plan)(c, g, e) < 0) {
         if (c->team) /* others wait for what never comes */
             c->team->lost = true;
         return e->code;

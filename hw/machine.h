@@ -324,6 +324,10 @@ struct machine {
     int32_t rank;     /* the device that this process is */
     bool verify;      /* compare every output with a plain reference, outside the times */
     bool virtual_ranks; /* all ranks are in this process, on one GPU */
+    bool graphs;      /* machine cuda: repetitions of a step are captured once, and launched */
+    double queue_s;   /* machine cuda: that queueing what ran last took the host */
+    double padding;   /* with graphs: share of experts' rows that mean nothing; captured and launched so far */
+    int64_t graphs_captured, graphs_launched;
     const char *products; /* machine cuda: how a task's products are queued, "grouped" or "one by one"; else NULL */
     double max_error; /* largest so far, relative */
     double peak_memory; /* bytes that all ranks together held at most, or 0 */
@@ -345,7 +349,7 @@ bool machine_host_available(void);
 /* Real execution on GPUs: loads the module hw/cuda.so. team NULL: all ranks of the run are in this process, on one
  * GPU; else each in one of the team's, on a GPU of its own. */
 int machine_open_cuda(struct machine *, const struct topology *, const struct moe_model *, enum precision, bool verify,
-                      struct team *, struct err *);
+                      bool graphs, struct team *, struct err *);
 bool machine_cuda_available(void);
 /* Measures this computer, in a process that is a rank: host_calibrate.h. */
 struct host_calibration;

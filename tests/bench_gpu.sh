@@ -47,11 +47,16 @@ local moe = require "moelab"
 moe.experiment {
   model = { layers = 16, experts = 8, top_k = 2, d_model = 256, d_expert = 64, n_heads = 2, d_head = 64 },
   machine = moe.machine "dgx-h100" { nodes = 1, devices = 1 }, executor = "cuda", virtual_ranks = true,
+  cuda_graphs = moe.each { false, true },
   workload = moe.decode { trace = moe.synth { layers = 16, experts = 8, top_k = 2, requests = 16,
                                               tokens_per_request = 20 },
                           batch_per_device = 4, steps = 8, context = 16 },
 }:run()
 LUA
 "$moelab" run "$dir/empty.lua" --quiet --out "$dir/empty" >/dev/null 2>&1
-line "a decode step with little to compute, per layer" "<20" us \
-  "$(mean step_s <"$dir/empty/runs.jsonl" 2>/dev/null | awk '{ print 1e6 * $1 / 16 }')"
+per_layer() { # cuda_graphs, figure
+  grep "\"cuda_graphs\":$1" "$dir/empty/runs.jsonl" 2>/dev/null | head -n 1 | mean "$2" | awk '{ print 1e6 * $1 / 16 }'
+}
+line "host, to queue a layer of a decode step as a graph" "<20" us "$(per_layer true queue_s)"
+echo "    call by call $(per_layer false queue_s) us; of the whole step $(per_layer true step_s) and" \
+  "$(per_layer false step_s) us"

@@ -111,6 +111,7 @@ for scenario in offload gemm kernels; do
     shown 70 "$scenario, measured and simulated" ./moelab run "scenarios/gpu/$scenario.lua" --machine cuda \
         --against flow "${machine[@]}" --out "$work/$scenario"
 done
+shown 60 "decode, with and without CUDA graphs" ./moelab run scenarios/gpu/decode.lua --out "$work/decode"
 machine=()
 shown 60 "calibration of eight virtual ranks" ./moelab calibrate virtual --gpu --ranks 2x4 --out "$work/virtual.lua" &&
     machine=(--set machine="$work/virtual.lua")

@@ -37,6 +37,13 @@ if [ -e "$top_builddir/hw/cuda.so" ]; then
     run_expect 2 'fp8.lua:2: machine cuda: model.d_expert: fp8 needs a multiple of 16, found 8' \
         "$moelab" run fp8.lua --out results
 fi
+if [ -e "$top_builddir/hw/cuda.so" ]; then
+    one graphs8 'virtual_ranks = true, cuda_graphs = true,' 'precision = "fp8"'
+    run_expect 2 'graphs8.lua:2: machine cuda: cuda_graphs: products in fp8 are queued with the places of experts' \
+        "$moelab" run graphs8.lua --out results
+fi
+one maybe 'virtual_ranks = true, cuda_graphs = 1,' ''
+run_expect 2 'cuda_graphs: expected .*boolean' "$moelab" run maybe.lua --out results
 one word 'virtual_ranks = "yes",' ''
 run_expect 2 'virtual_ranks: expected .*boolean' "$moelab" run word.lua --out results
 one right 'virtual_ranks = true, verify = true,' ''
@@ -52,8 +59,8 @@ else
     fi
 fi
 ok "nothing is written" test ! -e results
-one flow 'virtual_ranks = true,' ''
+one flow 'virtual_ranks = true, cuda_graphs = true,' ''
 ok "on other machines the key means nothing" "$moelab" run flow.lua --machine flow --allow-extrapolation --out flow
-ok "... and is not kept" test "$(cat flow/*.json* | grep -c virtual_ranks)" = 0
+ok "... and is not kept" test "$(cat flow/*.json* | grep -c -e virtual_ranks -e graphs)" = 0
 ok "the program itself needs no CUDA" test "$(ldd "$moelab" | grep -c -e cudart -e cublas)" = 0
 plan

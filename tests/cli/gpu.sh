@@ -69,8 +69,9 @@ broken:calibrate) echo "moelab: rank 0, GPU 0: cudaMalloc: an error" >&2; exit 1
 slow:run) exit 1 ;;
 *:run)
     mkdir -p "$out"
-    echo '{"axes":{"offload":"lru"},"machine":"cuda","metrics":{"load_s":{"max":2.0,"mean":1.0,"p50":1.0},'`
-        `'"loaded_bytes":{"max":1.0,"mean":4.6e10},"step_s":{"max":1,"mean":0.000256}},"verified":1.5e-07}' \
+    echo '{"axes":{"cuda_graphs":true,"offload":"lru"},"machine":"cuda","metrics":{'`
+        `'"load_s":{"max":2.0,"mean":1.0,"p50":1.0},"loaded_bytes":{"max":1.0,"mean":4.6e10},'`
+        `'"queue_s":{"max":1,"mean":0.000256}},"verified":1.5e-07}' \
         >"$out/runs.jsonl"
     echo "  said of $(basename "$file")" ;;
 esac
@@ -97,17 +98,18 @@ run fp8.lua
 run offload.lua --machine cuda --against flow --set machine=gpu.lua
 run gemm.lua --machine cuda --against flow --set machine=gpu.lua
 run kernels.lua --machine cuda --against flow --set machine=gpu.lua
+run decode.lua
 calibrate virtual --gpu --ranks 2x4
 run layouts.lua --machine cuda --against flow --set machine=virtual.lua
 run empty.lua --quiet"
-ok "... the report has what each said" test "$(grep -c '^  said of ' report)" = 6
+ok "... the report has what each said" test "$(grep -c '^  said of ' report)" = 7
 ok "... and the machine" test "$(tail -n 2 report | head -n 1)" = "$(cat report.lua)"
 ok "... and targets: permute" grep -Eq '^permute, 65536 tokens x 4096, of copies +> 80 +% +90 +met$' report
 ok "... unpermute" grep -Eq '^unpermute, .* > 80 +% +79.9 +MISSED$' report
 ok "... top-k" grep -Eq '^top-k, 65536 tokens x 256, .* > 80 +% +80 +met$' report
 ok "... groups" grep -Eq 'groups of 512 rows.* > 85 +% +90.1 +met$' report
 ok "... loads, 46 GB in a second of 50" grep -Eq 'loads from pinned memory.* > 90 +% +92 +met$' report
-ok "... a layer of 16 in 256 us" grep -Eq 'per layer +< 20 +us +16 +met$' report
+ok "... a layer of 16 in 256 us" grep -Eq 'a layer of a decode step as a graph +< 20 +us +16 +met$' report
 ok "... it was well" grep -q '^== all was well after' report
 run_expect 1 'THERE IS NO GPU to use here' bash check none
 ok "... which is said, and nothing is tried" test "$(wc -l <calls)" = 1

@@ -17,12 +17,23 @@ struct work {
     int64_t record; /* of the event that is marked or waited for */
 };
 
-struct CUstream_st { int number; struct work *work; size_t done, n, room; struct CUstream_st *next; };
+/* copy: of a captured stream, on which one launch of its graph runs. */
+struct CUstream_st { int number; bool copy; struct work *work; size_t done, n, room; struct CUstream_st *next; };
 /* queued: marks that are in a stream, or were; reached: the last that one has come to; stream: of the last. */
 struct CUevent_st { int64_t queued, reached; int stream; double time; };
 struct block { void *at; size_t bytes; struct block *next; };
 
+/* What was captured: per stream its work, whose events are the graph's own; and those of a launch. External records
+ * are real. */
+struct captured { int stream; struct work *work; size_t *bytes, n, room; bool joined; };
+struct CUgraph_st { cudaStream_t origin; struct captured *part; size_t n_parts; int64_t n_marks; };
+struct CUgraphExec_st { struct CUgraph_st graph; };
+struct mark { cudaEvent_t event; int64_t id; size_t part; };
+
 static struct {
+    struct CUgraph_st *capture; /* under way; or NULL */
+    struct mark *mark;          /* of events that were recorded in it, the last of each */
+    size_t n_marks, room_marks;
     enum standin_order order;
     uint64_t seed;
     int64_t lose, n_waits, n_events, n_streams, n_live;
@@ -136,9 +147,220 @@ static bool run_all(void)
     }
 }
 
+/* ---- graphs ---- */
+
+/* Of the graph that is being captured, or NULL: the stream does not take part in it. joins: from now on it does. */
+static struct captured *part_of(const struct CUstream_st *s, bool joins)
+{
+    struct CUgraph_st *g = all.capture;
+    for (size_t i = 0; g && i < g->n_parts; i++)
+        if (g->part[i].stream == s->number)
+            return &g->part[i];
+    if (!g || !joins)
+        return NULL;
+    g->part = realloc(g->part, (g->n_parts + 1) * sizeof *g->part);
+    if (!g->part)
+        abort();
+    g->part[g->n_parts] = (struct captured){ .stream = s->number };
+    return &g->part[g->n_parts++];
+}
+
+static void keep(struct captured *p, struct work w, size_t bytes)
+{
+    if (p->n == p->room) {
+        p->room = 2 * p->room + 16;
+        p->work = realloc(p->work, p->room * sizeof *p->work);
+        p->bytes = realloc(p->bytes, p->room * sizeof *p->bytes);
+        if (!p->work || !p->bytes)
+            abort();
+    }
+    p->bytes[p->n] = bytes;
+    p->work[p->n++] = w;
+}
+
+static struct mark *mark_of(cudaEvent_t event)
+{
+    for (size_t i = 0; i < all.n_marks; i++)
+        if (all.mark[i].event == event)
+            return &all.mark[i];
+    return NULL;
+}
+
+static void set_mark(cudaEvent_t event, int64_t id, size_t part)
+{
+    struct mark *m = mark_of(event);
+    if (!m) {
+        if (all.n_marks == all.room_marks) {
+            all.room_marks = 2 * all.room_marks + 64;
+            all.mark = realloc(all.mark, all.room_marks * sizeof *all.mark);
+            if (!all.mark)
+                abort();
+        }
+        m = &all.mark[all.n_marks++];
+    }
+    *m = (struct mark){ event, id, part };
+}
+
+cudaError_t cudaStreamBeginCapture(cudaStream_t s, enum cudaStreamCaptureMode mode)
+{
+    (void)mode;
+    if (all.capture)
+        return cudaErrorIllegalState;
+    all.capture = calloc(1, sizeof *all.capture);
+    if (!all.capture)
+        abort();
+    all.capture->origin = s;
+    all.n_marks = 0;
+    part_of(s, true)->joined = true;
+    return cudaSuccess;
+}
+
+static void free_parts(struct CUgraph_st *g)
+{
+    for (size_t i = 0; i < g->n_parts; i++) {
+        for (size_t j = 0; j < g->part[i].n; j++)
+            free(g->part[i].work[j].data);
+        free(g->part[i].work);
+        free(g->part[i].bytes);
+    }
+    free(g->part);
+}
+
+/* Every stream has to have come back: what it did last is waited for, directly or through others. */
+cudaError_t cudaStreamEndCapture(cudaStream_t s, cudaGraph_t *graph)
+{
+    struct CUgraph_st *g = all.capture;
+    *graph = NULL;
+    if (!g || g->origin != s)
+        return cudaErrorIllegalState;
+    all.capture = NULL;
+    for (size_t i = 0; i < g->n_parts; i++)
+        if (!g->part[i].joined) {
+            free_parts(g);
+            free(g);
+            return cudaErrorStreamCaptureUnjoined;
+        }
+    *graph = g;
+    all.n_live++;
+    return cudaSuccess;
+}
+
+cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t *out, cudaGraph_t graph, unsigned long long flags)
+{
+    (void)flags;
+    struct CUgraphExec_st *x = calloc(1, sizeof *x);
+    if (!x)
+        abort();
+    x->graph = *graph;
+    x->graph.part = calloc(graph->n_parts, sizeof *graph->part);
+    for (size_t i = 0; i < graph->n_parts; i++) {
+        const struct captured *p = &graph->part[i];
+        x->graph.part[i] = (struct captured){ .stream = p->stream };
+        for (size_t j = 0; j < p->n; j++) {
+            struct work w = p->work[j];
+            if (w.data) {
+                w.data = malloc(p->bytes[j] + 1);
+                memcpy(w.data, p->work[j].data, p->bytes[j]);
+            }
+            keep(&x->graph.part[i], w, p->bytes[j]);
+        }
+    }
+    all.n_live++;
+    *out = x;
+    return cudaSuccess;
+}
+
+cudaError_t cudaGraphDestroy(cudaGraph_t graph)
+{
+    free_parts(graph);
+    free(graph);
+    all.n_live--;
+    return cudaSuccess;
+}
+
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t x)
+{
+    free_parts(&x->graph);
+    free(x);
+    all.n_live--;
+    return cudaSuccess;
+}
+
+struct release { struct CUevent_st *event; };
+
+/* A launch's streams and events go once the stream that launched has come past it. */
+static void release(const void *work)
+{
+    const struct release *r = work;
+    free(r->event);
+    for (struct CUstream_st **at = &all.streams; *at;) {
+        struct CUstream_st *s = *at;
+        if (s->copy && s->done == s->n) {
+            *at = s->next;
+            free(s->work);
+            free(s);
+        } else {
+            at = &s->next;
+        }
+    }
+}
+
+/* Streams of its own, which begin when the launching one comes to it and which that one waits for. */
+cudaError_t cudaGraphLaunch(cudaGraphExec_t x, cudaStream_t s)
+{
+    const struct CUgraph_st *g = &x->graph;
+    const int64_t n_own = g->n_marks + 1 + (int64_t)g->n_parts;
+    struct CUevent_st *own = calloc((size_t)n_own, sizeof *own);
+    struct CUstream_st *copy[g->n_parts];
+    if (!own)
+        abort();
+    note("s%d launch %zu\n", s->number, g->n_parts);
+    push(s, (struct work){ RECORD, NULL, NULL, &own[g->n_marks], 1 });
+    for (size_t i = 0; i < g->n_parts; i++) {
+        const struct captured *p = &g->part[i];
+        copy[i] = calloc(1, sizeof *copy[i]);
+        if (!copy[i])
+            abort();
+        copy[i]->number = p->stream;
+        copy[i]->copy = true;
+        push(copy[i], (struct work){ WAIT, NULL, NULL, &own[g->n_marks], 1 });
+        for (size_t j = 0; j < p->n; j++) {
+            struct work w = p->work[j];
+            if (w.data) {
+                w.data = malloc(p->bytes[j] + 1);
+                memcpy(w.data, p->work[j].data, p->bytes[j]);
+            }
+            if (w.what == RECORD && w.record == 0) { /* external */
+                w.record = ++w.event->queued;
+            } else if (w.what != RUN) {
+                w.event = &own[w.record - 1];
+                w.record = 1;
+            }
+            push(copy[i], w);
+        }
+        push(copy[i], (struct work){ RECORD, NULL, NULL, &own[g->n_marks + 1 + (int64_t)i], 1 });
+        push(s, (struct work){ WAIT, NULL, NULL, &own[g->n_marks + 1 + (int64_t)i], 1 });
+    }
+    for (size_t i = 0; i < g->n_parts; i++) {
+        copy[i]->next = all.streams;
+        all.streams = copy[i];
+    }
+    struct release *r = malloc(sizeof *r);
+    if (!r)
+        abort();
+    *r = (struct release){ own };
+    push(s, (struct work){ RUN, release, r, NULL, 0 });
+    return cudaSuccess;
+}
+
+/* ---- streams, on ---- */
+
 cudaError_t standin_queue(cudaStream_t s, const char *what, double size, void (*run)(const void *), const void *work,
                           size_t n)
 {
+    struct captured *part = s ? part_of(s, false) : NULL;
+    if (all.capture && !part)
+        return cudaErrorStreamCaptureImplicit; /* the default stream, or one that is not part of it */
     void *data = malloc(n);
     if (!data)
         abort();
@@ -150,7 +372,13 @@ cudaError_t standin_queue(cudaStream_t s, const char *what, double size, void (*
         return ran ? cudaSuccess : cudaErrorLaunchTimeout;
     }
     note("s%d %s %.0f\n", s->number, what, size);
-    push(s, (struct work){ RUN, run, data, NULL, 0 });
+    if (part) {
+        keep(part, (struct work){ RUN, run, data, NULL, 0 }, n);
+        part->joined = false;
+        all.capture->part[0].joined = true;
+    } else {
+        push(s, (struct work){ RUN, run, data, NULL, 0 });
+    }
     return cudaSuccess;
 }
 
@@ -209,8 +437,46 @@ cudaError_t cudaEventDestroy(cudaEvent_t event)
     return cudaSuccess;
 }
 
+/* Within a graph: ids count from 1, and 0 is an external one, which nobody waits for there. */
+cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t s, unsigned flags)
+{
+    struct captured *part = part_of(s, false);
+    if (!all.capture)
+        return cudaEventRecord(event, s);
+    if (!part)
+        return cudaErrorStreamCaptureIsolation;
+    event->stream = s->number;
+    if (flags & cudaEventRecordExternal) {
+        keep(part, (struct work){ RECORD, NULL, NULL, event, 0 }, 0);
+        return cudaSuccess;
+    }
+    set_mark(event, ++all.capture->n_marks, (size_t)(part - all.capture->part));
+    keep(part, (struct work){ RECORD, NULL, NULL, event, all.capture->n_marks }, 0);
+    return cudaSuccess;
+}
+
+/* The first wait makes a stream part of the graph; what it waits for has come to its stream. */
+static cudaError_t wait_captured(cudaStream_t s, cudaEvent_t event)
+{
+    const struct mark *m = mark_of(event);
+    if (!m)
+        return cudaErrorStreamCaptureIsolation;
+    struct captured *part = part_of(s, true);
+    keep(part, (struct work){ WAIT, NULL, NULL, event, m->id }, 0);
+    struct captured *from = &all.capture->part[m->part];
+    size_t last = from->n; /* nothing runs there after the mark */
+    while (last > 0 && from->work[last - 1].what == RECORD && from->work[last - 1].record != m->id)
+        last--;
+    from->joined |= last > 0 && from->work[last - 1].what == RECORD;
+    if (part != all.capture->part)
+        part->joined = false;
+    return cudaSuccess;
+}
+
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t s)
 {
+    if (all.capture)
+        return cudaEventRecordWithFlags(event, s, 0);
     event->stream = s->number;
     push(s, (struct work){ RECORD, NULL, NULL, event, ++event->queued });
     return cudaSuccess;
@@ -222,6 +488,8 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t s, cudaEvent_t event, unsigned flag
     (void)flags;
     if (event->queued > 0)
         note("s%d waits s%d\n", s->number, event->stream);
+    if (all.capture)
+        return all.n_waits++ != all.lose ? wait_captured(s, event) : cudaSuccess;
     if (all.n_waits++ != all.lose && event->queued > 0)
         push(s, (struct work){ WAIT, NULL, NULL, event, event->queued });
     return cudaSuccess;
@@ -239,6 +507,8 @@ cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t from, cudaEvent_t to)
 
 cudaError_t cudaEventQuery(cudaEvent_t event)
 {
+    if (all.capture)
+        return cudaErrorStreamCaptureUnsupported;
     run_all();
     return event->reached == event->queued ? cudaSuccess : cudaErrorNotReady;
 }
@@ -247,11 +517,15 @@ cudaError_t cudaEventQuery(cudaEvent_t event)
 cudaError_t cudaStreamSynchronize(cudaStream_t s)
 {
     (void)s;
+    if (all.capture)
+        return cudaErrorStreamCaptureUnsupported;
     return run_all() ? cudaSuccess : cudaErrorLaunchTimeout;
 }
 
 cudaError_t cudaDeviceSynchronize(void)
 {
+    if (all.capture)
+        return cudaErrorStreamCaptureUnsupported;
     return run_all() ? cudaSuccess : cudaErrorLaunchTimeout;
 }
 
@@ -261,6 +535,10 @@ static cudaError_t take(void **p, size_t bytes)
 {
     struct block *b = calloc(1, sizeof *b);
     *p = NULL;
+    if (all.capture) {
+        free(b);
+        return cudaErrorStreamCaptureUnsupported;
+    }
     if (!b || (all.memory && all.used + bytes > all.memory) || !(b->at = malloc(bytes))) {
         free(b);
         return cudaErrorMemoryAllocation;
@@ -321,16 +599,16 @@ cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, enum cudaM
 cudaError_t cudaMemcpy(void *to, const void *from, size_t bytes, enum cudaMemcpyKind kind)
 {
     (void)kind;
-    if (!run_all())
-        return cudaErrorLaunchTimeout;
+    if (all.capture || !run_all())
+        return all.capture ? cudaErrorStreamCaptureImplicit : cudaErrorLaunchTimeout;
     memcpy(to, from, bytes);
     return cudaSuccess;
 }
 
 cudaError_t cudaMemset(void *p, int value, size_t bytes)
 {
-    if (!run_all())
-        return cudaErrorLaunchTimeout;
+    if (all.capture || !run_all())
+        return all.capture ? cudaErrorStreamCaptureImplicit : cudaErrorLaunchTimeout;
     memset(p, value, bytes);
     return cudaSuccess;
 }

@@ -258,6 +258,12 @@ cublasStatus_t cublasDestroy(cublasHandle_t h)
     return CUBLAS_STATUS_SUCCESS;
 }
 
+cublasStatus_t cublasSetWorkspace(cublasHandle_t h, void *at, size_t bytes)
+{
+    (void)h;
+    return at && bytes > 0 ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_INVALID_VALUE;
+}
+
 cublasStatus_t cublasSetStream(cublasHandle_t h, cudaStream_t s)
 {
     h->stream = s;
@@ -362,14 +368,13 @@ static bool aligned(const void *p, size_t row)
     return (uintptr_t)p % (row % 16 == 0 ? 16 : row % 4 == 0 ? 4 : 1) == 0;
 }
 
-struct grouped { int n; struct gemm *gemm; };
+struct grouped { int n; struct gemm gemm[]; };
 
 static void grouped(const void *work)
 {
     const struct grouped *g = work;
     for (int i = 0; i < g->n; i++)
         gemm(&g->gemm[i]);
-    free(g->gemm);
 }
 
 cublasStatus_t cublasGemmGroupedBatchedEx(cublasHandle_t h, const cublasOperation_t ta[], const cublasOperation_t tb[],
@@ -380,23 +385,27 @@ cublasStatus_t cublasGemmGroupedBatchedEx(cublasHandle_t h, const cublasOperatio
                                           const int size[], cublasComputeType_t compute)
 {
     const float *ones = alpha, *zeros = beta;
-    const struct grouped all = { n_groups, calloc((size_t)n_groups, sizeof *all.gemm) };
+    const size_t bytes = sizeof(struct grouped) + (size_t)n_groups * sizeof(struct gemm);
+    struct grouped *all = calloc(1, bytes);
     struct standin_product *noted = note(n_groups);
     char what[40];
     double flops = 0;
-    if (!all.gemm || !typed(at, bt, ct, compute))
-        return CUBLAS_STATUS_INVALID_VALUE;
-    for (int i = 0; i < n_groups; i++) {
+    bool well = all && typed(at, bt, ct, compute);
+    if (well)
+        all->n = n_groups;
+    for (int i = 0; well && i < n_groups; i++) {
         const size_t row = (at == CUDA_R_16BF ? 2 : 4) * (size_t)k[i];
-        if (size[i] != 1 || !plain(ta[i], tb[i], m[i], n[i], k[i], ones[i], zeros[i], lda[i], ldb[i], ldc[i]) ||
-            !aligned(a[i], row) || !aligned(b[i], row) || !aligned(c[i], row))
-            return CUBLAS_STATUS_INVALID_VALUE;
-        all.gemm[i] = (struct gemm){ .half = at == CUDA_R_16BF, .m = m[i], .n = n[i], .k = k[i], .a_at = a + i,
+        well &= size[i] == 1 && plain(ta[i], tb[i], m[i], n[i], k[i], ones[i], zeros[i], lda[i], ldb[i], ldc[i]) &&
+                aligned(a[i], row) && aligned(b[i], row) && aligned(c[i], row);
+        all->gemm[i] = (struct gemm){ .half = at == CUDA_R_16BF, .m = m[i], .n = n[i], .k = k[i], .a_at = a + i,
                                      .b_at = b + i, .c_at = c + i };
         noted[i] = (struct standin_product){ m[i], n[i], k[i], a[i], b[i], c[i] };
         flops += 2.0 * m[i] * n[i] * k[i];
     }
     snprintf(what, sizeof what, "gemms of %d", n_groups);
-    return standin_queue(h->stream, what, flops, grouped, &all, sizeof all) == cudaSuccess ?
-           CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_EXECUTION_FAILED;
+    const cublasStatus_t code = !well ? CUBLAS_STATUS_INVALID_VALUE
+        : standin_queue(h->stream, what, flops, grouped, all, bytes) == cudaSuccess ? CUBLAS_STATUS_SUCCESS
+                                                                                    : CUBLAS_STATUS_EXECUTION_FAILED;
+    free(all);
+    return code;
 }

@@ -40,18 +40,23 @@ static inline json_t *cuda_spec(struct scratch *s, struct shape x)
 }
 
 /* Opens the run on a simulated machine and puts ours in its place. No team: virtual ranks. */
-static inline struct run *cuda_open_run(json_t *spec, struct team *team, struct err *e)
+static inline struct run *cuda_open_run_as(json_t *spec, struct team *team, bool graphs, struct err *e)
 {
     struct run *r = test_open_run(spec, e);
     const enum precision p = r->precision;
     machine_close(&r->machine);
     r->machine = (struct machine){ .topology = r->topology, .model = &r->model, .precision = p, .verify = true,
-                                   .virtual_ranks = !team, .team = team };
+                                   .virtual_ranks = !team, .team = team, .graphs = graphs };
     r->tier = N_NET_TIERS;
     r->graph.keep_items = true;
     if (moelab_cuda_module.open(&r->machine, e) == 0)
         ((struct cuda *)r->machine.priv)->ring = 1 << 12;
     return r;
+}
+
+static inline struct run *cuda_open_run(json_t *spec, struct team *team, struct err *e)
+{
+    return cuda_open_run_as(spec, team, false, e);
 }
 
 #endif

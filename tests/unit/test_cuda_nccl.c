@@ -47,6 +47,8 @@ static struct team *join(struct team_pipes *p, int rank, struct err *e)
     return t;
 }
 
+static bool as_graphs; /* steps are captured */
+
 static void write_left(const char *stem, int rank, const struct left *l)
 {
     char path[600];
@@ -68,7 +70,7 @@ static void be_rank(json_t *spec, struct team_pipes *pipes, int rank, const stru
     struct team *t = join(pipes, rank, &e);
     if (!t)
         _exit(7);
-    struct run *r = cuda_open_run(spec, t, &e);
+    struct run *r = cuda_open_run_as(spec, t, as_graphs, &e);
     if (mine && fault->decides_otherwise)
         test_swap_policy(r, &r->placement, &elsewhere);
     if (mine && fault->memory)
@@ -183,6 +185,25 @@ static void two_to_eight_ranks(void **state)
             assert_true(left[0].decisions == decisions);
             free_left(left, n);
         }
+}
+
+/* Sizes of what two ranks exchange are padded alike in both processes. */
+static void captured(void **state)
+{
+    static const struct shape shapes[] = { { 2, 1, 2, 4, 2, 3, 3 }, { 3, 1, 2, 6, 2, 4, 3 }, { 2, 2, 3, 8, 3, 4, 2 } };
+    as_graphs = true;
+    for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++)
+        for (int d = 0; d < 2; d++) {
+            struct left left[MAX_RANKS];
+            const int n = shapes[i].nodes * shapes[i].devices;
+            json_t *spec = cuda_spec(*state, shapes[i]);
+            test_policy(spec, "dispatch", d ? "node-dedup" : "flat");
+            run_well(*state, spec, n, left);
+            for (int rank = 0; rank < n; rank++)
+                assert_non_null(strstr(left[rank].calls, " launch "));
+            free_left(left, n);
+        }
+    as_graphs = false;
 }
 
 static void offloaded_experts(void **state)
@@ -387,6 +408,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_setup_teardown(two_to_eight_ranks, scratch_make, scratch_remove),
+        cmocka_unit_test_setup_teardown(captured, scratch_make, scratch_remove),
         cmocka_unit_test_setup_teardown(offloaded_experts, scratch_make, scratch_remove),
         cmocka_unit_test_setup_teardown(in_fp8, scratch_make, scratch_remove),
         cmocka_unit_test_setup_teardown(moving_weights, scratch_make, scratch_remove),
