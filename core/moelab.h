@@ -730,6 +730,35 @@ static inline void moe_top_k(const float *x, int32_t n, int32_t k, int32_t *inde
     moe_top_k_plain(x, n, k, index);
 }
 
+/* The k-th largest of x[0..n), 1 <= k <= n, none NaN; x is put in another order. O(n) expected. */
+static inline float moe_kth_largest(float *x, int64_t n, int64_t k)
+{
+    int64_t low = 0, high = n - 1;
+    while (low < high) {
+        const float a = x[low], b = x[low + (high - low) / 2], c = x[high];
+        const float pivot = a > b ? (b > c ? b : a > c ? c : a) : (a > c ? a : b > c ? c : b);
+        int64_t i = low, j = high;
+        while (i <= j) { /* larger ones to the front */
+            while (x[i] > pivot)
+                i++;
+            while (x[j] < pivot)
+                j--;
+            if (i <= j) {
+                const float swap = x[i];
+                x[i++] = x[j];
+                x[j--] = swap;
+            }
+        }
+        if (k - 1 <= j)
+            high = j;
+        else if (k - 1 >= i)
+            low = i;
+        else
+            break;
+    }
+    return x[k - 1];
+}
+
 #ifdef __cplusplus
 }
 #endif
