@@ -81,17 +81,31 @@ static const char *text_of(const json_t *o, const char *key)
     return s ? s : "";
 }
 
+static bool leaks(const json_t *o)
+{
+    const json_t *needs = json_object_get(o, "needs");
+    for (size_t i = 0; i < json_array_size(needs); i++)
+        if (!strcmp(json_string_value(json_array_get(needs, i)), "cross-batch"))
+            return true;
+    return false;
+}
+
 static void print_list(const json_t *list)
 {
     const char *kind = "";
+    bool any = false;
     for (size_t i = 0; i < json_array_size(list); i++) {
         const json_t *o = json_array_get(list, i);
         if (strcmp(kind, text_of(o, "kind"))) {
             kind = text_of(o, "kind");
             printf("%s%s\n", i ? "\n" : "", kind);
         }
-        printf("  %-22s %s\n", text_of(o, "name"), text_of(o, "summary"));
+        printf("  %-22s%s %s\n", text_of(o, "name"), leaks(o) ? "*" : " ", text_of(o, "summary"));
+        any |= leaks(o);
     }
+    if (any)
+        printf("\n* another request in the batch may change a request's experts; "
+               "that none does without it is tested\n");
 }
 
 static void print_one(const json_t *o)

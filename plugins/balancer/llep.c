@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0
  * llep.c - experts with more tokens than their device can take spill to the least loaded devices, weights included.
  *
- * Source:  Least-Loaded Expert Parallelism: Load Balancing an Imbalanced Mixture-of-Experts, 2026, arXiv 2601.17111; the
- *          authors' SalesforceAIResearch/LeastLoadedEP (compute_llep_lpt_plan)
+ * Source:  Least-Loaded Expert Parallelism: Load Balancing an Imbalanced Mixture-of-Experts, 2026, arXiv 2601.17111;
+ *          the authors' SalesforceAIResearch/LeastLoadedEP (compute_llep_lpt_plan)
  * Differs: tokens are whole numbers throughout, where the published code compares real ones and ships residues of 1e-9
  *          tokens; ties go to the lower device
  * Cost:    O(E log E + E D) per layer; one move of weights for each device that an expert spills to

@@ -32,6 +32,8 @@ while read -r command; do
 done <commands
 
 run_expect 0 'hit_rate .*first is a miss and counts' "$moelab" plugins
+run_expect 0 '^  expert-choice +\* every expert' "$moelab" plugins
+run_expect 0 '^  softmax-top-k +softmax' "$moelab" plugins
 "$moelab" plugins --json | tr -d '\n' | grep -Eo '"kind": *"[a-z]*", *"name": *"[^"]*"' | tr -d '" ' >policies
 for kind in router balancer placement dispatch offload; do
     sed -n "s/^kind:$kind,name://p" policies | sort >listed
