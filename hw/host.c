@@ -208,26 +208,36 @@ static int keep_probe(struct machine *m, double probe, struct err *e)
     return 0;
 }
 
-static void nap(double seconds)
+struct trial { struct machine *m; struct moe_graph *g; double began; };
+
+/* Between two probes. */
+static int once(void *self, struct quiet_seen *seen, struct err *e)
 {
-    nanosleep(&(struct timespec){ .tv_nsec = (long)(1e9 * fmin(fmax(seconds, 0), 0.999)) }, NULL);
+    const struct trial *t = self;
+    struct host *h = t->m->priv;
+    t->m->now = t->began;
+    seen->before_s = look_around(h);
+    const double stolen = quiet_stolen(), zero = host_now();
+    if (run_once(t->m, t->g, e) < 0)
+        return e->code;
+    seen->stolen = quiet_share(stolen, quiet_stolen(), host_now() - zero, (int)sysconf(_SC_NPROCESSORS_ONLN));
+    seen->after_s = look_around(h);
+    seen->ended = t->m->now;
+    return 0;
 }
 
-/* Once, between two probes. `probe`: their mean; the disturbance, on all ranks that of the worst, is what is returned;
- * < 0 after an error. */
-static double attempt(struct machine *m, struct moe_graph *g, double *probe, struct err *e)
+static void worst(void *self, double *value, int n)
 {
-    struct host *h = m->priv;
-    const double before = look_around(h), stolen = quiet_stolen(), began = host_now();
-    if (run_once(m, g, e) < 0)
-        return -1;
-    const double share = quiet_share(stolen, quiet_stolen(), host_now() - began, (int)sysconf(_SC_NPROCESSORS_ONLN));
-    const double after = look_around(h);
-    double worst[2] = { quiet_disturbance(before, after, h->probe_s, share), share };
-    MPI_Allreduce(MPI_IN_PLACE, worst, 2, MPI_DOUBLE, MPI_MAX, MPI_COMM_WORLD);
-    *probe = (before + after) / 2;
-    m->stolen = fmax(m->stolen, worst[1]);
-    return worst[0];
+    (void)self;
+    MPI_Allreduce(MPI_IN_PLACE, value, n, MPI_DOUBLE, MPI_MAX, MPI_COMM_WORLD);
+}
+
+/* As long as a step: such spells pass. */
+static void rest(void *self)
+{
+    const struct trial *t = self;
+    const double seconds = fmin(fmax(t->m->now - t->began, 0), MOST_NAP);
+    nanosleep(&(struct timespec){ .tv_nsec = (long)(1e9 * seconds) }, NULL);
 }
 
 /* Once more. What somebody else on this computer has slowed down is done again: a processor whose other half is busy,
@@ -236,31 +246,16 @@ static double attempt(struct machine *m, struct moe_graph *g, double *probe, str
 static int run_again(struct machine *m, struct moe_graph *g, struct err *e)
 {
     struct host *h = m->priv;
-    const double now = m->now;
-    double ended = now, kept_probe = 0;
-    for (int i = 0;; i++) {
-        double probe;
-        m->now = now;
-        const double disturbance = attempt(m, g, &probe, e);
-        if (disturbance < 0)
-            return e->code;
-        if (i == 0 || disturbance < h->best.disturbance) {
-            ended = m->now;
-            kept_probe = probe;
-        }
-        if (quiet_offer(&h->best, i, disturbance, g, e) < 0 || disturbance <= QUIET_ENOUGH ||
-            i + 1 == QUIET_ATTEMPTS || h->spare == 0)
-            break;
-        h->spare--;
-        m->set_aside++;
-        nap(fmin(m->now - now, MOST_NAP)); /* such spells pass */
-    }
-    if (!e->code) {
-        quiet_take(&h->best, g);
-        m->now = ended;
-        m->disturbed += h->best.disturbance > QUIET_ENOUGH;
-        keep_probe(m, kept_probe, e);
-    }
+    struct trial trial = { m, g, m->now };
+    struct quiet_trial t = { &trial, once, worst, rest, &h->probe_s, h->spare };
+    if (quiet_repeat(&h->best, &t, g, e) < 0)
+        return e->code;
+    h->spare = t.spare;
+    m->now = h->best.ended;
+    m->set_aside += h->best.attempts - 1;
+    m->disturbed += h->best.disturbance > QUIET_ENOUGH;
+    m->stolen = fmax(m->stolen, h->best.stolen);
+    keep_probe(m, h->best.probe_s, e);
     return team_agree(m->team, e);
 }
 
@@ -273,6 +268,7 @@ static int host_run(struct machine *m, struct moe_graph *g, struct err *e)
     if (team_same_graph(m->team, host_graph_hash(g), e) < 0)
         return e->code;
     host_prepare(h, g, e);
+    quiet_room(&h->best, g, e);
     if (h->spare == 0) /* there was no quiet in the last step: what is quiet is found anew */
         h->probe_s = 0;
     h->spare = SPARE;

@@ -39,29 +39,51 @@ double quiet_share(double stolen_before, double stolen_after, double seconds, in
     return known ? (stolen_after - stolen_before) / (seconds * n_processors) : 0;
 }
 
-int quiet_offer(struct quiet_best *b, int attempt, double disturbance, const struct moe_graph *g, struct err *e)
+int quiet_room(struct quiet_best *b, const struct moe_graph *g, struct err *e)
 {
-    if (attempt > 0 && disturbance >= b->disturbance)
+    if (b->room >= g->n_tasks)
         return 0;
-    if (b->room < g->n_tasks) {
-        double *grown = realloc(b->time, sizeof *grown * 2 * (size_t)g->n_tasks);
-        if (!grown)
-            return err_set(e, ERR_MEMORY, "out of memory for the times of %d tasks", g->n_tasks);
-        b->time = grown;
-        b->room = g->n_tasks;
-    }
-    b->disturbance = disturbance;
+    double *grown = realloc(b->time, sizeof *grown * 2 * (size_t)g->n_tasks);
+    if (!grown)
+        return err_set(e, ERR_MEMORY, "out of memory for the times of %d tasks", g->n_tasks);
+    b->time = grown;
+    b->room = g->n_tasks;
+    return 0;
+}
+
+static void keep(struct quiet_best *b, const struct moe_graph *g)
+{
     for (int32_t i = 0; i < g->n_tasks; i++) {
         b->time[2 * i] = g->task[i].start;
         b->time[2 * i + 1] = g->task[i].end;
     }
-    return 0;
 }
 
-void quiet_take(const struct quiet_best *b, struct moe_graph *g)
+int quiet_repeat(struct quiet_best *b, struct quiet_trial *t, struct moe_graph *g, struct err *e)
 {
+    b->attempts = 0;
+    b->stolen = 0;
+    for (;;) {
+        struct quiet_seen seen = { 0 };
+        if (t->once(t->self, &seen, e) < 0)
+            return e->code;
+        double worst[2] = { quiet_disturbance(seen.before_s, seen.after_s, *t->quiet_s, seen.stolen), seen.stolen };
+        t->worst(t->self, worst, 2); /* all ranks decide alike */
+        b->stolen = fmax(b->stolen, worst[1]);
+        if (b->attempts++ == 0 || worst[0] < b->disturbance) {
+            b->disturbance = worst[0];
+            b->probe_s = (seen.before_s + seen.after_s) / 2;
+            b->ended = seen.ended;
+            keep(b, g);
+        }
+        if (worst[0] <= QUIET_ENOUGH || b->attempts == QUIET_ATTEMPTS || t->spare == 0)
+            break;
+        t->spare--;
+        t->rest(t->self);
+    }
     for (int32_t i = 0; i < g->n_tasks; i++) {
         g->task[i].start = b->time[2 * i];
         g->task[i].end = b->time[2 * i + 1];
     }
+    return 0;
 }

@@ -21,11 +21,31 @@ double quiet_stolen_of(const char *stat, double ticks_per_s);
 /* Share of all processors' time in so many seconds. */
 double quiet_share(double stolen_before, double stolen_after, double seconds, int n_processors);
 
+/* What one rank saw of one attempt: probes before and after, the share that was stolen meanwhile; and its end. */
+struct quiet_seen { double before_s, after_s, stolen, ended; };
+
+/* How a repetition is tried. Every rank calls quiet_repeat() at the same time, and so each of these. */
+struct quiet_trial {
+    void *self;
+    int (*once)(void *self, struct quiet_seen *, struct err *); /* leaves its times in the graph; fails on all ranks */
+    void (*worst)(void *self, double *value, int n);            /* makes each of n the largest of all ranks */
+    void (*rest)(void *self);                                   /* before another attempt */
+    const double *quiet_s; /* the probe undisturbed, of which an attempt may find a shorter */
+    int32_t spare;         /* attempts beside the first that may still be made */
+};
+
 /* The least disturbed attempt so far. */
-struct quiet_best { double disturbance; double *time; int32_t room; };
-/* Keeps the times of this attempt if it is the first (attempt 0) or less disturbed than those before it. */
-int quiet_offer(struct quiet_best *, int attempt, double disturbance, const struct moe_graph *, struct err *);
-/* Gives the graph the times that were kept. */
-void quiet_take(const struct quiet_best *, struct moe_graph *);
+struct quiet_best {
+    double disturbance, probe_s, ended; /* of the worst rank; mean of its two probes */
+    double stolen;                      /* the largest share in any attempt */
+    int32_t attempts;
+    double *time;
+    int32_t room;
+};
+/* Makes room for the times of a graph. May fail on one rank alone. */
+int quiet_room(struct quiet_best *, const struct moe_graph *, struct err *);
+/* Tries until an attempt is quiet enough, QUIET_ATTEMPTS were made or none is to spare, and gives the graph the times
+ * of the least disturbed; of equals the first. */
+int quiet_repeat(struct quiet_best *, struct quiet_trial *, struct moe_graph *, struct err *);
 
 #endif

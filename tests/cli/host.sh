@@ -15,6 +15,10 @@ ok "layers that ranks compute equal the reference" "$moelab" run "$scenario" --o
 # Not 0: ranks compute in single precision with OpenBLAS, the reference in double.
 ok "every run was verified" test "$(figures host '"verified":[1-9][0-9.]*e-[0-9]+' | wc -l)" = 4
 ok "by machine host" test "$(figures host '"machine":"host"' | wc -l)" = 4
+# A tenth of a GFLOP: 20 us would be 5 TFLOP/s of one thread. And no clock says the same four times.
+figures host '"probe_s":[0-9.e-]+' | cut -d: -f2 >probes
+ok "probes that compute" test "$(awk '$1 > 2e-5 && $1 < 1' probes | wc -l)" = 4
+ok "... each of its own time" test "$(uniq probes | wc -l)" = 4
 
 run_expect 2 'host.lua:[0-9]+: model gemm: rows of a weight matrix: 48 is outside .*64 to .*--allow-extrapolation' \
     "$moelab" run "$scenario" --machine flow --out flow
