@@ -19,14 +19,15 @@ static int route_once(struct eval_job *j, struct work *w, double *best)
 {
     struct policy p;
     struct moe_cost own = { 0, 0, 0 };
+    const struct moe_bias *bias = job_has(j, "bias") ? &w->bias : NULL;
     if (job_open_policy(j, &p) < 0 || routes_begin(&w->routes, w->batch.n_tokens, &w->room, j->err) < 0)
         goto out;
     double start = job_clock();
     if (w->scores) {
         if (HOOK(&p, router, score, &w->batch, w->scores, &own) == 0)
-            HOOK(&p, router, select, &w->batch, w->scores, &w->bias, &w->routes);
+            HOOK(&p, router, select, &w->batch, w->scores, bias, &w->routes);
     } else {
-        HOOK(&p, router, route, &w->batch, &w->bias, &w->routes, &own);
+        HOOK(&p, router, route, &w->batch, bias, &w->routes, &own);
     }
     double seconds = job_clock() - start;
     *best = *best == 0 || seconds < *best ? seconds : *best;

@@ -594,6 +594,32 @@ static inline float moe_exp_sum(const float *x, int32_t n, float top, float *y)
 }
 #endif
 
+/* y[i] = 1 / (1 + e^-x[i]) of x[0..n); y may be x. */
+static inline void moe_sigmoid(const float *x, int32_t n, float *y)
+{
+    int32_t i = 0;
+#if defined(__GNUC__)
+    for (; i < n; i += 4) {
+        moe_f4 v = {0, 0, 0, 0};
+        const int32_t few = n - i < 4 ? n - i : 4;
+        if (few == 4)
+            v = *(const moe_f4 *)(x + i);
+        for (int32_t l = 0; few < 4 && l < few; l++)
+            v[l] = x[i + l];
+        const moe_i4 negative = v < 0;
+        const moe_f4 part = moe_exp4((moe_f4)((moe_i4)v | (moe_i4){INT32_MIN, INT32_MIN, INT32_MIN, INT32_MIN}));
+        const moe_f4 one = {1, 1, 1, 1}, top = (moe_f4)(((moe_i4)part & negative) | ((moe_i4)one & ~negative));
+        const moe_f4 s = top / (one + part);
+        if (few == 4)
+            *(moe_f4 *)(y + i) = s;
+        for (int32_t l = 0; few < 4 && l < few; l++)
+            y[i + l] = s[l];
+    }
+#endif
+    for (; i < n; i++)
+        y[i] = 1 / (1 + expf(-x[i]));
+}
+
 /* The largest of x[0..n), n > 0. */
 static inline float moe_largest(const float *x, int32_t n)
 {
@@ -730,8 +756,8 @@ static inline void moe_top_k(const float *x, int32_t n, int32_t k, int32_t *inde
     moe_top_k_plain(x, n, k, index);
 }
 
-/* The k-th largest of x[0..n), 1 <= k <= n, none NaN; x is put in another order. O(n) expected. */
-static inline float moe_kth_largest(float *x, int64_t n, int64_t k)
+/* As moe_kth_largest(), by quickselect. */
+static inline float moe_kth_plain(float *x, int64_t n, int64_t k)
 {
     int64_t low = 0, high = n - 1;
     while (low < high) {
@@ -757,6 +783,36 @@ static inline float moe_kth_largest(float *x, int64_t n, int64_t k)
             break;
     }
     return x[k - 1];
+}
+
+/* The k-th largest of x[0..n), 1 <= k <= n, none NaN; x is put in another order. O(n) expected. Of a long list first
+ * without a branch per element: counts in bins between the least and the largest, then those of one bin. */
+static inline float moe_kth_largest(float *x, int64_t n, int64_t k)
+{
+    enum { LONG = 512, BINS = 1024 };
+    int32_t count[BINS + 1];
+    int64_t above = 0, m = 0;
+    float low = x[0], high = x[0];
+    for (int64_t i = 1; n > LONG && i < n; i++) {
+        low = x[i] < low ? x[i] : low;
+        high = x[i] > high ? x[i] : high;
+    }
+    const float scale = BINS / (high - low);
+    if (!(high > low) || !(scale < INFINITY) || !(high < INFINITY) || !(low > -INFINITY))
+        return moe_kth_plain(x, n, k);
+    for (int32_t b = 0; b <= BINS; b++)
+        count[b] = 0;
+    for (int64_t i = 0; i < n; i++)
+        count[(int32_t)((x[i] - low) * scale)]++;
+    int32_t bin = BINS;
+    for (; above + count[bin] < k; bin--)
+        above += count[bin];
+    for (int64_t i = 0; i < n; i++) { /* those of the bin to the front */
+        const float own = x[i];
+        x[m] = own;
+        m += (int32_t)((own - low) * scale) == bin;
+    }
+    return moe_kth_plain(x, m, k - above);
 }
 
 #ifdef __cplusplus

@@ -98,8 +98,10 @@ static int route_layer(struct run *r, const struct moe_batch *b, struct moe_cost
     if (scored && HOOK(&r->router, router, score, b, r->scores, &own) < 0)
         return r->err->code;
     const float *scores = r->gate_scores = scored ? r->scores : b->router_logits;
+    const struct moe_bias *bias = NULL; /* nobody asks for anything */
     for (int i = 0; i < r->n_balancers; i++) {
         struct moe_cost each = { 0, 0, 0 };
+        bias = r->balancer[i].plugin->ops.balancer.adjust ? &r->bias : bias;
         if (r->balancer[i].plugin->ops.balancer.adjust &&
             (HOOK(&r->balancer[i], balancer, adjust, b, scores, &r->bias, &each) < 0 ||
              pipeline_charge(r, &r->balancer[i], &each, sum) < 0))
@@ -108,9 +110,9 @@ static int route_layer(struct run *r, const struct moe_batch *b, struct moe_cost
     if (routes_begin(&r->routes, b->n_tokens, &r->room_routes, r->err) < 0)
         return r->err->code;
     if (scored)
-        HOOK(&r->router, router, select, b, r->scores, &r->bias, &r->routes);
+        HOOK(&r->router, router, select, b, r->scores, bias, &r->routes);
     else
-        HOOK(&r->router, router, route, b, &r->bias, &r->routes, &own);
+        HOOK(&r->router, router, route, b, bias, &r->routes, &own);
     if (r->err->code || pipeline_charge(r, &r->router, &own, sum) < 0 || check_routes(r, b, &r->router) < 0)
         return r->err->code;
     if (routing_chosen(&r->routing, b, &r->routes, rewrites(r), &r->metrics.routing, r->err) < 0)

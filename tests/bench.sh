@@ -54,6 +54,18 @@ router() { # name, ns, options...
       1e3 / ns, 1024 / ns, read, 1024 / read }'
 }
 router softmax-top-k 150
+router group-limited-top-k 750 --set groups=8 --set top_groups=4
+router bilevel-router 750 --set groups=8
+# Those that look at all tokens together, or choose as many experts as it takes, do more by nature: no target of theirs.
+for name in relu-router top-p expert-choice sinkhorn-router; do
+  printf '%-58s   %-17s %10.4g\n' "router $name" "ns/token" "$("$moelab" eval router "$name" --top-k 8 --repeat 3 \
+    --logits "$dir/logits.npy" | json seconds | awk '{ print 1e9 * $1 / 8192 }')"
+done
+line "base-auction, 8,192 tokens, 64 experts" "<1" s \
+  "$("$moelab" eval router base-auction --logits "$dir/logits64.npy" --repeat 3 | json seconds)"
+line "bip-balancer, one update, 4,096 tokens, 64 experts" "<2" ms \
+  "$("$moelab" eval balancer bip-balancer --logits "$dir/half64.npy" --top-k 8 --set rounds=1 --repeat 9 | json seconds |
+      awk '{ print 1e3 * $1 }')"
 
 # Network: what peers take for the same work (user s, MB; peers were measured on two shared cores of a server).
 exchange() { # what, tier, traffic, N, s, MB, peers: the best time and memory of three

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0
  * bench_tool inputs DIR - writes what tests/bench.sh measures on: zipf.npy (the standard request stream of
  *   tests/unit/zipf.h), eplb.json (58 layers x 256 experts with log-normal loads, 288 replicas, 32 devices) and
- *   logits.npy (8,192 tokens x 256 experts); prints how many ns a token's logits take to be read and added up.
+ *   logits.npy (8,192 tokens x 256 experts; logits64.npy and half64.npy: 64 experts, and half as many tokens); prints
+ *   how many ns a token's logits take to be read and added up.
  * bench_tool cost COMMAND... - runs the command; prints how many seconds it took and the most memory that one of its
  *   processes held at a time, in MB. */
 #include "config.h"
@@ -68,6 +69,15 @@ static double now_s(void)
 
 enum { TOKENS = 8192, EXPERTS = 256 };
 
+/* DIR/NAME: so many rows of `logit`, 64 wide. */
+static int write_narrow(const char *dir, const char *name, int64_t rows, const float *logit, struct err *e)
+{
+    char path[600];
+    snprintf(path, sizeof path, "%s/%s", dir, name);
+    npy_write(path, "f4", 2, (const int64_t[]){ rows, 64 }, logit, e);
+    return e->code;
+}
+
 static int write_logits(const char *dir, struct err *e)
 {
     const int64_t shape[2] = { TOKENS, EXPERTS }, n = TOKENS * EXPERTS;
@@ -80,6 +90,8 @@ static int write_logits(const char *dir, struct err *e)
         logit[i] = (float)log(load_of((uint64_t)i) + 1);
     snprintf(path, sizeof path, "%s/logits.npy", dir);
     npy_write(path, "f4", 2, shape, logit, e);
+    write_narrow(dir, "logits64.npy", TOKENS, logit, e);
+    write_narrow(dir, "half64.npy", TOKENS / 2, logit, e);
     for (int i = 0; i < 5; i++) {
         const double began = now_s();
         float part[16] = { 0 };

@@ -39,33 +39,6 @@ static int init(void *self, const void *conf, const struct moe_env *env)
     return s->price != NULL ? MOE_OK : MOE_ENOMEM;
 }
 
-/* As moe_kth_largest(), for long lists without a branch per element: counts in bins between the least and the largest,
- * then selects within the one that the k-th lies in. */
-static float kth_by_bins(float *x, int64_t n, int64_t k)
-{
-    enum { BINS = 1024 };
-    int32_t count[BINS + 1] = { 0 };
-    float low = x[0], high = x[0];
-    for (int64_t i = 1; i < n; i++) {
-        low = x[i] < low ? x[i] : low;
-        high = x[i] > high ? x[i] : high;
-    }
-    const float scale = BINS / (high - low);
-    if (!(high > low) || isinf(scale))
-        return moe_kth_largest(x, n, k);
-    for (int64_t i = 0; i < n; i++)
-        count[(int32_t)((x[i] - low) * scale)]++;
-    int32_t bin = BINS;
-    int64_t above = 0, m = 0;
-    for (; above + count[bin] < k; bin--)
-        above += count[bin];
-    for (int64_t i = 0; i < n; i++) { /* those of the bin to the front */
-        x[m] = x[i];
-        m += (int32_t)((x[i] - low) * scale) == bin;
-    }
-    return moe_kth_largest(x, m, k - above);
-}
-
 /* The k-th largest of x[i] - y[i], at least 0; 0 where there are fewer. room: [n] */
 static float kth_above(const float *x, const float *y, int64_t n, int64_t k, float *room)
 {
@@ -80,7 +53,7 @@ static float kth_above(const float *x, const float *y, int64_t n, int64_t k, flo
         moe_top_k(room, (int32_t)n, (int32_t)k, best);
         value = room[best[k - 1]];
     } else {
-        value = n > LONG ? kth_by_bins(room, n, k) : moe_kth_largest(room, n, k);
+        value = moe_kth_largest(room, n, k);
     }
     return value > 0 ? value : 0;
 }

@@ -67,12 +67,11 @@ static int check(const struct state *s, const struct moe_batch *b, int32_t k)
     return MOE_OK;
 }
 
-static float log_sum(const float *x, int32_t n)
+/* room: [n] */
+static float log_sum(const float *x, int32_t n, float *room)
 {
-    float top = moe_largest(x, n), sum = 0;
-    for (int32_t i = 0; i < n; i++)
-        sum += expf(x[i] - top);
-    return top + logf(sum);
+    const float top = moe_largest(x, n);
+    return top + logf(moe_exp_sum(x, n, top, room));
 }
 
 static float dot(const float *a, const float *b, int32_t n)
@@ -83,14 +82,16 @@ static float dot(const float *a, const float *b, int32_t n)
     return sum;
 }
 
-static void score_groups(const struct state *s, const struct moe_batch *b, int32_t t, int32_t groups, float *p)
+static void score_groups(const struct state *s, const struct moe_batch *b, int32_t t, int32_t groups, float *p,
+                         float *room)
 {
     const struct moe_tensor *gate = &s->conf->gate;
     const int32_t size = b->n_experts / groups;
+    const float *logits = b->router_logits + (int64_t)t * b->n_experts;
     for (int32_t g = 0; g < groups; g++)
         p[g] = gate->data != NULL ? dot(gate->data + ((int64_t)b->layer * groups + g) * b->n_hidden,
                                         b->hidden + (int64_t)t * b->n_hidden, b->n_hidden)
-                                  : log_sum(b->router_logits + (int64_t)t * b->n_experts + (int64_t)g * size, size);
+                                  : log_sum(logits + (int64_t)g * size, size, room);
     moe_softmax(p, groups, p);
 }
 
@@ -128,7 +129,7 @@ static int route(void *self, const struct moe_batch *batch, const struct moe_bia
     for (int32_t t = 0; t < batch->n_tokens && rc == MOE_OK; t++) {
         int32_t *expert = out->expert + (int64_t)t * k;
         float *weight = out->weight + (int64_t)t * k, sum = 0;
-        score_groups(s, batch, t, groups, p);
+        score_groups(s, batch, t, groups, p, choice);
         choose_groups(p, groups, size, bias, choice, most, best);
         for (int32_t e = 0; e < n; e++)
             choice[e] = -INFINITY;

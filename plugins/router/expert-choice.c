@@ -120,32 +120,34 @@ static void take(const float *x, int32_t n, int32_t k, const int32_t *token, flo
             out[found++] = token[i];
 }
 
-/* Appends what every expert takes of one group to lists that are expert-major once sorted: [E][k]. */
+/* column: [E][n] scale * score + add; tile by tile, so that both sides stay in the cache. */
+static void transpose(const struct moe_batch *b, const float *scores, const struct moe_bias *bias, struct group g,
+                      float by, float *column)
+{
+    enum { TILE = 32 };
+    for (int32_t i0 = 0; i0 < g.n; i0 += TILE)
+        for (int32_t e = 0; e < b->n_experts; e++) {
+            const float scale = bias != NULL ? bias->scale[e] : 1, add = bias != NULL ? bias->add[e] : 0;
+            for (int32_t i = i0; i < i0 + TILE && i < g.n; i++)
+                column[(int64_t)e * g.n + i] = (scale * scores[(int64_t)g.token[i] * b->n_experts + e] + add) * by;
+        }
+}
+
+/* What every expert takes of one group: [E][k]. */
 static int choose(const struct state *s, const struct moe_batch *b, const float *scores, const struct moe_bias *bias,
                   struct group g, int32_t k, int32_t *picked)
 {
     const struct moe_env *env = s->env;
     const size_t n = (size_t)g.n, cells = n * (size_t)b->n_experts;
     const bool capped = s->conf->limit > 0;
-    float *a = env->host->scratch(env, (capped ? cells : n) * sizeof *a + 1);
-    float *room = env->host->scratch(env, n * sizeof *room + 1);
-    float *column = capped ? env->host->scratch(env, n * sizeof *column + 1) : room;
-    float *entry = capped ? env->host->scratch(env, cells * sizeof *entry + 1) : room;
-    if (!a || !room || !column || !entry)
+    float *a = env->host->scratch(env, (cells + 1) * sizeof *a);
+    float *room = env->host->scratch(env, (n + 1) * sizeof *room);
+    float *entry = capped ? env->host->scratch(env, (cells + 1) * sizeof *entry) : room;
+    if (!a || !room || !entry)
         return MOE_ENOMEM;
-    for (int32_t e = 0; e < b->n_experts; e++) {
-        float *row = a + (capped ? (int64_t)e * g.n : 0);
-        const float scale = bias != NULL ? bias->scale[e] : 1, add = bias != NULL ? bias->add[e] : 0;
-        for (int32_t i = 0; i < g.n; i++)
-            row[i] = scale * scores[(int64_t)g.token[i] * b->n_experts + e] + add;
-        if (!capped)
-            take(row, g.n, k, g.token, room, picked + (int64_t)e * k);
-        for (int32_t i = 0; capped && i < g.n; i++)
-            row[i] /= (float)s->conf->lambda;
-    }
-    if (!capped)
-        return MOE_OK;
-    project(s->conf->projections, a, b->n_experts, g.n, (float)k, (float)s->conf->limit, column, entry);
+    transpose(b, scores, bias, g, capped ? 1 / (float)s->conf->lambda : 1, a);
+    if (capped)
+        project(s->conf->projections, a, b->n_experts, g.n, (float)k, (float)s->conf->limit, room, entry);
     for (int32_t e = 0; e < b->n_experts; e++)
         take(a + (int64_t)e * g.n, g.n, k, g.token, room, picked + (int64_t)e * k);
     return MOE_OK;

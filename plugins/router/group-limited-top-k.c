@@ -83,29 +83,48 @@ static int score(void *self, const struct moe_batch *batch, float *scores, struc
         for (int64_t i = 0; i < n_scores; i += n)
             moe_softmax(batch->router_logits + i, batch->n_experts, scores + i);
     else
-        for (int64_t i = 0; i < n_scores; i++)
-            scores[i] = 1 / (1 + expf(-batch->router_logits[i]));
+        for (int64_t i = 0; i < n_scores; i += n)
+            moe_sigmoid(batch->router_logits + i, batch->n_experts, scores + i);
     own->flops = 4.0 * (double)n_scores;
     own->bytes = 2.0 * sizeof(float) * (double)n_scores;
     return MOE_OK;
 }
 
-/* Leaves the choice of the best groups alone and takes that of the others away. room: [groups + best_of_group]. */
+/* Sum of the largest and the second of n > 1. */
+static float best_two(const float *x, int32_t n)
+{
+    float first = -INFINITY, second = -INFINITY;
+    for (int32_t i = 0; i < n; i++) {
+        const float lower = x[i] < first ? x[i] : first;
+        first = x[i] > first ? x[i] : first;
+        second = lower > second ? lower : second;
+    }
+    return first + second;
+}
+
+static float best_few(const float *x, int32_t n, int32_t few)
+{
+    int32_t at[few];
+    float sum = 0;
+    if (few == 2)
+        return best_two(x, n);
+    moe_top_k(x, n, few, at);
+    for (int32_t i = 0; i < few; i++)
+        sum += x[at[i]];
+    return sum;
+}
+
+/* Leaves the choice of the best groups alone and takes that of the others away. group, rank: [groups] */
 static void limit(const struct conf *c, int32_t n, float *choice, int32_t *group, float *rank)
 {
-    const int32_t groups = (int32_t)c->groups, size = n / groups, best = (int32_t)c->best_of_group;
-    int32_t at[best];
-    for (int32_t g = 0; g < groups; g++) {
-        moe_top_k(choice + (int64_t)g * size, size, best, at);
-        rank[g] = 0;
-        for (int32_t i = 0; i < best; i++)
-            rank[g] += choice[(int64_t)g * size + at[i]];
-    }
+    const int32_t groups = (int32_t)c->groups, size = n / groups;
+    for (int32_t g = 0; g < groups; g++)
+        rank[g] = best_few(choice + (int64_t)g * size, size, (int32_t)c->best_of_group);
     moe_top_k(rank, groups, (int32_t)c->top_groups, group);
     for (int32_t i = 0; i < (int32_t)c->top_groups; i++)
         rank[group[i]] = NAN;
-    for (int32_t e = 0; e < n; e++)
-        if (!isnan(rank[e / size]))
+    for (int32_t g = 0; g < groups; g++)
+        for (int32_t e = g * size; !isnan(rank[g]) && e < (g + 1) * size; e++)
             choice[e] = -INFINITY;
 }
 

@@ -64,13 +64,15 @@ static int select(void *self, const struct moe_batch *batch, const float *scores
     out->n = out->offset[0] = 0;
     for (int32_t t = 0; t < batch->n_tokens; t++) {
         const float *g = scores + (int64_t)t * n;
-        if (s->env->host->routes_reserve(s->env, out, out->n + n) < 0)
+        if (s->env->host->routes_reserve(s->env, out, out->n + n + 1) < 0)
             return MOE_ENOMEM;
-        for (int32_t e = 0; e < n; e++)
-            if ((bias != NULL ? bias->scale[e] * g[e] + bias->add[e] : g[e]) > 0) {
-                out->expert[out->n] = e;
-                out->weight[out->n++] = g[e];
-            }
+        int64_t m = out->n; /* written whether it counts or not: a branch per expert would be guessed wrongly */
+        for (int32_t e = 0; e < n; e++) {
+            out->expert[m] = e;
+            out->weight[m] = g[e];
+            m += (bias != NULL ? bias->scale[e] * g[e] + bias->add[e] : g[e]) > 0;
+        }
+        out->n = m;
         out->offset[t + 1] = out->n;
     }
     return MOE_OK;
