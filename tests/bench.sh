@@ -62,10 +62,10 @@ for name in relu-router top-p expert-choice sinkhorn-router; do
     --logits "$dir/logits.npy" | json seconds | awk '{ print 1e9 * $1 / 8192 }')"
 done
 line "base-auction, 8,192 tokens, 64 experts" "<1" s \
-  "$("$moelab" eval router base-auction --logits "$dir/logits64.npy" --repeat 3 | json seconds)"
+  "$("$moelab" eval router base-auction --top-k 1 --logits "$dir/logits64.npy" --repeat 3 | json seconds)"
 line "bip-balancer, one update, 4,096 tokens, 64 experts" "<2" ms \
-  "$("$moelab" eval balancer bip-balancer --logits "$dir/half64.npy" --top-k 8 --set rounds=1 --repeat 9 | json seconds |
-      awk '{ print 1e3 * $1 }')"
+  "$("$moelab" eval balancer bip-balancer --logits "$dir/half64.npy" --top-k 8 --set rounds=1 --repeat 9 |
+      json seconds | awk '{ print 1e3 * $1 }')"
 
 # Network: what peers take for the same work (user s, MB; peers were measured on two shared cores of a server).
 exchange() { # what, tier, traffic, N, s, MB, peers: the best time and memory of three
