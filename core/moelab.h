@@ -606,8 +606,8 @@ static inline void moe_sigmoid(const float *x, int32_t n, float *y)
             v = *(const moe_f4 *)(x + i);
         for (int32_t l = 0; few < 4 && l < few; l++)
             v[l] = x[i + l];
-        const moe_i4 negative = v < 0;
-        const moe_f4 part = moe_exp4((moe_f4)((moe_i4)v | (moe_i4){INT32_MIN, INT32_MIN, INT32_MIN, INT32_MIN}));
+        const moe_i4 negative = v < 0, sign = {INT32_MIN, INT32_MIN, INT32_MIN, INT32_MIN};
+        const moe_f4 part = moe_exp4((moe_f4)((moe_i4)v | sign));
         const moe_f4 one = {1, 1, 1, 1}, top = (moe_f4)(((moe_i4)part & negative) | ((moe_i4)one & ~negative));
         const moe_f4 s = top / (one + part);
         if (few == 4)
