@@ -1,0 +1,136 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * test_routers_adaptive.c - routers that give tokens different numbers of experts, against cases worked out by hand. */
+#include "router_test.h"
+
+static uint64_t draw(int64_t i)
+{
+    const struct moe_env env = { .seed = 9 };
+    return moe_rand(&env, 1, 0, 0, i);
+}
+
+static void fill(float *x, int64_t n, int64_t seed)
+{
+    for (int64_t i = 0; i < n; i++)
+        x[i] = (float)(6 * moe_unit(draw(seed * 1000000 + i)) - 3);
+}
+
+/* Logits whose softmax is p[n]. */
+static void logits_of(struct run *r, int32_t token, const double *p)
+{
+    for (int32_t e = 0; e < r->batch.n_experts; e++)
+        r->logits[token * r->batch.n_experts + e] = (float)log(p[e]);
+}
+
+/* Exactly the experts in `mask`, bit e for expert e. */
+static void has(const struct run *r, int32_t token, unsigned mask)
+{
+    unsigned found = 0;
+    for (int64_t i = r->routes.offset[token]; i < r->routes.offset[token + 1]; i++)
+        found |= 1u << r->routes.expert[i];
+    if (found != mask)
+        fail_msg("token %d: experts %#x, expected %#x", token, found, mask);
+}
+
+static void near(float found, double expected)
+{
+    if (!(fabs((double)found - expected) <= 1e-6))
+        fail_msg("found %.9g, expected %.9g", (double)found, expected);
+}
+
+/* What a router says when it refuses a batch of two tokens whose logits are all 0. */
+static void refuses(const char *router, const char *settings, int32_t n_experts, int32_t top_k, const char *why)
+{
+    struct run r;
+    run_open(&r, router, settings, 2, n_experts, top_k);
+    assert_int_equal(run_route(&r, NULL), MOE_EINVAL);
+    assert_string_equal(r.host.failure, why);
+    run_close(&r);
+}
+
+static void refuses_nan(const char *router)
+{
+    struct run r;
+    run_open(&r, router, NULL, 2, 4, 2);
+    r.logits[6] = NAN;
+    r.logits[7] = NAN;
+    assert_int_equal(run_route(&r, NULL), MOE_EINVAL);
+    assert_non_null(strstr(r.host.failure, "layer 0: logit of token 1, expert 2: found "));
+    assert_non_null(strstr(r.host.failure, "nan, expected a finite number"));
+    run_close(&r);
+}
+
+/* ---- expert-race ---- */
+
+/* Two tokens, k = 2: the four best of eight pairs are three of the second token and one of the first. */
+static void race(void **state)
+{
+    (void)state;
+    struct run r;
+    run_open(&r, "expert-race", NULL, 2, 4, 2);
+    logits_of(&r, 0, (const double[]){ 0.91, 0.05, 0.03, 0.01 });
+    logits_of(&r, 1, (const double[]){ 0.1, 0.3, 0.35, 0.25 });
+    assert_int_equal(run_route(&r, NULL), MOE_OK);
+    has(&r, 0, 1);
+    has(&r, 1, 14);
+    near(weight_of(&r.routes, 0, 0), 0.91);
+    near(weight_of(&r.routes, 1, 3), 0.25);
+    /* without expert 2, the next best pair takes the place; the weight stays the score */
+    float add[4] = { 0, 0, -INFINITY, 0 }, scale[4] = { 1, 1, 1, 1 };
+    assert_int_equal(run_route(&r, &(struct moe_bias){ add, scale }), MOE_OK);
+    has(&r, 0, 1);
+    has(&r, 1, 11);
+    run_close(&r);
+    run_open(&r, "expert-race", "score=sigmoid top_k=1", 2, 2, 2);
+    r.logits[0] = 1;
+    r.logits[1] = 2;
+    r.logits[2] = 0;
+    r.logits[3] = -1;
+    assert_int_equal(run_route(&r, NULL), MOE_OK);
+    has(&r, 0, 3);
+    has(&r, 1, 0);
+    near(weight_of(&r.routes, 0, 1), 1 / (1 + exp(-2.0)));
+    run_close(&r);
+    refuses("expert-race", "top_k=5", 4, 2, "layer 0: top_k = 5 of 4 experts");
+    refuses_nan("expert-race");
+}
+
+/* The total is T k whatever the scores, with equal ones as well: those go to the first. */
+static void race_is_of_fixed_length(void **state)
+{
+    (void)state;
+    struct run r;
+    for (int32_t k = 1; k <= 8; k++) {
+        run_open(&r, "expert-race", NULL, 37, 8, k);
+        fill(r.logits, 37 * 8, k);
+        assert_int_equal(run_route(&r, NULL), MOE_OK);
+        assert_int_equal(r.routes.n, 37 * k);
+        float least = INFINITY, best = 0; /* taken, left: all that are taken are at least as good */
+        for (int32_t t = 0; t < 37; t++)
+            for (int32_t e = 0; e < 8; e++) {
+                const float s = r.scores[t * 8 + e];
+                if (weight_of(&r.routes, t, e) > 0)
+                    least = fminf(least, s);
+                else
+                    best = fmaxf(best, s);
+            }
+        assert_true(least >= best);
+        run_close(&r);
+    }
+    run_open(&r, "expert-race", NULL, 4, 2, 1);
+    assert_int_equal(run_route(&r, NULL), MOE_OK);
+    assert_int_equal(r.routes.n, 4);
+    has(&r, 0, 3);
+    has(&r, 1, 3);
+    has(&r, 2, 0);
+    run_close(&r);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(race),
+        cmocka_unit_test(race_is_of_fixed_length),
+    };
+    cmocka_set_message_output(CM_OUTPUT_TAP);
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
