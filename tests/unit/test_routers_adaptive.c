@@ -125,11 +125,59 @@ static void race_is_of_fixed_length(void **state)
     run_close(&r);
 }
 
+/* ---- entropy-hybrid ---- */
+
+/* Four experts, .4 .3 .2 .1: normalised entropies 0.92322 (q = 1), 0.93333 (q = 2: 1 - .3 over 1 - 1/4). */
+static void unsure_tokens(void **state)
+{
+    (void)state;
+    static const struct {
+        const char *settings;
+        unsigned mask;
+        double first;
+    } cases[] = {
+        { "rule=broadcast threshold=0.9232", 15, 0.4 },
+        { "rule=broadcast threshold=0.9233", 3, 4 / 7.0 },
+        { "rule=broadcast threshold=0.9233 top_k=1", 1, 1 },
+        { "rule=broadcast threshold=0.9232 phases=train", 3, 4 / 7.0 },
+        { "q=2 threshold=0.9333", 15, 0.4 },
+        { "q=2 threshold=0.9334 p=0.39", 1, 1 },
+        { "q=2 threshold=0.9334 p=0.41 renormalise=false", 3, 0.4 },
+        { "q=2 threshold=0.9334 p=0.39 at_least=3", 7, 4 / 9.0 },
+        { "q=1 threshold=0.9232", 15, 0.4 },
+        { "q=1 threshold=0.9233 p=0.39", 1, 1 },
+        { "threshold=1 p=1", 15, 0.4 },
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        struct run r;
+        run_open(&r, "entropy-hybrid", cases[i].settings, 1, 4, 2);
+        logits_of(&r, 0, (const double[]){ 0.4, 0.3, 0.2, 0.1 });
+        assert_int_equal(run_route(&r, NULL), MOE_OK);
+        has(&r, 0, cases[i].mask);
+        near(weight_of(&r.routes, 0, 0), cases[i].first);
+        run_close(&r);
+    }
+    struct run r; /* fine-tuning broadcasts; an expert that does not exist stays away from everybody */
+    float add[4] = { 0, -INFINITY, 0, 0 }, scale[4] = { 1, 1, 1, 1 };
+    run_open(&r, "entropy-hybrid", "rule=broadcast threshold=0.5 phases=train", 2, 4, 2);
+    logits_of(&r, 0, (const double[]){ 0.4, 0.3, 0.2, 0.1 });
+    logits_of(&r, 1, (const double[]){ 0.99, 0.005, 0.003, 0.002 });
+    r.batch.phase = MOE_TRAIN;
+    assert_int_equal(run_route(&r, &(struct moe_bias){ add, scale }), MOE_OK);
+    has(&r, 0, 13);
+    has(&r, 1, 5);
+    run_close(&r);
+    refuses("entropy-hybrid", "rule=broadcast top_k=5", 4, 2, "layer 0: top_k = 5 of 4 experts");
+    refuses("entropy-hybrid", "at_least=5", 4, 2, "layer 0: at_least = 5 of 4 experts");
+    refuses_nan("entropy-hybrid");
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(race),
         cmocka_unit_test(race_is_of_fixed_length),
+        cmocka_unit_test(unsure_tokens),
     };
     cmocka_set_message_output(CM_OUTPUT_TAP);
     return cmocka_run_group_tests(tests, NULL, NULL);
