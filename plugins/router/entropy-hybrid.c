@@ -6,7 +6,7 @@
  *          abstract)
  * Differs: entropies are divided by their largest value, that of E equal probabilities, so that one threshold serves all
  *          E; thresholds, p and q are ours, as the abstracts give none; the entropy loss is training's
- * Cost:    O(T E), a top-k whose k doubles until the sum is reached; for q other than 1 and 2 a power per score
+ * Cost:    O(T E) with a logarithm or a power per score, and a top-k whose k doubles until the sum is reached
  *
  *   score      s = softmax(logits)
  *   entropy    h = (1 - sum s^q) / (q - 1) over (1 - E^(1-q)) / (q - 1); q = 1: -sum s ln s over ln E. broadcast: q = 1
