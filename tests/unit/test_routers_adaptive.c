@@ -172,12 +172,55 @@ static void unsure_tokens(void **state)
     refuses_nan("entropy-hybrid");
 }
 
+/* ---- importance-k ---- */
+
+static void important_tokens(void **state)
+{
+    (void)state;
+    static const float importance[6] = { 0, 0.25f, 0.26f, 0.5f, 1, 7 };
+    static const unsigned mask[6] = { 1, 1, 3, 3, 15, 15 }, at_least_3[6] = { 7, 7, 7, 7, 15, 15 };
+    struct run r;
+    for (int floor = 0; floor < 2; floor++) {
+        run_open(&r, "importance-k", floor ? "min_k=3" : "", 6, 5, 4);
+        r.batch.importance = importance;
+        for (int32_t t = 0; t < 6; t++)
+            logits_of(&r, t, (const double[]){ 0.4, 0.3, 0.15, 0.1, 0.05 });
+        assert_int_equal(run_route(&r, NULL), MOE_OK);
+        for (int32_t t = 0; t < 6; t++)
+            has(&r, t, floor ? at_least_3[t] : mask[t]);
+        near(weight_of(&r.routes, 4, 0), 0.4 / 0.95);
+        run_close(&r);
+    }
+    run_open(&r, "importance-k", "min_k=0 max_k=2 full=10 renormalise=false", 6, 5, 4);
+    r.batch.importance = importance;
+    for (int32_t t = 0; t < 6; t++)
+        logits_of(&r, t, (const double[]){ 0.05, 0.1, 0.15, 0.3, 0.4 });
+    assert_int_equal(run_route(&r, NULL), MOE_OK);
+    has(&r, 0, 0);
+    has(&r, 1, 16);
+    has(&r, 5, 24);
+    near(weight_of(&r.routes, 5, 3), 0.3);
+    float bad[6] = { 1, 1, -0.5f, NAN, 1, 1 };
+    r.batch.importance = bad;
+    assert_int_equal(run_route(&r, NULL), MOE_EINVAL);
+    assert_string_equal(r.host.failure, "layer 0: importance of token 2: found -0.5, expected 0 or more");
+    run_close(&r);
+    refuses("importance-k", NULL, 4, 2, "the workload has no importance of tokens");
+    run_open(&r, "importance-k", "max_k=6", 1, 5, 4);
+    r.batch.importance = importance;
+    assert_int_equal(run_route(&r, NULL), MOE_EINVAL);
+    assert_string_equal(r.host.failure, "layer 0: min_k = 1, max_k = 6 of 5 experts");
+    run_close(&r);
+    refuses_nan("importance-k");
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(race),
         cmocka_unit_test(race_is_of_fixed_length),
         cmocka_unit_test(unsure_tokens),
+        cmocka_unit_test(important_tokens),
     };
     cmocka_set_message_output(CM_OUTPUT_TAP);
     return cmocka_run_group_tests(tests, NULL, NULL);
