@@ -4,7 +4,7 @@
  * Source:  rule = tsallis: DynMoLE: Boosting Mixture of LoRA Experts Fine-Tuning with a Hybrid Routing Mechanism;
  *          rule = broadcast: GW-MoE: Resolving Uncertainty in MoE Router with Global Workspace Theory (both from the
  *          abstract)
- * Differs: entropies are divided by their largest value, that of E equal probabilities, so that one threshold serves all
+ * Differs: entropies are divided by their largest value, that of E equal probabilities, so that a threshold serves any
  *          E; thresholds, p and q are ours, as the abstracts give none; the entropy loss is training's
  * Cost:    O(T E) with a logarithm or a power per score, and a top-k whose k doubles until the sum is reached
  *

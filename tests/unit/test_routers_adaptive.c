@@ -214,6 +214,66 @@ static void important_tokens(void **state)
     refuses_nan("importance-k");
 }
 
+/* ---- dynamic-k ---- */
+
+static void above_a_threshold(void **state)
+{
+    (void)state;
+    static const struct {
+        const char *settings;
+        unsigned mask;
+        double first;
+    } cases[] = {
+        { "threshold=0.14", 7, 0.4 / 0.85 },
+        { "threshold=0.29 renormalise=false", 3, 0.4 },
+        { "threshold=0.5", 1, 1 }, /* the best stays */
+        { "threshold=0", 31, 0.4 },
+        { "threshold=0 max_k=2", 3, 4 / 7.0 },
+        { "above=percentile threshold=0.5", 3, 4 / 7.0 }, /* above the third of five */
+        { "above=percentile threshold=0.49", 7, 0.4 / 0.85 },
+        { "above=percentile threshold=0", 15, 0.4 / 0.95 },
+        { "above=percentile threshold=1", 1, 1 },
+    };
+    struct run r;
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        run_open(&r, "dynamic-k", cases[i].settings, 1, 5, 5);
+        logits_of(&r, 0, (const double[]){ 0.4, 0.3, 0.15, 0.1, 0.05 });
+        assert_int_equal(run_route(&r, NULL), MOE_OK);
+        has(&r, 0, cases[i].mask);
+        near(weight_of(&r.routes, 0, 0), cases[i].first);
+        run_close(&r);
+    }
+    refuses("dynamic-k", "max_k=5", 4, 2, "layer 0: min_k = 1, max_k = 5 of 4 experts");
+    refuses("dynamic-k", "min_k=3", 4, 2, "layer 0: min_k = 3, max_k = 2 of 4 experts");
+    refuses_nan("dynamic-k");
+}
+
+/* Five layers, 2 to 6 experts, a threshold that everybody passes. */
+static void schedules_of_layers(void **state)
+{
+    (void)state;
+    static const struct {
+        const char *settings;
+        int32_t k[5];
+    } cases[] = {
+        { "schedule=constant min_k=2 max_k=6 threshold=0", { 6, 6, 6, 6, 6 } },
+        { "schedule=descending min_k=2 max_k=6 threshold=0", { 6, 5, 4, 3, 2 } },
+        { "schedule=ascending min_k=2 max_k=6 threshold=0", { 2, 3, 4, 5, 6 } },
+        { "schedule=pyramid min_k=2 max_k=6 threshold=0", { 2, 4, 6, 4, 2 } },
+        { "schedule=wave min_k=2 max_k=6 threshold=0", { 2, 6, 2, 6, 2 } },
+        { "schedule=ascending min_k=1 max_k=3 threshold=0", { 1, 2, 2, 3, 3 } }, /* 1.5 and 2.5 go up */
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        struct run r;
+        run_open_with(&r, "dynamic-k", cases[i].settings, NULL, 0, &(struct policy_shape){ 5, 8, 2, 1, 1, 0, 1 }, 1);
+        for (r.batch.layer = 0; r.batch.layer < 5; r.batch.layer++) {
+            assert_int_equal(run_route(&r, NULL), MOE_OK);
+            assert_int_equal(r.routes.n, cases[i].k[r.batch.layer]);
+        }
+        run_close(&r);
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -221,6 +281,8 @@ int main(void)
         cmocka_unit_test(race_is_of_fixed_length),
         cmocka_unit_test(unsure_tokens),
         cmocka_unit_test(important_tokens),
+        cmocka_unit_test(above_a_threshold),
+        cmocka_unit_test(schedules_of_layers),
     };
     cmocka_set_message_output(CM_OUTPUT_TAP);
     return cmocka_run_group_tests(tests, NULL, NULL);
