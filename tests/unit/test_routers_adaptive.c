@@ -274,6 +274,56 @@ static void schedules_of_layers(void **state)
     }
 }
 
+/* ---- expert-skipping ---- */
+
+/* Probabilities .4 .3 .15 .1 .05; a layer that matters half as much skips at twice the probability. */
+static void skipped_experts(void **state)
+{
+    (void)state;
+    static const float importance[2] = { 1, 0.5f };
+    const struct moe_tensor alpha = { 1, { 2 }, importance };
+    static const struct {
+        const char *settings;
+        int32_t layer;
+        unsigned mask[2];
+        double first;
+    } cases[] = {
+        { "threshold=0", 0, { 15, 15 }, 0.4 / 0.95 },
+        { "threshold=0.12", 0, { 7, 7 }, 0.4 / 0.95 },
+        { "threshold=0.12 rescale=true", 0, { 7, 7 }, 0.4 / 0.85 },
+        { "threshold=0.12 alpha=#0", 0, { 7, 7 }, 0.4 / 0.95 },
+        { "threshold=0.12 alpha=#0", 1, { 3, 3 }, 0.4 / 0.95 },
+        { "threshold=0.12 other=0.2", 0, { 7, 3 }, 0.4 / 0.95 },
+        { "threshold=0.12 other=0", 0, { 7, 15 }, 0.4 / 0.95 },
+        { "threshold=0.9", 0, { 1, 1 }, 0.4 / 0.95 },
+        { "threshold=0.9 at_least=2 top_k=2 rescale=true", 0, { 3, 3 }, 4 / 7.0 },
+        { "threshold=0.9 at_least=0", 0, { 0, 0 }, 0 },
+    };
+    static const int32_t label[2] = { 0, 1 };
+    const struct policy_shape shape = { 2, 5, 4, 1, 1, 0, 1 };
+    struct run r;
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        run_open_with(&r, "expert-skipping", cases[i].settings, &alpha, 1, &shape, 2);
+        for (int32_t t = 0; t < 2; t++)
+            logits_of(&r, t, (const double[]){ 0.4, 0.3, 0.15, 0.1, 0.05 });
+        r.batch.layer = cases[i].layer;
+        r.batch.label = label;
+        assert_int_equal(run_route(&r, NULL), MOE_OK);
+        for (int32_t t = 0; t < 2; t++)
+            has(&r, t, cases[i].mask[t]);
+        near(weight_of(&r.routes, 0, 0), cases[i].first);
+        run_close(&r);
+    }
+    run_open_with(&r, "expert-skipping", "alpha=#0", &alpha, 1, &shape, 2);
+    r.batch.layer = 2;
+    assert_int_equal(run_route(&r, NULL), MOE_EINVAL);
+    assert_string_equal(r.host.failure, "alpha: 2 layers, found layer 2");
+    run_close(&r);
+    refuses("expert-skipping", "other=0.1", 4, 2, "other = 0.1: the workload has no labels");
+    refuses("expert-skipping", "top_k=5", 4, 2, "layer 0: top_k = 5 of 4 experts");
+    refuses_nan("expert-skipping");
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -283,6 +333,7 @@ int main(void)
         cmocka_unit_test(important_tokens),
         cmocka_unit_test(above_a_threshold),
         cmocka_unit_test(schedules_of_layers),
+        cmocka_unit_test(skipped_experts),
     };
     cmocka_set_message_output(CM_OUTPUT_TAP);
     return cmocka_run_group_tests(tests, NULL, NULL);
