@@ -324,6 +324,59 @@ static void skipped_experts(void **state)
     refuses_nan("expert-skipping");
 }
 
+/* ---- k-schedule ---- */
+
+static void k_falls(void **state)
+{
+    (void)state;
+    static const struct {
+        const char *settings;
+        int32_t layer, step, k;
+    } cases[] = {
+        { "steps=6", 0, 0, 8 }, /* from all */
+        { "steps=6", 0, 3, 5 },
+        { "steps=6", 2, 6, 2 }, /* to the model's */
+        { "steps=6", 2, 1000, 2 },
+        { "from=4 to=1 steps=6", 0, 1, 4 }, /* 3.5 goes up */
+        { "from=4 to=1 steps=6", 0, 2, 3 },
+        { "from=4 to=1 steps=6", 0, 5, 2 },
+        { "from=4 to=1 steps=6 layers=2", 1, 0, 4 },
+        { "from=4 to=1 steps=6 layers=2", 2, 0, 1 },
+        { "from=1 to=4 steps=3", 0, 2, 3 },
+    };
+    struct run r;
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        run_open(&r, "k-schedule", cases[i].settings, 3, 8, 2);
+        fill(r.logits, 3 * 8, (int64_t)i);
+        r.batch.layer = cases[i].layer;
+        r.batch.step = cases[i].step;
+        assert_int_equal(run_route(&r, NULL), MOE_OK);
+        for (int32_t t = 0; t < 3; t++) {
+            float sum = 0, least = INFINITY, left = 0;
+            assert_int_equal(r.routes.offset[t + 1] - r.routes.offset[t], cases[i].k);
+            for (int32_t e = 0; e < 8; e++) {
+                const float weight = weight_of(&r.routes, t, e), s = r.scores[t * 8 + e];
+                sum += weight;
+                least = weight > 0 ? fminf(least, s) : least;
+                left = weight > 0 ? left : fmaxf(left, s);
+            }
+            near(sum, 1);
+            assert_true(least > left);
+        }
+        run_close(&r);
+    }
+    run_open(&r, "k-schedule", "to=1 steps=1 renormalise=false", 1, 4, 2);
+    logits_of(&r, 0, (const double[]){ 0.1, 0.2, 0.4, 0.3 });
+    r.batch.step = 1;
+    assert_int_equal(run_route(&r, NULL), MOE_OK);
+    has(&r, 0, 4);
+    near(weight_of(&r.routes, 0, 2), 0.4);
+    run_close(&r);
+    refuses("k-schedule", "from=5", 4, 2, "layer 0: from = 5, to = 2 of 4 experts");
+    refuses("k-schedule", "to=5", 4, 2, "layer 0: from = 4, to = 5 of 4 experts");
+    refuses_nan("k-schedule");
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -334,6 +387,7 @@ int main(void)
         cmocka_unit_test(above_a_threshold),
         cmocka_unit_test(schedules_of_layers),
         cmocka_unit_test(skipped_experts),
+        cmocka_unit_test(k_falls),
     };
     cmocka_set_message_output(CM_OUTPUT_TAP);
     return cmocka_run_group_tests(tests, NULL, NULL);
