@@ -4,8 +4,9 @@
  * Source:  switch      W. Fedus et al. 2021, Switch Transformers, arXiv 2101.03961
  *          z           B. Zoph et al. 2022, ST-MoE, arXiv 2202.08906
  *          importance  N. Shazeer et al. 2017, Outrageously Large Neural Networks, arXiv 1701.06538
- *          entropy, label  B. Mustafa et al. 2022, Multimodal Contrastive Learning with LIMoE, arXiv 2206.02770; from
- * the abstract dirichlet   Dirichlet-Prior Shaping: Guiding Expert Specialization in Upcycled MoEs; from the abstract
+ *          entropy, label  B. Mustafa et al. 2022, Multimodal Contrastive Learning with LIMoE, arXiv 2206.02770 (from
+ *                      the abstract)
+ *          dirichlet   Dirichlet-Prior Shaping: Guiding Expert Specialization in Upcycled MoEs (from the abstract)
  * Differs: gates are softmax. Labels count alike in `label`, experts alike in `dirichlet`, whose prior is symmetric. No
  *          loss on activations of experts (router coupling), since a gate alone has none
  * Cost:    O(T E); dirichlet O(T E log T)
