@@ -20,17 +20,59 @@ static void *must(void *p)
     return p;
 }
 
+enum { HIDDEN = 64, OTHER = 16 }; /* width of hidden states; of dimensions that a plugin names with letters of its own */
+
+/* A size that a tensor declares: a number, a letter that the model fixes, or another letter. */
+static int64_t declared_size(const char *letter, const struct contract_size *size)
+{
+    if (*letter >= '0' && *letter <= '9')
+        return strtoll(letter, NULL, 10);
+    return *letter == 'L' ? size->n_layers : *letter == 'E' ? size->n_experts : *letter == 'K' ? size->top_k
+         : *letter == 'H' ? HIDDEN : OTHER;
+}
+
+/* Learned tensors for a plugin: numbers in [-0.5, 0.5) in the shapes that its parameters declare. `text`: settings that
+ * name them. They live as long as the host. */
+static void give_tensors(struct policy_host *host, const struct moe_plugin *plugin, const struct contract_size *size,
+                         char *text, size_t room)
+{
+    const struct moe_env env = {.seed = 78};
+    struct moe_tensor *tensor = must(host->host.alloc(&host->env, 16, sizeof *tensor));
+    for (const struct moe_param *p = plugin->params; p != NULL && p->name != NULL; p++) {
+        if (p->type != MOE_TENSOR)
+            continue;
+        struct moe_tensor *x = &tensor[host->n_tensors];
+        int64_t n = 1;
+        const char *letter = p->def_text;
+        assert_true(host->n_tensors < 16);
+        for (;; letter++) {
+            assert_true(x->n_dims < 4);
+            x->shape[x->n_dims] = declared_size(letter, size);
+            n *= x->shape[x->n_dims++];
+            if ((letter = strchr(letter, ',')) == NULL)
+                break;
+        }
+        assert_true(n > 0);
+        float *data = must(host->host.alloc(&host->env, (size_t)n, sizeof *data));
+        for (int64_t i = 0; i < n; i++)
+            data[i] = (float)(moe_unit(moe_rand(&env, (uint32_t)host->n_tensors, 0, 0, i)) - 0.5);
+        x->data = data;
+        size_t used = strlen(text);
+        snprintf(text + used, room - used, "%s%s=#%d", used > 0 ? " " : "", p->name, host->n_tensors++);
+    }
+    host->tensor = tensor;
+}
+
 void contract_start(struct policy *policy, struct policy_host *host, const struct moe_plugin *plugin,
                     const struct contract_size *size, int64_t cache_objects)
 {
     struct policy_shape shape = {size->n_layers, size->n_experts, size->top_k, size->n_devices, size->n_nodes,
                                  cache_objects, 12345};
-    if (plugin->needs & MOE_NEEDS_TENSORS) {
-        print_message("# %s needs learned tensors, which the suite has none of\n", plugin->name);
-        skip();
-    }
+    char settings[256] = "";
     policy_host_open(host, &shape);
-    if (policy_start(policy, host, plugin, NULL) != MOE_OK)
+    if (plugin->needs & MOE_NEEDS_TENSORS)
+        give_tensors(host, plugin, size, settings, sizeof settings);
+    if (policy_start(policy, host, plugin, settings) != MOE_OK)
         fail_msg("init: %s", host->n_failures > 0 ? host->failure : "failed without saying why");
 }
 
@@ -69,7 +111,7 @@ static void token_routes(struct moe_routes *r, int32_t token, int32_t request, i
 void contract_batch_make(struct contract_batch *b, const struct contract_size *size, int32_t step, int32_t layer,
                          int32_t n_requests, int32_t only_request)
 {
-    int32_t n_hidden = 64, n = 0, n_experts = size->n_experts;
+    int32_t n_hidden = HIDDEN, n = 0, n_experts = size->n_experts;
     size_t room = (size_t)size->n_tokens + 1, wide = room * (size_t)n_experts;
     uint32_t field = (uint32_t)(step * size->n_layers + layer) * 8;
     memset(b, 0, sizeof *b);
