@@ -1,0 +1,101 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * test_routers_learned.c - gates with learned tensors against closed forms worked out by hand. */
+#include "router_test.h"
+
+/* One layer of n_experts, with these tensors and hidden states. */
+static void open_learned(struct run *r, const char *router, const char *settings, const struct moe_tensor *tensor,
+                         int32_t n_tensors, int32_t n_tokens, int32_t n_experts, int32_t k, const float *hidden,
+                         int32_t n_hidden)
+{
+    run_open_with(r, router, settings, tensor, n_tensors, &(struct policy_shape){ 2, n_experts, k, 1, 1, 0, 1 },
+                  n_tokens);
+    r->batch.hidden = hidden;
+    r->batch.n_hidden = n_hidden;
+}
+
+static void near_to(double a, double b)
+{
+    if (!(fabs(a - b) <= 2e-6 * fmax(1, fabs(b))))
+        fail_msg("%.9g, expected %.9g", a, b);
+}
+
+static void refuse(struct run *r, const char *part)
+{
+    assert_int_equal(run_route(r, NULL), MOE_EINVAL);
+    if (strstr(r->host.failure, part) == NULL)
+        fail_msg("\"%s\" does not say \"%s\"", r->host.failure, part);
+    run_close(r);
+}
+
+/* Started without its tensors, a router names the first that is missing. */
+static void refuse_bare(const char *router, const char *part)
+{
+    struct policy_host host;
+    struct policy policy;
+    policy_host_open(&host, &(struct policy_shape){ 1, 4, 1, 1, 1, 0, 1 });
+    assert_int_equal(policy_start(&policy, &host, test_plugin("router", router), NULL), MOE_EINVAL);
+    if (strstr(host.failure, part) == NULL)
+        fail_msg("\"%s\" does not say \"%s\"", host.failure, part);
+    policy_stop(&policy);
+    policy_host_close(&host);
+}
+
+/* ---- cosine-router ---- */
+
+static const float cosine_project[2][2][3] = { { { 1, 0, 0 }, { 0, 1, 0 } }, { { 0, 1, 0 }, { 0, 0, 1 } } };
+static const float cosine_embedding[2][3][2] = { { { 2, 0 }, { 0, 5 }, { -3, -4 } }, { { 1, 1 }, { 1, 0 }, { 0, 1 } } };
+static const struct moe_tensor cosine_tensors[2] = { { 3, { 2, 2, 3 }, &cosine_project[0][0][0] },
+                                                     { 3, { 2, 3, 2 }, &cosine_embedding[0][0][0] } };
+
+static void cosine(void **state)
+{
+    (void)state;
+    const float hidden[2][3] = { { 3, 4, 100 },
+                                 { 30, 40, 0 } }; /* cosines 0.6, 0.8, -1; the second token as the first */
+    const double e[3] = { exp(0.6 / 0.3), exp(0.8 / 0.3), exp(-1 / 0.3) };
+    struct run r;
+    open_learned(&r, "cosine-router", "project=#0 embedding=#1", cosine_tensors, 2, 2, 3, 2, hidden[0], 3);
+    assert_int_equal(run_route(&r, NULL), MOE_OK);
+    for (int32_t t = 0; t < 2; t++) {
+        assert_int_equal(r.routes.expert[2 * t], 1);
+        assert_int_equal(r.routes.expert[2 * t + 1], 0);
+        near_to((double)weight_of(&r.routes, t, 1), e[1] / (e[0] + e[1] + e[2]));
+        near_to((double)weight_of(&r.routes, t, 0), e[0] / (e[0] + e[1] + e[2]));
+    }
+    assert_true(r.own.flops >= 2 * 2 * (3 * 2 + 2 * 3));
+    r.batch.layer = 1; /* (4, 100) against (1, 1), (1, 0), (0, 1) */
+    assert_int_equal(run_route(&r, NULL), MOE_OK);
+    assert_int_equal(r.routes.expert[0], 2);
+    assert_int_equal(r.routes.expert[1], 0);
+    run_close(&r);
+    open_learned(&r, "cosine-router", "project=#0 embedding=#1 gate=sigmoid", cosine_tensors, 2, 1, 3, 1, hidden[0], 3);
+    float add[3] = { 0, -INFINITY, 0 }, scale[3] = { 1, 1, 1 };
+    assert_int_equal(run_route(&r, &(struct moe_bias){ add, scale }), MOE_OK);
+    assert_int_equal(r.routes.expert[0], 0);
+    near_to((double)r.routes.weight[0], 1 / (1 + exp(-0.6 / 0.07)));
+    run_close(&r);
+}
+
+static void cosine_refuses(void **state)
+{
+    (void)state;
+    float hidden[2][3] = { { 1, 1, 1 }, { 1, NAN, 1 } };
+    struct run r;
+    refuse_bare("cosine-router", "project: no tensor");
+    open_learned(&r, "cosine-router", "project=#0 embedding=#1", cosine_tensors, 2, 2, 3, 1, hidden[0], 3);
+    refuse(&r, "token 1, expert 0");
+    open_learned(&r, "cosine-router", "project=#0 embedding=#1", cosine_tensors, 2, 1, 3, 1, hidden[0], 2);
+    refuse(&r, "2 wide, project expects 3");
+    open_learned(&r, "cosine-router", "project=#0 embedding=#1 top_k=4", cosine_tensors, 2, 1, 3, 1, hidden[0], 3);
+    refuse(&r, "top_k = 4 of 3");
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(cosine),
+        cmocka_unit_test(cosine_refuses),
+    };
+    cmocka_set_message_output(CM_OUTPUT_TAP);
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
