@@ -23,15 +23,15 @@ struct conf {
 };
 
 static const struct moe_param params[] = {
-    { "project", MOE_TENSOR, offsetof(struct conf, project), 0, 0, 0, "L,R,H", "", "projections to R numbers" },
-    { "embedding", MOE_TENSOR, offsetof(struct conf, embedding), 0, 0, 0, "L,E,R", "", "expert embeddings" },
-    { "top_k", MOE_INT, offsetof(struct conf, top_k), 0, 0, 1 << 16, NULL, "experts",
-      "experts per token; 0: the model's" },
-    { "gate", MOE_ENUM, offsetof(struct conf, gate), 0, 0, 0, "softmax|sigmoid", "", "what makes scores of cosines" },
-    { "tau", MOE_REAL, offsetof(struct conf, tau), 0, 0, 100, NULL, "",
-      "temperature; 0: where the paper starts, 0.3 with softmax and 0.07 with sigmoid" },
-    { "renormalise", MOE_BOOL, offsetof(struct conf, renormalise), 0, 0, 1, NULL, "",
-      "weights of a token add up to 1; false: the scores themselves" },
+    {"project", MOE_TENSOR, offsetof(struct conf, project), 0, 0, 0, "L,R,H", "", "projections to R numbers"},
+    {"embedding", MOE_TENSOR, offsetof(struct conf, embedding), 0, 0, 0, "L,E,R", "", "expert embeddings"},
+    {"top_k", MOE_INT, offsetof(struct conf, top_k), 0, 0, 1 << 16, NULL, "experts",
+     "experts per token; 0: the model's"},
+    {"gate", MOE_ENUM, offsetof(struct conf, gate), 0, 0, 0, "softmax|sigmoid", "", "what makes scores of cosines"},
+    {"tau", MOE_REAL, offsetof(struct conf, tau), 0, 0, 100, NULL, "",
+     "temperature; 0: where the paper starts, 0.3 with softmax and 0.07 with sigmoid"},
+    {"renormalise", MOE_BOOL, offsetof(struct conf, renormalise), 0, 0, 1, NULL, "",
+     "weights of a token add up to 1; false: the scores themselves"},
     MOE_PARAM_END,
 };
 
@@ -43,7 +43,7 @@ struct state {
 static int init(void *self, const void *conf, const struct moe_env *env)
 {
     const struct conf *c = conf;
-    *(struct state *)self = (struct state){ .env = env, .conf = c };
+    *(struct state *)self = (struct state){.env = env, .conf = c};
     if (c->project.data == NULL)
         return env->host->fail(env, MOE_EINVAL, "project: no tensor given, expected a .npy file [L,R,H]");
     if (c->embedding.data == NULL)
@@ -62,7 +62,7 @@ static float dot(const float *a, const float *b, int64_t n)
     return sum;
 }
 
-/* Hidden states as wide as the tensor, and none of the scores out of range. */
+/* Hidden states are as wide as the tensor expects. */
 static int check_width(const struct moe_env *env, const struct conf *conf, const struct moe_batch *batch)
 {
     if (batch->n_hidden != conf->project.shape[2])
@@ -168,5 +168,5 @@ const struct moe_plugin moe_plugin = {
     .conf_size = sizeof(struct conf),
     .state_size = sizeof(struct state),
     .init = init,
-    .ops.router = { .score = score, .select = select },
+    .ops.router = {.score = score, .select = select},
 };

@@ -20,7 +20,8 @@ static void *must(void *p)
     return p;
 }
 
-enum { HIDDEN = 64, OTHER = 16 }; /* width of hidden states; of dimensions that a plugin names with letters of its own */
+/* Width of hidden states; of dimensions that a plugin names with letters of its own. */
+enum { HIDDEN = 64, OTHER = 16 };
 
 /* A size that a tensor declares: a number, a letter that the model fixes, or another letter. */
 static int64_t declared_size(const char *letter, const struct contract_size *size)
