@@ -90,11 +90,42 @@ static void cosine_refuses(void **state)
     refuse(&r, "top_k = 4 of 3");
 }
 
+/* ---- activation-norm-router ---- */
+
+static void loudest(void **state)
+{
+    (void)state;
+    static const float factor[2][3][2][2] = {{{{1, 0}, {0, 1}}, {{2, 0}, {0, 0}}, {{0, 0}, {0, -1}}}};
+    const struct moe_tensor tensor = {4, {2, 3, 2, 2}, &factor[0][0][0][0]};
+    float hidden[1][2] = {{3, 4}}; /* norms 5, 6, 4 */
+    struct run r;
+    open_learned(&r, "activation-norm-router", "factor=#0", &tensor, 1, 1, 3, 2, hidden[0], 2);
+    assert_int_equal(run_route(&r, NULL), MOE_OK);
+    assert_int_equal(r.routes.expert[0], 1);
+    assert_int_equal(r.routes.expert[1], 0);
+    near_to((double)r.routes.weight[0], 1 / (1 + exp(-1)));
+    near_to((double)r.routes.weight[1], 1 / (1 + exp(1)));
+    assert_true(r.own.flops >= 2 * 3 * 2 * 2);
+    run_close(&r);
+    open_learned(&r, "activation-norm-router", "factor=#0 response=softplus renormalise=false", &tensor, 1, 1, 3, 3,
+                 hidden[0], 2);
+    const double s[3] = {(log1p(exp(3)) + log1p(exp(4))) / 2, (log1p(exp(6)) + log(2)) / 2,
+                         (log(2) + log1p(exp(-4))) / 2};
+    assert_int_equal(run_route(&r, NULL), MOE_OK);
+    assert_int_equal(r.routes.expert[0], 0); /* not the same winner */
+    for (int32_t e = 0; e < 3; e++)
+        near_to((double)weight_of(&r.routes, 0, e), exp(s[e]) / (exp(s[0]) + exp(s[1]) + exp(s[2])));
+    hidden[0][1] = INFINITY;
+    refuse(&r, "token 0, expert 0");
+    refuse_bare("activation-norm-router", "factor: no tensor");
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(cosine),
         cmocka_unit_test(cosine_refuses),
+        cmocka_unit_test(loudest),
     };
     cmocka_set_message_output(CM_OUTPUT_TAP);
     return cmocka_run_group_tests(tests, NULL, NULL);
