@@ -120,12 +120,35 @@ static void loudest(void **state)
     refuse_bare("activation-norm-router", "factor: no tensor");
 }
 
+/* ---- attention-router ---- */
+
+static void attention(void **state)
+{
+    (void)state;
+    static const float gate[2][3][2][1] = {{{{1}, {-1}}, {{1}, {0}}, {{2}, {1}}}}; /* q = h, -h; k = h, 0; v = 2h, h */
+    const struct moe_tensor tensor = {4, {2, 3, 2, 1}, &gate[0][0][0][0]};
+    float hidden = 2;
+    struct run r;
+    open_learned(&r, "attention-router", "gate=#0", &tensor, 1, 1, 2, 2, &hidden, 1);
+    const double a = 1 / (1 + exp(-4)), b = 1 / (1 + exp(4)); /* how much each query heeds the first key */
+    const double s0 = 4 * a + 2 * (1 - a), s1 = 4 * b + 2 * (1 - b);
+    assert_int_equal(run_route(&r, NULL), MOE_OK);
+    assert_int_equal(r.routes.expert[0], 0);
+    near_to((double)r.routes.weight[0], 1 / (1 + exp(s1 - s0)));
+    near_to((double)r.routes.weight[1], 1 / (1 + exp(s0 - s1)));
+    assert_true(r.own.flops >= 3 * 2 * 2);
+    hidden = NAN;
+    refuse(&r, "token 0, expert 0");
+    refuse_bare("attention-router", "gate: no tensor");
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(cosine),
         cmocka_unit_test(cosine_refuses),
         cmocka_unit_test(loudest),
+        cmocka_unit_test(attention),
     };
     cmocka_set_message_output(CM_OUTPUT_TAP);
     return cmocka_run_group_tests(tests, NULL, NULL);
