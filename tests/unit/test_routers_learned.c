@@ -142,6 +142,32 @@ static void attention(void **state)
     refuse_bare("attention-router", "gate: no tensor");
 }
 
+/* ---- prototype-router ---- */
+
+static void posterior(void **state)
+{
+    (void)state;
+    static const float mean[2][3][2] = {{{0, 0}, {3, 0}, {0, 1}}}, share[2][3] = {{0, 4, 0}};
+    const struct moe_tensor tensor[2] = {{3, {2, 3, 2}, &mean[0][0][0]}, {2, {2, 3}, &share[0][0]}};
+    float hidden[1][2] = {{1, 0}}; /* squared distances 1, 4, 2 */
+    const double e[3] = {exp(-1 / 4.0), exp(-4 / 4.0), exp(-2 / 4.0)};
+    struct run r;
+    open_learned(&r, "prototype-router", "mean=#0 variance=2 renormalise=false", tensor, 2, 1, 3, 2, hidden[0], 2);
+    assert_int_equal(run_route(&r, NULL), MOE_OK);
+    assert_int_equal(r.routes.expert[0], 0);
+    assert_int_equal(r.routes.expert[1], 2);
+    near_to((double)r.routes.weight[0], e[0] / (e[0] + e[1] + e[2]));
+    near_to((double)r.routes.weight[1], e[2] / (e[0] + e[1] + e[2]));
+    run_close(&r);
+    open_learned(&r, "prototype-router", "mean=#0 log_share=#1 variance=2", tensor, 2, 1, 3, 1, hidden[0], 2);
+    assert_int_equal(run_route(&r, NULL), MOE_OK);
+    assert_int_equal(r.routes.expert[0], 1); /* far, but popular */
+    near_to((double)r.routes.weight[0], 1);
+    hidden[0][0] = NAN;
+    refuse(&r, "token 0, expert 0");
+    refuse_bare("prototype-router", "mean: no tensor");
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -149,6 +175,7 @@ int main(void)
         cmocka_unit_test(cosine_refuses),
         cmocka_unit_test(loudest),
         cmocka_unit_test(attention),
+        cmocka_unit_test(posterior),
     };
     cmocka_set_message_output(CM_OUTPUT_TAP);
     return cmocka_run_group_tests(tests, NULL, NULL);
