@@ -22,7 +22,7 @@ extern const struct contract_size contract_sizes[];
 extern const int contract_n_sizes;
 
 /* Starts the plugin with its defaults under a fresh host, with tensors of the declared shapes if it needs any (letters
- * that no model fixes are 16, H is 64). */
+ * that no model fixes are 16, but P x Q = E; H is 64). */
 void contract_start(struct policy *, struct policy_host *, const struct moe_plugin *, const struct contract_size *,
                     int64_t cache_objects);
 void contract_stop(struct policy *);

@@ -23,12 +23,22 @@ static void *must(void *p)
 /* Width of hidden states; of dimensions that a plugin names with letters of its own. */
 enum { HIDDEN = 64, OTHER = 16 };
 
+/* P, the largest factor of n that is not above its root: Q is the other one. */
+static int64_t factor_of(int64_t n)
+{
+    int64_t p = 1;
+    for (int64_t i = 2; i * i <= n; i++)
+        p = n % i == 0 ? i : p;
+    return p;
+}
+
 /* A size that a tensor declares: a number, a letter that the model fixes, or another letter. */
 static int64_t declared_size(const char *letter, const struct contract_size *size)
 {
     if (*letter >= '0' && *letter <= '9')
         return strtoll(letter, NULL, 10);
     return *letter == 'L' ? size->n_layers : *letter == 'E' ? size->n_experts : *letter == 'K' ? size->top_k
+         : *letter == 'P' ? factor_of(size->n_experts) : *letter == 'Q' ? size->n_experts / factor_of(size->n_experts)
          : *letter == 'H' ? HIDDEN : OTHER;
 }
 

@@ -168,6 +168,70 @@ static void posterior(void **state)
     refuse_bare("prototype-router", "mean: no tensor");
 }
 
+/* ---- cartesian-router ---- */
+
+/* Against all sums, with many equal ones and with few. */
+static void sums_of_rows_and_columns(void **state)
+{
+    (void)state;
+    enum { P = 6, Q = 7, N = P * Q, TOKENS = 40 };
+    static float row[2][P][2], column[2][Q][2], hidden[TOKENS][2], all[N];
+    const struct moe_tensor tensor[2] = {{3, {2, P, 2}, &row[0][0][0]}, {3, {2, Q, 2}, &column[0][0][0]}};
+    const struct moe_env env = {.seed = 5};
+    for (int32_t i = 0; i < P * 2; i++)
+        row[0][i / 2][i % 2] = (float)(moe_rand(&env, 0, 0, 0, i) % 5);
+    for (int32_t i = 0; i < Q * 2; i++)
+        column[0][i / 2][i % 2] = (float)(moe_rand(&env, 1, 0, 0, i) % 5);
+    for (int32_t i = 0; i < TOKENS * 2; i++)
+        hidden[i / 2][i % 2] = (float)(moe_rand(&env, 2, 0, 0, i) % (i < TOKENS ? 3 : 1000)) / 8;
+    for (int32_t k = 1; k <= N; k++) {
+        struct run r;
+        int32_t best[N];
+        open_learned(&r, "cartesian-router", "row=#0 column=#1", tensor, 2, TOKENS, N, k, hidden[0], 2);
+        assert_int_equal(run_route(&r, NULL), MOE_OK);
+        for (int32_t t = 0; t < TOKENS; t++) {
+            double sum = 0;
+            for (int32_t e = 0; e < N; e++)
+                all[e] = (row[0][e / Q][0] + column[0][e % Q][0]) * hidden[t][0] +
+                         (row[0][e / Q][1] + column[0][e % Q][1]) * hidden[t][1];
+            moe_top_k(all, N, k, best);
+            assert_memory_equal(r.routes.expert + r.routes.offset[t], best, (size_t)k * sizeof *best);
+            for (int32_t i = 0; i < k; i++)
+                sum += exp((double)(all[best[i]] - all[best[0]]));
+            near_to((double)r.routes.weight[r.routes.offset[t]], 1 / sum);
+        }
+        assert_true(r.own.flops >= TOKENS * (P + Q) * 4 && r.own.flops < TOKENS * (P + Q) * 5 + TOKENS * k * 9.0);
+        run_close(&r);
+    }
+}
+
+static void best_of_each(void **state)
+{
+    (void)state;
+    static const float row[2][3][1] = {{{0}, {2}, {1}}}, column[2][4][1] = {{{5}, {0}, {0}, {6}}};
+    const struct moe_tensor tensor[2] = {{3, {2, 3, 1}, &row[0][0][0]}, {3, {2, 4, 1}, &column[0][0][0]}};
+    const int32_t expected[4] = {7, 4, 11, 8}; /* rows 1, 2 and columns 3, 0: sums 8, 7, 7, 6 */
+    float hidden[2] = {1, 1};
+    struct run r;
+    open_learned(&r, "cartesian-router", "row=#0 column=#1 each=2", tensor, 2, 1, 12, 1, hidden, 1);
+    assert_int_equal(run_route(&r, NULL), MOE_OK);
+    assert_int_equal(r.routes.n, 4);
+    assert_memory_equal(r.routes.expert, expected, sizeof expected);
+    const double a = 1 / (1 + exp(-1)), b = 1 - a; /* softmaxes over two that differ by 1 */
+    near_to((double)weight_of(&r.routes, 0, 7), a * a);
+    near_to((double)weight_of(&r.routes, 0, 4), a * b);
+    near_to((double)weight_of(&r.routes, 0, 8), b * b);
+    run_close(&r);
+    open_learned(&r, "cartesian-router", "row=#0 column=#1 each=4", tensor, 2, 1, 12, 1, hidden, 1);
+    refuse(&r, "each = 4 of 3 rows");
+    open_learned(&r, "cartesian-router", "row=#0 column=#1", tensor, 2, 1, 11, 1, hidden, 1);
+    refuse(&r, "expected a product of 11 experts");
+    hidden[1] = NAN;
+    open_learned(&r, "cartesian-router", "row=#0 column=#1", tensor, 2, 2, 12, 1, hidden, 1);
+    refuse(&r, "token 1, expert 0");
+    refuse_bare("cartesian-router", "row: no tensor");
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -176,6 +240,8 @@ int main(void)
         cmocka_unit_test(loudest),
         cmocka_unit_test(attention),
         cmocka_unit_test(posterior),
+        cmocka_unit_test(sums_of_rows_and_columns),
+        cmocka_unit_test(best_of_each),
     };
     cmocka_set_message_output(CM_OUTPUT_TAP);
     return cmocka_run_group_tests(tests, NULL, NULL);
