@@ -232,6 +232,56 @@ static void best_of_each(void **state)
     refuse_bare("cartesian-router", "row: no tensor");
 }
 
+/* ---- cross-layer-router ---- */
+
+/* A cell of one number, whose steps are written out. */
+static double recurrent_step(double x, double s)
+{
+    const double r = 1 / (1 + exp(-(0.5 * x + 0.1 + 0.7 * s))), z = 1 / (1 + exp(-(-0.4 * x + 0.3 * s + 0.2)));
+    return (1 - z) * tanh(1.5 * x + r * (-0.9 * s + 0.6)) + z * s;
+}
+
+static void recurrent(void **state)
+{
+    (void)state;
+    static const float project[2] = {2, -1}, input[3] = {0.5f, -0.4f, 1.5f}, again[3] = {0.7f, 0.3f, -0.9f};
+    static const float input_bias[3] = {0.1f, 0, 0}, bias[3] = {0, 0.2f, 0.6f}, gate[2][2] = {{3, 0}, {0, 5}};
+    const struct moe_tensor tensor[6] = {{3, {2, 1, 1}, project}, {3, {3, 1, 1}, input}, {3, {3, 1, 1}, again},
+                                         {2, {3, 1}, input_bias}, {2, {3, 1}, bias}, {3, {2, 2, 1}, gate[0]}};
+    const char *settings = "project=#0 input=#1 recurrent=#2 input_bias=#3 bias=#4 gate=#5";
+    enum { TOKENS = 200 };
+    float hidden[TOKENS] = {0}, turned[TOKENS] = {0};
+    int32_t position[TOKENS];
+    struct run r;
+    open_learned(&r, "cross-layer-router", settings, tensor, 6, TOKENS, 2, 2, hidden, 1);
+    r.batch.position = position;
+    for (int32_t step = 0; step < 2; step++) { /* a step starts anew */
+        r.batch.step = step;
+        r.batch.layer = 0;
+        r.batch.hidden = hidden;
+        for (int32_t t = 0; t < TOKENS; t++) {
+            hidden[t] = (float)(t - 100) / 100;
+            turned[TOKENS - 1 - t] = hidden[t];
+            position[t] = t;
+        }
+        assert_int_equal(run_route(&r, NULL), MOE_OK);
+        for (int32_t t = 0; t < TOKENS; t++)
+            near_to((double)weight_of(&r.routes, t, 0), 1 / (1 + exp(-3 * recurrent_step(2 * (double)hidden[t], 0))));
+        for (int32_t t = 0; t < TOKENS; t++) /* in another order, states follow their tokens */
+            position[t] = TOKENS - 1 - t;
+        r.batch.layer = 1;
+        r.batch.hidden = turned;
+        assert_int_equal(run_route(&r, NULL), MOE_OK);
+        for (int32_t t = 0; t < TOKENS; t++) {
+            const double h = (double)turned[t], s = recurrent_step(-h, recurrent_step(2 * h, 0));
+            near_to((double)weight_of(&r.routes, t, 1), 1 / (1 + exp(-5 * s)));
+        }
+    }
+    turned[3] = NAN;
+    refuse(&r, "token 3, expert 0");
+    refuse_bare("cross-layer-router", "project: no tensor");
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -242,6 +292,7 @@ int main(void)
         cmocka_unit_test(posterior),
         cmocka_unit_test(sums_of_rows_and_columns),
         cmocka_unit_test(best_of_each),
+        cmocka_unit_test(recurrent),
     };
     cmocka_set_message_output(CM_OUTPUT_TAP);
     return cmocka_run_group_tests(tests, NULL, NULL);
