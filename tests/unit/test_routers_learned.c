@@ -282,6 +282,38 @@ static void recurrent(void **state)
     refuse_bare("cross-layer-router", "project: no tensor");
 }
 
+/* ---- expert-groups ---- */
+
+static void best_of_groups(void **state)
+{
+    (void)state;
+    const float logits[6] = {5, 6, 4, 0, 1, 1}; /* the three largest are in one group */
+    float add[6] = {0}, scale[6] = {1, 1, 1, 1, 1, 1};
+    struct run r;
+    run_open(&r, "expert-groups", NULL, 1, 6, 2);
+    memcpy(r.logits, logits, sizeof logits);
+    assert_int_equal(run_route(&r, NULL), MOE_OK);
+    assert_int_equal(r.routes.n, 2);
+    assert_int_equal(r.routes.expert[0], 1);
+    assert_int_equal(r.routes.expert[1], 4); /* of two equal ones the lower id */
+    near_to((double)r.routes.weight[0], 1 / (1 + exp(-1) + exp(-2)));
+    near_to((double)r.routes.weight[1], 1 / (2 + exp(-1)));
+    add[1] = add[3] = add[4] = add[5] = -INFINITY;
+    assert_int_equal(run_route(&r, &(struct moe_bias){add, scale}), MOE_OK);
+    assert_int_equal(r.routes.n, 1);
+    assert_int_equal(r.routes.expert[0], 0);
+    r.logits[4] = NAN;
+    refuse(&r, "token 0, expert 4");
+    run_open(&r, "expert-groups", "groups=4", 1, 6, 2);
+    refuse(&r, "groups = 4, expected a divisor of 6");
+    run_open(&r, "expert-groups", "groups=3 renormalise=true", 1, 6, 2);
+    memcpy(r.logits, logits, sizeof logits);
+    assert_int_equal(run_route(&r, NULL), MOE_OK);
+    assert_int_equal(r.routes.n, 3);
+    near_to((double)(r.routes.weight[0] + r.routes.weight[1] + r.routes.weight[2]), 1);
+    run_close(&r);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -293,6 +325,7 @@ int main(void)
         cmocka_unit_test(sums_of_rows_and_columns),
         cmocka_unit_test(best_of_each),
         cmocka_unit_test(recurrent),
+        cmocka_unit_test(best_of_groups),
     };
     cmocka_set_message_output(CM_OUTPUT_TAP);
     return cmocka_run_group_tests(tests, NULL, NULL);
