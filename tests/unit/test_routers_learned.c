@@ -314,6 +314,40 @@ static void best_of_groups(void **state)
     run_close(&r);
 }
 
+/* ---- label-guided-router ---- */
+
+static void labels(void **state)
+{
+    (void)state;
+    const float map[4] = {3, 3, 0, 4};
+    const struct moe_tensor tensor = {1, {4}, map};
+    int32_t label[3] = {1, 6, 2};
+    const int32_t plain[3] = {1, 2, 2}, mapped[3] = {3, 3, 0};
+    struct run r;
+    open_learned(&r, "label-guided-router", NULL, NULL, 0, 3, 4, 2, NULL, 0);
+    r.batch.label = label;
+    for (r.batch.layer = 0; r.batch.layer < 2; r.batch.layer++) {
+        assert_int_equal(run_route(&r, NULL), MOE_OK);
+        assert_int_equal(r.routes.n, 3);
+        assert_memory_equal(r.routes.expert, plain, sizeof plain);
+        near_to((double)r.routes.weight[1], 1);
+    }
+    label[2] = -1;
+    refuse(&r, "token 2: label -1");
+    label[1] = 0;
+    label[2] = 2;
+    open_learned(&r, "label-guided-router", "map=#0", &tensor, 1, 3, 4, 2, NULL, 0);
+    r.batch.label = label;
+    assert_int_equal(run_route(&r, NULL), MOE_OK);
+    assert_memory_equal(r.routes.expert, mapped, sizeof mapped);
+    label[0] = 4;
+    refuse(&r, "map has 4 labels");
+    label[0] = 3;
+    open_learned(&r, "label-guided-router", "map=#0", &tensor, 1, 3, 4, 2, NULL, 0);
+    r.batch.label = label;
+    refuse(&r, "label 3 has expert 4, expected one of 4");
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -326,6 +360,7 @@ int main(void)
         cmocka_unit_test(best_of_each),
         cmocka_unit_test(recurrent),
         cmocka_unit_test(best_of_groups),
+        cmocka_unit_test(labels),
     };
     cmocka_set_message_output(CM_OUTPUT_TAP);
     return cmocka_run_group_tests(tests, NULL, NULL);
