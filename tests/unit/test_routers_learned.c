@@ -348,6 +348,29 @@ static void labels(void **state)
     refuse(&r, "label 3 has expert 4, expected one of 4");
 }
 
+/* ---- shared-router ---- */
+
+static void one_gate_for_all_layers(void **state)
+{
+    (void)state;
+    static const float gate[3][2] = {{1, 0}, {0, 1}, {1, 1}};
+    const struct moe_tensor tensor = {2, {3, 2}, gate[0]};
+    float hidden[2] = {1, -2}; /* scores 1, -2, -1 */
+    struct run r;
+    open_learned(&r, "shared-router", "gate=#0", &tensor, 1, 1, 3, 2, hidden, 2);
+    for (r.batch.layer = 0; r.batch.layer < 2; r.batch.layer++) {
+        assert_int_equal(run_route(&r, NULL), MOE_OK);
+        assert_int_equal(r.routes.expert[0], 0);
+        assert_int_equal(r.routes.expert[1], 2);
+        near_to((double)r.routes.weight[0], 1 / (1 + exp(-2)));
+        near_to((double)r.routes.weight[1], 1 / (1 + exp(2)));
+    }
+    r.batch.layer = 1;
+    hidden[1] = NAN;
+    refuse(&r, "token 0, expert 0");
+    refuse_bare("shared-router", "gate: no tensor");
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -361,6 +384,7 @@ int main(void)
         cmocka_unit_test(recurrent),
         cmocka_unit_test(best_of_groups),
         cmocka_unit_test(labels),
+        cmocka_unit_test(one_gate_for_all_layers),
     };
     cmocka_set_message_output(CM_OUTPUT_TAP);
     return cmocka_run_group_tests(tests, NULL, NULL);
