@@ -40,7 +40,8 @@ What is behind the larger ones:
   the simulation takes the computer as slow as the probe does, which is right for arithmetic and rough for the rest.
 - **Loads** are read by a thread of each rank, which takes processor time and memory bandwidth of what runs meanwhile.
   The model's copies cost nobody anything, so exchanges next to loads come out too fast.
-- **Exchanges** of little take longer between other work than by themselves, for a reason that is not known.
+- **Exchanges** of little take longer after products than after other work, by about as much at every size; calibration
+  measures them after products (`doc/host.md`) and still finds less than runs do.
 
 Each run, as printed:
 
