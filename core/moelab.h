@@ -797,8 +797,8 @@ static inline float moe_kth_largest(float *x, int64_t n, int64_t k)
         low = x[i] < low ? x[i] : low;
         high = x[i] > high ? x[i] : high;
     }
-    const float scale = BINS / (high - low);
-    if (!(high > low) || !(scale < INFINITY) || !(high < INFINITY) || !(low > -INFINITY))
+    const float width = high - low, scale = BINS / width;
+    if (!(width > 0) || !(width < INFINITY) || !(scale < INFINITY)) /* short, all equal, or not all finite */
         return moe_kth_plain(x, n, k);
     for (int32_t b = 0; b <= BINS; b++)
         count[b] = 0;

@@ -10,14 +10,15 @@
  *   C = ceil(factor * n / E), n the routes to experts that cost something: T * K for a top-K router, so this is
  *       Switch's tokens / experts * factor at K = 1; or the `tokens` given
  *   an expert with more than C routes keeps the C with the largest weights (score; ties: the earlier token) or the
- *   first C in token order (position)
+ *   first C in token order (position), or those of the largest numbers drawn for (request, position, expert) (random)
  *   scope = device: every device's tokens compete only among themselves, n and C are those of the device */
 #include <moelab.h>
 
 #include <stdlib.h>
 #include <string.h>
 
-enum drop { DROP_SCORE, DROP_POSITION };
+enum drop { DROP_SCORE, DROP_POSITION, DROP_RANDOM };
+enum { HOOK_REWRITE };
 enum scope { SCOPE_ALL, SCOPE_DEVICE };
 
 struct conf {
@@ -32,8 +33,8 @@ static const struct moe_param params[] = {
      "capacity over the mean load of an expert"},
     {"tokens", MOE_INT, offsetof(struct conf, tokens), 0, 0, 1 << 30, NULL, "tokens",
      "capacity of an expert in tokens; 0: from factor"},
-    {"drop", MOE_ENUM, offsetof(struct conf, drop), DROP_SCORE, 0, 0, "score|position", "",
-     "whom an expert keeps: the largest weights, or who came first"},
+    {"drop", MOE_ENUM, offsetof(struct conf, drop), DROP_SCORE, 0, 0, "score|position|random", "",
+     "whom an expert keeps: the largest weights, who came first, or whom a draw names"},
     {"scope", MOE_ENUM, offsetof(struct conf, scope), SCOPE_ALL, 0, 0, "all|device", "",
      "who competes for an expert: all tokens of the batch, or those of one device"},
     {"renormalise", MOE_BOOL, offsetof(struct conf, renormalise), 0, 0, 1, NULL, "",
@@ -101,13 +102,28 @@ static int by_weight(const void *left, const void *right)
     return (a->route > b->route) - (a->route < b->route);
 }
 
-/* Sets keep[i] = 0 for the routes of one overfull group that have to go. */
-static void trim(const struct state *s, const struct moe_routes *r, const int64_t *route, int64_t n, int64_t capacity,
-                 struct bid *bid, uint8_t *keep)
+/* Whoever shares the batch: the same for a request's token. */
+static float draw(const struct state *s, const struct moe_batch *b, int32_t token, int32_t expert)
 {
-    for (int64_t i = 0; i < n; i++)
+    const int64_t request = b->request != NULL ? b->request[token] : 0;
+    const int64_t position = b->position != NULL ? b->position[token] : token;
+    return (float)moe_unit(moe_rand(s->env, HOOK_REWRITE, b->step, (int64_t)b->layer * b->n_experts + expert,
+                                    request * (INT64_C(1) << 31) + position));
+}
+
+/* Sets keep[i] = 0 for the routes of one overfull group that have to go. */
+static void trim(const struct state *s, const struct moe_batch *batch, const struct moe_routes *r,
+                 const int64_t *route, int64_t n, int64_t capacity, struct bid *bid, uint8_t *keep)
+{
+    int32_t token = 0; /* routes of a group are in the tokens' order */
+    for (int64_t i = 0; i < n; i++) {
+        for (; r->offset[token + 1] <= route[i]; token++)
+            ;
         bid[i] = (struct bid){.weight = r->weight[route[i]], .route = route[i]};
-    if (s->conf->drop == DROP_SCORE)
+        if (s->conf->drop == DROP_RANDOM)
+            bid[i].weight = draw(s, batch, token, r->expert[route[i]]);
+    }
+    if (s->conf->drop != DROP_POSITION)
         qsort(bid, (size_t)n, sizeof *bid, by_weight);
     for (int64_t i = capacity; i < n; i++)
         keep[bid[i].route] = 0;
@@ -160,7 +176,7 @@ static int rewrite(void *self, const struct moe_batch *batch, const float *score
         int64_t capacity = s->conf->tokens > 0 ? s->conf->tokens : (int64_t)ceil(mean * s->conf->factor);
         for (int32_t e = 0; e < batch->n_experts; e++)
             if (first[e + 1] - first[e] > capacity)
-                trim(s, r, g.route + first[e], first[e + 1] - first[e], capacity, bid, keep);
+                trim(s, batch, r, g.route + first[e], first[e + 1] - first[e], capacity, bid, keep);
     }
     compact(r, keep, s->conf->renormalise);
     return MOE_OK;

@@ -139,6 +139,31 @@ static void who_is_dropped(void **state)
     policy_routes_free(&r);
 }
 
+/* As many as by any other rule, and every token now and then: of 4,000 for 1,000 places each fourth, and the same again
+ * with the same seed. */
+static void drawn_at_random(void **state)
+{
+    (void)state;
+    enum { N = 4000 };
+    int64_t kept[2] = {0, 0};
+    for (int twice = 0; twice < 2; twice++) {
+        struct moe_routes r;
+        int64_t early = 0;
+        policy_routes_init(&r, N);
+        for (int32_t t = 0; t < N; t++)
+            policy_routes_push(&r, t, 0, 1);
+        trim("tokens=1000 drop=random", 4, 1, NULL, &r);
+        assert_int_equal(r.n, 1000);
+        for (int32_t t = 0; t < N; t++) {
+            early += t < N / 2 && keeps(&r, t, 0);
+            kept[twice] += t * keeps(&r, t, 0);
+        }
+        assert_in_range(early, 400, 600);
+        policy_routes_free(&r);
+    }
+    assert_int_equal(kept[0], kept[1]);
+}
+
 static void renormalise_keeps_the_sum(void **state)
 {
     (void)state;
@@ -179,7 +204,8 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(megatron_drops),        cmocka_unit_test(switch_drop_share),
-        cmocka_unit_test(who_is_dropped),        cmocka_unit_test(renormalise_keeps_the_sum),
+        cmocka_unit_test(who_is_dropped),        cmocka_unit_test(drawn_at_random),
+        cmocka_unit_test(renormalise_keeps_the_sum),
         cmocka_unit_test(each_device_by_itself), cmocka_unit_test(free_experts_are_not_limited),
     };
     cmocka_set_message_output(CM_OUTPUT_TAP);

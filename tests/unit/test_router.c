@@ -61,6 +61,35 @@ static void top_k_by_either_way(void **state)
     }
 }
 
+static int largest_first(const void *left, const void *right)
+{
+    const float a = *(const float *)left, b = *(const float *)right;
+    return (a < b) - (a > b);
+}
+
+/* Against sorting: short lists and long, few different values, enormous ones, tiny ones, and infinite ones. */
+static void kth_largest(void **state)
+{
+    (void)state;
+    static float x[3000], sorted[3000];
+    for (int64_t trial = 0; trial < 1000; trial++) {
+        const int64_t n = 1 + (int64_t)(draw(2 * trial) % 3000), k = 1 + (int64_t)(draw(2 * trial + 1) % (uint64_t)n);
+        for (int64_t i = 0; i < n; i++) {
+            const double u = moe_unit(draw(trial * 5000 + i));
+            x[i] = trial % 5 == 0   ? (float)u
+                   : trial % 5 == 1 ? (float)(int)(u * 4)
+                   : trial % 5 == 2 ? (float)((u - 0.5) * 6e38)
+                   : trial % 5 == 3 ? (float)(u * 1e-42)
+                   : i % 3          ? -INFINITY
+                                    : (float)u;
+        }
+        memcpy(sorted, x, sizeof sorted);
+        qsort(sorted, (size_t)n, sizeof *sorted, largest_first);
+        const float found = moe_kth_largest(x, n, k);
+        assert_memory_equal(&found, &sorted[k - 1], sizeof found);
+    }
+}
+
 /* Within 1e-6 of what doubles give, whatever the length; equal logits have equal probabilities. */
 static void softmax_to_the_last_digits(void **state)
 {
@@ -169,6 +198,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(megatron_softmax),
         cmocka_unit_test(top_k_by_either_way),
+        cmocka_unit_test(kth_largest),
         cmocka_unit_test(softmax_to_the_last_digits),
         cmocka_unit_test(equal_logits_go_to_the_lower_ids),
         cmocka_unit_test(bias_selects_but_does_not_weigh),
