@@ -20,6 +20,10 @@ while read -r file; do
 done < <(git ls-files -co --exclude-standard)
 ok "every file of the checkout is in Makefile.am${missing:+; missing:$missing}" test -z "$missing"
 
+unbuilt=$(git ls-files 'plugins/*/*.c' | grep -v '/skeleton\.c$' |
+    while read -r file; do [ -e "$top_builddir/${file%.c}.so" ] || echo "$file"; done)
+ok "every policy is built${unbuilt:+; not:} ${unbuilt//$'\n'/ }" test -z "$unbuilt"
+
 # core/moelab.h is left as it is: its checksum is the ABI's.
 wide=$(git ls-files -co --exclude-standard core hw plugins tests | grep -E '\.(c|h|cpp|lua|sh)$' |
     grep -vx core/moelab.h |
