@@ -137,7 +137,8 @@ static void write_head(const struct calibration *c, const char *date, const char
     say(c, GPU_COPY, "copies", "not in this file", f);
     say(c, GPU_WRITE, "writes", "not in this file: to pinned memory of the host", f);
     fprintf(f, "--\n"
-               "-- spread: of tries of one size, between quartiles over the median; error: |modelled / measured - 1|.\n"
+               "-- spread: median over sizes of how far tries of three passes lie apart, from the least lower\n"
+               "-- quartile to the largest upper one, over the median; error: |modelled / measured - 1|.\n"
                "-- Copies: %.4g GB/s read and written, after %.3g us; to the host %.4g GB/s after %.3g us.\n",
             c->copy_bandwidth / 1e9, c->copy_s * 1e6, c->write_bandwidth / 1e9, c->write_s * 1e6);
     calibration_say_gpu(c, "-- ", f);

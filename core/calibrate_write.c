@@ -60,7 +60,8 @@ void calibration_write(const struct calibration *c, const char *name, FILE *f)
     say(f, "reads", "pcie (files), latency", &c->quality[HOST_READ]);
     fprintf(f,
             "--\n"
-            "-- spread: of tries of one size, between quartiles over the median; error: |modelled / measured - 1|.\n"
+            "-- spread: median over sizes of how far tries of three passes lie apart, from the least lower\n"
+            "-- quartile to the largest upper one, over the median; error: |modelled / measured - 1|.\n"
             "return {\n"
             "  name    = \"%s\",\n"
             "  summary = \"%d rank%s of machine host on %s\",\n"

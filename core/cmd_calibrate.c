@@ -138,19 +138,40 @@ static int write_samples(const json_t *samples, const char *path, struct err *e)
 }
 
 /* Before measuring, not after. */
-static int check_writable(const char *path, struct err *e)
+static int check_writable(const char *option, const char *path, struct err *e)
 {
     char dir[1024];
     struct stat st;
     if (stat(path, &st) == 0 && S_ISDIR(st.st_mode))
-        return err_set(e, ERR_INPUT, "%s: is a directory, expected a file", path);
+        return err_set(e, ERR_INPUT, "%s %s: is a directory, expected a file", option, path);
+    if (!*path)
+        return err_set(e, ERR_INPUT, "%s: is empty, expected the name of a file", option);
     snprintf(dir, sizeof dir, "%s", path);
     char *slash = strrchr(dir, '/');
     if (slash)
         slash[slash == dir] = '\0';
     if (access(slash ? dir : ".", W_OK) < 0)
-        return err_set(e, ERR_INPUT, "%s: %s", path, strerror(errno));
+        return err_set(e, ERR_INPUT, "%s %s: %s", option, path, strerror(errno));
     return 0;
+}
+
+/* Two names of one file, whether it is there yet or not. */
+static bool is_same(const char *a, const char *b)
+{
+    struct stat x, y;
+    if (stat(a, &x) == 0 && stat(b, &y) == 0)
+        return x.st_dev == y.st_dev && x.st_ino == y.st_ino;
+    const char *const name[2] = { a, b };
+    const char *base[2];
+    char dir[2][1024];
+    for (int i = 0; i < 2; i++) {
+        snprintf(dir[i], sizeof dir[i], "%s", name[i]);
+        char *slash = strrchr(dir[i], '/');
+        base[i] = slash ? name[i] + (slash + 1 - dir[i]) : name[i];
+        snprintf(slash ? slash + 1 : dir[i], 2, ".");
+    }
+    return !strcmp(base[0], base[1]) && stat(dir[0], &x) == 0 && stat(dir[1], &y) == 0 && x.st_dev == y.st_dev &&
+           x.st_ino == y.st_ino;
 }
 
 static void summary(const struct calibration *c, const char *path)
@@ -243,12 +264,12 @@ int cmd_calibrate(int argc, char **argv)
     char path[200];
     snprintf(path, sizeof path, "%s.lua", a.name);
     const char *out = a.out ? a.out : path;
+    if (a.raw && is_same(a.raw, out))
+        return cmd_usage("calibrate", "--samples %s: is what --out names, expected another file", a.raw);
     struct calibration c = { 0 };
     struct err e = { 0 };
     json_t *like = read_like(a.like, &e), *samples = NULL;
-    if (a.raw && !strcmp(a.raw, out))
-        return cmd_usage("calibrate", "--samples %s: is what --out names, expected another file", a.raw);
-    if (!e.code && check_writable(out, &e) == 0 && (!a.raw || check_writable(a.raw, &e) == 0))
+    if (!e.code && check_writable("--out", out, &e) == 0 && (!a.raw || check_writable("--samples", a.raw, &e) == 0))
         samples = a.gpu ? measure_gpu(&a, &e) : rank_calibrate(a.n_ranks, &e);
     if (samples && a.raw)
         write_samples(samples, a.raw, &e);

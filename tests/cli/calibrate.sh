@@ -64,6 +64,10 @@ ok "the simulation takes the computer as fast as the run found it" "$moelab" run
     --against flow
 ok "... which is said of each run" test "$(grep -c '"pace":[0-9.]' paced/runs.jsonl)" = 2 -a \
     "$(grep -c 'the computer took [0-9.]* times as long for a probe' paced/against.txt)" = 2
+sed 's/probe_s = \([0-9.e-]*\),/probe_s = \1 \/ 100,/' two-ranks.lua >slow.lua
+sed 's/two-ranks.lua/slow.lua/' run.lua >slow-run.lua
+run_expect 1 'the probe took .* ms beside the run and .* ms when .* calibrated, expected within ten times' \
+    "$moelab" run slow-run.lua --out slow --machine host --against flow
 ok "... and kept in the manifest" grep -q '"pace": *[0-9.]' paced/manifest.json
 ok "one rank has no exchanges" "$moelab" calibrate alone --ranks 1
 ok "... and no links" test "$(grep -c nvlink alone.lua | head -n 1)" -le 1
@@ -72,7 +76,10 @@ run_expect 2 "/nowhere/x.json: No such file" "$moelab" calibrate --ranks 1 --sam
 mkdir -p folder
 run_expect 2 "folder: is a directory, expected a file" "$moelab" calibrate --ranks 1 --out folder
 run_expect 2 "folder: is a directory, expected a file" "$moelab" calibrate --ranks 1 --samples folder
-run_expect 2 "samples x.lua: is what --out names" "$moelab" calibrate --ranks 1 --samples x.lua --out x.lua
+for other in x.lua ./x.lua "$PWD/x.lua" folder/../x.lua; do
+    run_expect 2 "samples $other: is what --out names" "$moelab" calibrate --ranks 1 --samples "$other" --out x.lua
+done
+run_expect 2 '--out: is empty' "$moelab" calibrate --ranks 1 --out ''
 run_expect 2 'calibrate: 2 ranks hold 1.[0-9]* GB, and 50.0 MB is available .MOELAB_HOST_MEMORY.' \
     env MOELAB_HOST_MEMORY=50e6 "$moelab" calibrate --ranks 2
 if [ "$(id -u)" = 0 ] && mkdir small && mount -t tmpfs -o size=20m none small 2>/dev/null; then
