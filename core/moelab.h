@@ -553,6 +553,7 @@ static inline double moe_expert_bytes(const struct moe_model *m)
 /* Four at a time, in operations that round alike on every processor. */
 typedef float moe_f4 __attribute__((vector_size(16), aligned(4), may_alias));
 typedef int32_t moe_i4 __attribute__((vector_size(16), aligned(4), may_alias));
+typedef uint32_t moe_u4 __attribute__((vector_size(16), aligned(4), may_alias));
 
 /* e^x of x <= 0 within 2e-7 of it; 0 below -87. */
 static inline moe_f4 moe_exp4(moe_f4 x)
@@ -564,7 +565,7 @@ static inline moe_f4 moe_exp4(moe_f4 x)
     p = p * r + 0x1.5554eap-5f;
     p = p * r + 0x1.5554dcp-3f;
     p = (p * r + 0.5f) * (r * r) + r + 1.0f;
-    return (moe_f4)(((moe_i4)p + ((moe_i4)n << 23)) & (moe_i4)(x >= -87.0f));
+    return (moe_f4)(((moe_u4)p + ((moe_u4)n << 23)) & (moe_u4)(x >= -87.0f)); /* below -87 the sum may wrap */
 }
 
 /* e^(x[i] - top) of x[0..n) into y; their sum. */
