@@ -19,8 +19,9 @@ struct work {
 
 /* copy: of a captured stream, on which one launch of its graph runs. */
 struct CUstream_st { int number; bool copy; struct work *work; size_t done, n, room; struct CUstream_st *next; };
-/* queued: marks that are in a stream, or were; reached: the last that one has come to; stream: of the last. */
-struct CUevent_st { int64_t queued, reached; int stream; double time; };
+/* queued: marks that are in a stream, or were; reached: the last that one has come to; stream: of the last; captured:
+ * the last became part of a graph, and tells nothing outside of it. */
+struct CUevent_st { int64_t queued, reached; int stream; double time; bool captured; };
 struct block { void *at; size_t bytes; struct block *next; };
 
 /* What was captured: per stream its work, whose events are the graph's own; and those of a launch. External records
@@ -450,6 +451,7 @@ cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t s, unsigned
         keep(part, (struct work){ RECORD, NULL, NULL, event, 0 }, 0);
         return cudaSuccess;
     }
+    event->captured = true;
     set_mark(event, ++all.capture->n_marks, (size_t)(part - all.capture->part));
     keep(part, (struct work){ RECORD, NULL, NULL, event, all.capture->n_marks }, 0);
     return cudaSuccess;
@@ -478,6 +480,7 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t s)
     if (all.capture)
         return cudaEventRecordWithFlags(event, s, 0);
     event->stream = s->number;
+    event->captured = false;
     push(s, (struct work){ RECORD, NULL, NULL, event, ++event->queued });
     return cudaSuccess;
 }
@@ -497,6 +500,8 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t s, cudaEvent_t event, unsigned flag
 
 cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t from, cudaEvent_t to)
 {
+    if (from->captured || to->captured)
+        return cudaErrorInvalidValue;
     if (from->reached == 0 || to->reached == 0)
         return cudaErrorInvalidResourceHandle;
     if (from->reached < from->queued || to->reached < to->queued)
@@ -509,6 +514,8 @@ cudaError_t cudaEventQuery(cudaEvent_t event)
 {
     if (all.capture)
         return cudaErrorStreamCaptureUnsupported;
+    if (event->captured)
+        return cudaErrorCapturedEvent;
     run_all();
     return event->reached == event->queued ? cudaSuccess : cudaErrorNotReady;
 }
