@@ -84,6 +84,13 @@ void host_gemm(int64_t m, int64_t n, int64_t k, const float *a, const float *b, 
                     (int)n);
 }
 
+/* The same for each kind of processor: what the compiler makes for all of them is four numbers wide. */
+#if defined __x86_64__ && defined __GNUC__ && !defined __clang__
+#define EACH_KIND __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define EACH_KIND
+#endif
+
 /* e^x for -87 <= x <= 88, relative error below 2e-7: 2^(n + f) with a polynomial for 2^f. expf() would take
  * longer than the products around it, since compilers do not vectorise it. */
 static inline float exp_of(float x)
@@ -96,34 +103,44 @@ static inline float exp_of(float x)
     return p * scale.f;
 }
 
-void host_activate(float *gate, const float *up, int64_t n)
+EACH_KIND void host_activate(float *gate, const float *up, int64_t n)
 {
     for (int64_t i = 0; i < n; i++)
         gate[i] = gate[i] / (1 + exp_of(-gate[i])) * up[i];
 }
 
-static void soften(float *score, size_t rows, size_t n)
+enum { LANES = 16, FEW = 8 };
+
+/* Sums and maxima in LANES parts, which a compiler may not make by itself. */
+EACH_KIND static void soften(float *score, size_t rows, size_t n)
 {
+    const size_t whole = n / LANES * LANES;
     for (size_t r = 0; r < rows; r++, score += n) {
-        float most = score[0], sum = 0;
-        for (size_t i = 1; i < n; i++)
+        float lane[LANES], most = score[0], sum = 0;
+        for (size_t l = 0; l < LANES; l++)
+            lane[l] = score[0];
+        for (size_t at = 0; at < whole; at += LANES)
+            for (size_t l = 0; l < LANES; l++)
+                lane[l] = score[at + l] > lane[l] ? score[at + l] : lane[l];
+        for (size_t l = 0; l < LANES; l++)
+            most = lane[l] > most ? lane[l] : most;
+        for (size_t i = whole; i < n; i++)
             most = score[i] > most ? score[i] : most;
         for (size_t i = 0; i < n; i++)
             score[i] = exp_of(score[i] - most);
-        for (size_t i = 0; i < n; i++)
+        for (size_t l = 0; l < LANES; l++)
+            lane[l] = 0;
+        for (size_t at = 0; at < whole; at += LANES)
+            for (size_t l = 0; l < LANES; l++)
+                lane[l] += score[at + l];
+        for (size_t l = 0; l < LANES; l++)
+            sum += lane[l];
+        for (size_t i = whole; i < n; i++)
             sum += score[i];
-        cblas_sscal((int)n, 1 / sum, score, 1);
+        for (size_t i = 0; i < n; i++)
+            score[i] *= 1 / sum;
     }
 }
-
-/* The same for each kind of processor: what the compiler makes for all of them is four numbers wide. */
-#if defined __x86_64__ && defined __GNUC__ && !defined __clang__
-#define EACH_KIND __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define EACH_KIND
-#endif
-
-enum { LANES = 16, FEW = 8 };
 
 /* Decoding reads every key once for the few queries that share it, and a product's way of putting operands in order
  * first would take longer than that. score: [q][n]. width: a multiple of LANES. */

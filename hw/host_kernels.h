@@ -22,6 +22,7 @@ enum { HOST_RING = 1 << 23, HOST_RINGS = 8 /* of the first, at most */, HOST_QUE
 /* Memory for what kernels work on, to be freed with free(); NULL: there is none. Whole pages, and large ones where the
  * system has those: with small ones speed depends on where they happen to lie, and differs from process to process. */
 void *host_take(size_t bytes);
+size_t host_taken(size_t bytes); /* what that makes of it */
 
 /* Of all the tasks of a device, the floats that they read, but at most HOST_RINGS rings unless one needs more, and the
  * most that one writes; 0: it has no such task. */
