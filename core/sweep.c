@@ -424,11 +424,13 @@ static void pass(struct state *s)
             for (; s->n_started < s->n_total && passed_over(s, s->n_started); s->n_done++)
                 s->n_started++;
             struct err e = { 0 };
-            if (s->n_started < s->n_total && set_pace(s, s->n_started, &e) < 0)
+            if (s->job[i].pid || s->n_started == s->n_total)
+                continue; /* the pace of a run is known once the one before it has ended */
+            if (set_pace(s, s->n_started, &e) < 0)
                 keep(s, s->n_started++, answer_of(NULL, 0, &e));
-            else if (s->n_started < s->n_total && is_led(s, s->n_started))
+            else if (is_led(s, s->n_started))
                 lead(s, s->n_started++);
-            else if (!s->job[i].pid && s->n_started < s->n_total)
+            else
                 start(s, &s->job[i]);
         }
         if (running(s) > 0)
