@@ -11,8 +11,6 @@
 
 #include <cblas.h>
 #include <math.h>
-#include <pthread.h>
-#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -30,10 +28,12 @@ struct bench {
     size_t at, room; /* of `in`: what comes in goes where nothing was of late, as rows do */
     struct host_store *store;
     size_t at_file;
-    float *to;       /* where loads go */
+    char *to;        /* where loads go, one behind another: what was written to of late is in a cache */
+    size_t at_to;
     struct host_sample *sample; /* of all passes, one behind another */
     int n, n_passes;
     double probe_s;             /* the shortest so far */
+    double took;                /* what `work` says of its own time; 0: from its call to its return */
     int spare;                  /* attempts that are left */
     struct host_calibration *c;
 };
@@ -69,6 +69,7 @@ static struct host_sample try(struct bench *b, struct host_sample s,
     double took[TRIES], sum = 0;
     int n = 0;
     work(b, &s); /* the first time does not count */
+    b->took = 0;
     while (n < TRIES && (n < LEAST_TRIES || sum < LONG_ENOUGH)) {
         double span[2];
         if (s.what == HOST_EXCHANGE)
@@ -76,7 +77,8 @@ static struct host_sample try(struct bench *b, struct host_sample s,
         MPI_Barrier(MPI_COMM_WORLD);
         const double zero = host_now();
         work(b, &s);
-        span[0] = host_now() - zero;
+        span[0] = b->took > 0 ? b->took : host_now() - zero;
+        b->took = 0;
         MPI_Allreduce(&span[0], &span[1], 1, MPI_DOUBLE, MPI_MAX, MPI_COMM_WORLD);
         took[n++] = span[1];
         sum += span[1];
@@ -158,31 +160,29 @@ static void exchange(struct bench *b, const struct host_sample *s)
     b->at += step;
 }
 
-struct reader { struct bench *b; size_t bytes; atomic_bool done; };
-
-static void *read_part(void *self)
+static size_t next_of(size_t *at, size_t bytes, size_t room)
 {
-    struct reader *r = self;
-    host_store_read(r->b->store, r->b->at_file, r->bytes, r->b->to);
-    atomic_store(&r->done, true);
-    return NULL;
+    const size_t here = *at + bytes > room ? 0 : *at;
+    *at = here + bytes;
+    return here;
 }
 
-/* As loads are: by a thread, while the rank computes. What was read last is behind what will be: whoever keeps the file
- * may remember some of it. */
+/* As loads are: several in a row, by their thread, while the rank computes. What was read last is behind what will be:
+ * whoever keeps the file may remember some of it. The mean of the row. */
 static void read_some(struct bench *b, const struct host_sample *s)
 {
-    struct reader r = { .b = b, .bytes = (size_t)s->bytes };
-    pthread_t thread;
-    b->at_file = b->at_file + r.bytes > HOST_CALIBRATION_FILE ? 0 : b->at_file;
-    if (pthread_create(&thread, NULL, read_part, &r) == 0) {
-        while (!atomic_load(&r.done))
-            host_probe(&b->rings);
-        pthread_join(thread, NULL);
-    } else {
-        read_part(&r);
-    }
-    b->at_file += r.bytes;
+    const size_t bytes = (size_t)s->bytes;
+    const int n = (int)fmin(HOST_READS, fmax(2, (double)(1 << 25) / s->bytes));
+    int32_t number = 0;
+    double first, start, end;
+    for (int i = 0; i < n; i++)
+        number = host_store_read(b->store, next_of(&b->at_file, bytes, HOST_CALIBRATION_FILE), bytes,
+                                 (float *)(void *)(b->to + next_of(&b->at_to, bytes, HOST_CALIBRATION_ROOM)));
+    while (!host_store_ended(b->store, number))
+        host_probe(&b->rings);
+    host_store_times(b->store, number - n + 1, &first, &end);
+    host_store_times(b->store, number, &start, &end);
+    b->took = (end - first) / n;
 }
 
 /* ---- sizes ---- */
@@ -237,16 +237,15 @@ static void exchanges(struct bench *b)
 
 static int reads(struct bench *b, const char *dir, struct err *e)
 {
-    enum { MOST = 1 << 25 };
     if (!b->to) {
-        b->to = host_take(MOST);
+        b->to = host_take(HOST_CALIBRATION_ROOM);
         if (!b->to)
             return err_set(e, ERR_MEMORY, "rank %d: out of memory for reads", b->rank);
-        memset(b->to, 0, MOST);
+        memset(b->to, 0, HOST_CALIBRATION_ROOM);
         if (host_store_open_plain(&b->store, b->rank, dir, HOST_CALIBRATION_FILE, e) < 0)
             return e->code;
     }
-    for (double bytes = 1 << 18; bytes <= MOST; bytes *= 2)
+    for (double bytes = 1 << 18; bytes <= 1 << 24; bytes *= 2)
         measure(b, (struct host_sample){ .what = HOST_READ, .bytes = bytes }, read_some);
     return 0;
 }

@@ -7,10 +7,12 @@
 #include "machine.h"
 
 /* The first N_HOST_WHATS are those of machine host, the others of a GPU alone (cuda_calibrate.h). */
-/* What a rank reads from, bytes; and what it may hold: operands, results, 4 MB for and from every other rank twice,
- * buffers of the libraries. */
+/* What a rank reads from, and into, bytes; and what it may hold: operands, results, 4 MB for and from every other rank
+ * twice, what it has read, buffers of the libraries. */
 #define HOST_CALIBRATION_FILE ((size_t)1 << 28)
-#define HOST_CALIBRATION_HOLDS(n_ranks) (4.0 * (HOST_RINGS + 3) * HOST_RING + 8.4e6 * (n_ranks) + 1.3e8)
+#define HOST_CALIBRATION_ROOM ((size_t)1 << 27)
+#define HOST_CALIBRATION_HOLDS(n_ranks) \
+    (4.0 * (HOST_RINGS + 3) * HOST_RING + (double)HOST_CALIBRATION_ROOM + 8.4e6 * (n_ranks) + 1e8)
 
 enum host_what {
     HOST_GEMM, HOST_MOVE, HOST_SUM, HOST_ATTENTION, HOST_EXCHANGE, HOST_READ, HOST_PACE, N_HOST_WHATS,

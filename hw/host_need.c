@@ -2,6 +2,7 @@
  * host_need.c - see host_need.h. */
 #include "config.h"
 
+#include "host_kernels.h"
 #include "host_need.h"
 #include "host_model.h"
 #include "host_order.h"
@@ -26,7 +27,7 @@ static size_t larger(size_t a, size_t b)
 
 static double expert_bytes(const struct moe_model *m, int32_t layer, int32_t expert)
 {
-    return 3.0 * sizeof(float) * m->d_model * host_width(m, layer, expert);
+    return (double)host_taken(3 * sizeof(float) * (size_t)m->d_model * (size_t)host_width(m, layer, expert));
 }
 
 static void count_exchange(const struct moe_graph *g, const struct task *t, struct host_step *count)

@@ -7,10 +7,20 @@
 #include <stdlib.h>
 #include <sys/mman.h>
 
+enum { SMALL = 1 << 12, LARGE = 1 << 21 };
+
+/* A large page for what is left over, if that is not much more than is asked for: reading a file into small ones takes
+ * several times as long a byte. */
+size_t host_taken(size_t bytes)
+{
+    const size_t whole = (bytes + LARGE - 1) / LARGE * LARGE;
+    return whole - bytes <= bytes / 8 ? whole : bytes;
+}
+
 void *host_take(size_t bytes)
 {
-    enum { SMALL = 1 << 12, LARGE = 1 << 21 };
     void *p = NULL;
+    bytes = host_taken(bytes);
     if (posix_memalign(&p, bytes < LARGE ? SMALL : LARGE, bytes ? bytes : 1) != 0)
         return NULL;
     if (bytes >= LARGE)

@@ -18,7 +18,7 @@
  * nothing that is known. passing: the layer for which it has what is not kept, -1. */
 struct slot { float *weights; int64_t object, at_start, planned; int32_t passing; };
 
-struct load { int32_t slot; int64_t object; double start, end; };
+struct load { int32_t slot; int64_t object, at; size_t bytes; float *to; double start, end; };
 
 struct host_store {
     const struct moe_model *model;
@@ -160,10 +160,11 @@ static void *work(void *self)
         struct load *l = &s->load[s->queue[s->done]];
         pthread_mutex_unlock(&s->lock);
         l->start = host_now();
-        copy_expert(s, l->object, s->slot[l->slot].weights);
+        copy_from(s, l->at, l->bytes, l->to);
         l->end = host_now();
         pthread_mutex_lock(&s->lock);
-        s->slot[l->slot].object = l->object;
+        if (l->slot >= 0)
+            s->slot[l->slot].object = l->object;
         s->done++;
         pthread_cond_broadcast(&s->changed);
     }
@@ -171,14 +172,35 @@ static void *work(void *self)
     return NULL;
 }
 
-int32_t host_store_load(struct host_store *s, int32_t task)
+static int32_t enqueue(struct host_store *s, int32_t load)
 {
     pthread_mutex_lock(&s->lock);
-    s->queue[s->queued++] = s->load_of[task];
+    s->queue[s->queued++] = load;
     const int32_t number = s->queued;
     pthread_cond_broadcast(&s->changed);
     pthread_mutex_unlock(&s->lock);
     return number;
+}
+
+int32_t host_store_load(struct host_store *s, int32_t task)
+{
+    return enqueue(s, s->load_of[task]);
+}
+
+bool host_store_ended(struct host_store *s, int32_t number)
+{
+    pthread_mutex_lock(&s->lock);
+    const bool ended = s->done >= number;
+    pthread_mutex_unlock(&s->lock);
+    return ended;
+}
+
+int32_t host_store_read(struct host_store *s, size_t at, size_t bytes, float *to)
+{
+    if (host_store_ended(s, s->queued))
+        s->queued = s->done = 0;
+    s->load[s->queued] = (struct load){ .slot = -1, .at = (int64_t)at, .bytes = bytes, .to = to };
+    return enqueue(s, s->queued);
 }
 
 void host_store_wait(struct host_store *s, int32_t number)
@@ -248,9 +270,12 @@ static int plan_load(struct host_store *s, const struct task *t, int32_t id, str
     s->slot[slot].planned = object;
     s->slot[slot].passing = t->passes ? t->layer : -1;
     s->slot_of[object] = slot;
+    if (s->offset[object] < 0 && write_expert(s, object, e) < 0)
+        return e->code;
     s->load_of[id] = s->n_loads;
-    s->load[s->n_loads++] = (struct load){ .slot = slot, .object = object };
-    return s->offset[object] < 0 ? write_expert(s, object, e) : 0;
+    s->load[s->n_loads++] = (struct load){ .slot = slot, .object = object, .at = s->offset[object],
+                                           .bytes = expert_bytes(s, object), .to = s->slot[slot].weights };
+    return 0;
 }
 
 static int plan_experts(struct host_store *s, const struct moe_graph *g, const struct task *t, const float **weights,
@@ -333,6 +358,15 @@ static struct host_store *allocate(int32_t device, struct err *e)
     return s;
 }
 
+static int start(struct host_store *s, struct err *e)
+{
+    pthread_mutex_init(&s->lock, NULL);
+    pthread_cond_init(&s->changed, NULL);
+    const int code = pthread_create(&s->thread, NULL, work, s);
+    s->runs = code == 0;
+    return code ? err_set(e, ERR_IO, "rank %d: cannot start a thread for loads: %s", s->device, strerror(code)) : 0;
+}
+
 int host_store_open(struct host_store **out, const struct moe_model *m, int32_t device, const char *dir,
                     struct err *e)
 {
@@ -351,11 +385,7 @@ int host_store_open(struct host_store **out, const struct moe_model *m, int32_t 
         s->bytes = expert_bytes(s, (int64_t)i) > s->bytes ? expert_bytes(s, (int64_t)i) : s->bytes;
     if (open_file(s, dir, e) < 0)
         return e->code;
-    pthread_mutex_init(&s->lock, NULL);
-    pthread_cond_init(&s->changed, NULL);
-    const int code = pthread_create(&s->thread, NULL, work, s);
-    s->runs = code == 0;
-    return code ? err_set(e, ERR_IO, "rank %d: cannot start a thread for loads: %s", device, strerror(code)) : 0;
+    return start(s, e);
 }
 
 int host_store_open_plain(struct host_store **out, int32_t device, const char *dir, size_t bytes, struct err *e)
@@ -373,12 +403,11 @@ int host_store_open_plain(struct host_store **out, int32_t device, const char *d
         map_file(s, e);
     }
     free(data);
-    return e->code;
-}
-
-void host_store_read(struct host_store *s, size_t at, size_t bytes, float *to)
-{
-    copy_from(s, (int64_t)at, bytes, to);
+    s->load = calloc(HOST_READS, sizeof *s->load);
+    s->queue = calloc(HOST_READS, sizeof *s->queue);
+    if (!s->load || !s->queue)
+        return err_set(e, ERR_MEMORY, "rank %d: out of memory for reads", device);
+    return e->code ? e->code : start(s, e);
 }
 
 void host_store_close(struct host_store *s)

@@ -19,9 +19,12 @@ struct host_store;
 /* dir: where the file goes. */
 int host_store_open(struct host_store **, const struct moe_model *, int32_t device, const char *dir, struct err *);
 void host_store_close(struct host_store *);
-/* A file of so many bytes of nothing in particular, to measure how long reading takes; from a whole page. */
+/* A file of so many bytes of nothing in particular, to measure how long reading takes. */
 int host_store_open_plain(struct host_store **, int32_t device, const char *dir, size_t bytes, struct err *);
-void host_store_read(struct host_store *, size_t at, size_t bytes, float *to /* from host_take() */);
+/* Queues a read of it, from a whole page, into whole pages that host_take() gave; its number. At most HOST_READS, and
+ * more when all have ended. */
+enum { HOST_READS = 8 };
+int32_t host_store_read(struct host_store *, size_t at, size_t bytes, float *to);
 
 /* Before a step's clock starts: assigns a slot to each of its loads, in the order of their ids, writes what is not in
  * the file yet, and has weights[i] point to where entry i of the graph's experts will find its own. weights:
@@ -34,6 +37,7 @@ void host_store_rewind(struct host_store *);
 int32_t host_store_load(struct host_store *, int32_t task);
 /* Until the load of that number has ended; 0: none. */
 void host_store_wait(struct host_store *, int32_t number);
+bool host_store_ended(struct host_store *, int32_t number);
 /* Of a load that has ended: its beginning and end on the clock of `now`. */
 void host_store_times(struct host_store *, int32_t number, double *start, double *end);
 
