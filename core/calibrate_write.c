@@ -54,7 +54,7 @@ void calibration_write(const struct calibration *c, const char *name, FILE *f)
     say(f, "products", "gemm: tiles, memory, launch", &c->quality[HOST_GEMM]);
     say(f, "bytes", "mem_bandwidth x mem_efficiency, launch_s", &c->quality[HOST_MOVE]);
     say(f, "sums", "mem_bandwidth x combine_efficiency", &c->quality[HOST_SUM]);
-    say(f, "attention", "peak x flops_efficiency, or bytes: read_efficiency", &c->quality[HOST_ATTENTION]);
+    say(f, "attention", "peak x flops_, decode_efficiency; bytes: read_efficiency", &c->quality[HOST_ATTENTION]);
     if (c->n_ranks > 1)
         say(f, "exchanges", "nvlink (memory that ranks share), exchange.startup", &c->quality[HOST_EXCHANGE]);
     say(f, "reads", "pcie (files), latency", &c->quality[HOST_READ]);
@@ -78,20 +78,20 @@ void calibration_write(const struct calibration *c, const char *name, FILE *f)
             "    flops_efficiency = %.3g,\n"
             "    mem_efficiency   = %.3g,\n"
             "    read_efficiency  = %.3g,\n"
+            "    decode_efficiency = %.3g,\n"
             "    combine_efficiency = %.3g,\n"
             "    gemm = {\n"
-            "      sms = 1, tile_m = %.0f, mma_efficiency = %.3g, port_bandwidth = \"10000 TB/s\", "
+            "      sms = 1, tile_m = %.0f, rest = %.3g, mma_efficiency = %.3g, port_bandwidth = \"10000 TB/s\", "
             "store_bandwidth = \"10000 TB/s\",\n"
             "      mem_efficiency = %.3g, vector_efficiency = %.3g, launch_s = %.3g, overlap = %.3g,\n"
             "    },\n"
             "    assumed = \"memory: the computer's over its ranks; peak: 1.05 of what products tend to\",\n"
             "  },\n\n",
             name, c->n_ranks, c->n_ranks == 1 ? "" : "s", cpu, c->n_ranks, c->probe_s, cpu,
-            memory / c->n_ranks / 1e9,
-            d->mem_bandwidth / 1e9, d->peak[PREC_FP32] / 1e9, date, fmax(d->launch_s, 1e-9), d->flops_efficiency,
-            d->mem_efficiency, d->read_efficiency, d->combine_efficiency, d->gemm.tile_m, d->gemm.mma_efficiency,
-            d->gemm.mem_efficiency,
-            d->gemm.vector_efficiency, fmax(d->gemm.launch_s, 1e-9), d->gemm.overlap);
+            memory / c->n_ranks / 1e9, d->mem_bandwidth / 1e9, d->peak[PREC_FP32] / 1e9, date, fmax(d->launch_s, 1e-9),
+            d->flops_efficiency, d->mem_efficiency, d->read_efficiency, d->decode_efficiency, d->combine_efficiency,
+            d->gemm.tile_m, d->gemm.rest, d->gemm.mma_efficiency, d->gemm.mem_efficiency, d->gemm.vector_efficiency,
+            fmax(d->gemm.launch_s, 1e-9), d->gemm.overlap);
     if (c->n_ranks > 1)
         fprintf(f,
                 "  nvlink = {\n"

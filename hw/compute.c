@@ -22,11 +22,11 @@ double compute_element_bytes(enum precision p)
     return element_bytes[p];
 }
 
-/* efficiency: of memory's bandwidth. adds_up: neither hides behind the other, as on a processor. */
-static struct kernel_cost roofline(const struct device_spec *d, enum precision p, double flops, double bytes,
+/* Efficiencies: of peak, of memory's bandwidth. adds_up: neither hides behind the other, as on a processor. */
+static struct kernel_cost roofline(const struct device_spec *d, double flops, double bytes, double rate,
                                    double efficiency, bool adds_up)
 {
-    double arithmetic = flops > 0 ? flops / (d->peak[p] * d->flops_efficiency) : 0;
+    double arithmetic = flops > 0 ? flops / rate : 0;
     double memory = bytes / (d->mem_bandwidth * efficiency);
     const double both = adds_up ? arithmetic + memory : fmax(arithmetic, memory);
     return (struct kernel_cost){ both + d->launch_s, arithmetic, memory, bytes };
@@ -34,7 +34,7 @@ static struct kernel_cost roofline(const struct device_spec *d, enum precision p
 
 struct kernel_cost cost_plain(const struct device_spec *d, enum precision p, double flops, double bytes)
 {
-    return roofline(d, p, flops, bytes, d->mem_efficiency, false);
+    return roofline(d, flops, bytes, d->peak[p] * d->flops_efficiency, d->mem_efficiency, false);
 }
 
 struct kernel_cost cost_known(const struct device_spec *d, enum precision p, double flops, double bytes,
@@ -42,7 +42,10 @@ struct kernel_cost cost_known(const struct device_spec *d, enum precision p, dou
 {
     const bool reads = key->op == LATENCY_DECODE || key->op == LATENCY_PREFILL;
     const double own = reads ? d->read_efficiency : key->op == LATENCY_COMBINE ? d->combine_efficiency : 0;
-    struct kernel_cost c = roofline(d, p, flops, bytes, own > 0 ? own : d->mem_efficiency, reads && own > 0);
+    const double rate = key->op == LATENCY_DECODE && d->decode_efficiency > 0 ? d->decode_efficiency
+                                                                              : d->flops_efficiency;
+    struct kernel_cost c = roofline(d, flops, bytes, d->peak[p] * rate, own > 0 ? own : d->mem_efficiency,
+                                    reads && own > 0);
     if (!d->tables || key->op == LATENCY_NONE || key->rows <= 0)
         return c;
     /* What was measured keeps arithmetic and memory as busy as the model says. */

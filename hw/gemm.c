@@ -13,7 +13,8 @@
  *
  * Tiles and memory overlap, but neither hides the other wholly: a p-norm with exponent `overlap` joins the two. With 1
  * they add up, as on a processor that packs operands before it multiplies (calibrate.c); its products of one row pack
- * nothing. Its tiles are tile_m x 16, whatever the sizes. */
+ * nothing. Its tiles are tile_m x 16, whatever the sizes; rows that fill none come in halves of one, quarters and so on
+ * (3 of 4: a half and a quarter), each of which takes `rest` of a tile's time: short loops use few registers. */
 #include "config.h"
 
 #include "latency_table.h"
@@ -54,7 +55,13 @@ static double tiles_of(const struct device_spec *d, const struct gemm_group *g, 
 {
     if (g->rows <= 0 || is_vector(d, g))
         return 0;
-    return (double)((g->rows + tile_m - 1) / tile_m) * (double)((g->n + tile_n - 1) / tile_n);
+    double high = (double)((g->rows + tile_m - 1) / tile_m);
+    if (d->gemm.rest > 0) {
+        high = (double)(g->rows / tile_m);
+        for (int64_t rest = g->rows % tile_m; rest > 0; rest &= rest - 1)
+            high += d->gemm.rest;
+    }
+    return high * (double)((g->n + tile_n - 1) / tile_n);
 }
 
 /* The widths that a kernel chooses from; the first of the best. *waves: how often the SMs are filled. */
@@ -69,7 +76,7 @@ static int64_t choose_tile(const struct device_spec *d, int32_t n_groups, const 
         double tiles = 0;
         for (int32_t g = 0; g < n_groups; g++)
             tiles += tiles_of(d, &group[g], tile_m, tile_n);
-        const double w = ceil(tiles / d->gemm.sms), rest = tiles - (w - 1) * d->gemm.sms;
+        const double w = d->gemm.sms > 1 ? ceil(tiles / d->gemm.sms) : tiles, rest = tiles - (w - 1) * d->gemm.sms;
         if (w < *waves || (w == *waves && rest > last)) {
             *waves = w;
             *n_tiles = tiles;

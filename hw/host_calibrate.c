@@ -191,15 +191,15 @@ static void gemms(struct bench *b)
 {
     static const struct gemm_group matrix[] = { { 0, 384, 512 }, { 0, 448, 896 }, { 0, 896, 448 }, { 0, 1792, 640 },
                                                 { 0, 1344, 1344 } };
+    /* Libraries cut them into fours or eights, and rests. */
+    static const int64_t rows[] = { 1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 12, 13, 16, 19, 22, 24, 29, 32, 42, 48, 64, 79,
+                                    96, 128, 192, 256, 384, 512 };
     for (size_t i = 0; i < sizeof matrix / sizeof *matrix; i++)
-        for (int64_t rows = 1; rows <= 512; rows *= 2)
-            for (int half = 0; half < 2 && rows + half * rows / 2 <= 512; half++) {
-                if (half && rows < 4)
-                    continue;
-                struct host_sample s = { .what = HOST_GEMM, .shape = matrix[i] };
-                s.shape.rows = rows + half * rows / 2;
-                measure(b, s, multiply);
-            }
+        for (size_t j = 0; j < sizeof rows / sizeof *rows; j++) {
+            struct host_sample s = { .what = HOST_GEMM, .shape = matrix[i] };
+            s.shape.rows = rows[j];
+            measure(b, s, multiply);
+        }
 }
 
 static void moves(struct bench *b)

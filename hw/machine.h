@@ -31,10 +31,12 @@ struct device_spec {
     double flops_efficiency;    /* of peak, reached by a large GEMM */
     double mem_efficiency;      /* of mem_bandwidth, reached by a large copy */
     double read_efficiency;     /* the same by attention's core, whose arithmetic adds to that; 0: mem_efficiency */
+    double decode_efficiency;   /* of peak, by the core's arithmetic when decoding; 0: flops_efficiency */
     double combine_efficiency;  /* and by sums of rows that lie apart; 0: mem_efficiency */
     struct {                    /* grouped GEMMs: gemm.c */
         double sms;             /* tiles at once */
         double tile_m;          /* rows of a tile 16 wide; 0: tiles as DeepGEMM chooses them */
+        double rest;            /* of a tile's time, each half that rows which fill none come in; 0: they take a tile */
         double mma_efficiency;  /* of peak, in the main loop of a tile */
         double port_bandwidth;  /* B/s that one SM draws operands from L2 with */
         double store_bandwidth; /* B/s that one SM's results leave with */

@@ -30,6 +30,7 @@ static void device_fill(struct device_spec *d, const json_t *device, const json_
     d->flops_efficiency = topology_number(device, "flops_efficiency");
     d->mem_efficiency = topology_number(device, "mem_efficiency");
     d->read_efficiency = topology_number(device, "read_efficiency");
+    d->decode_efficiency = topology_number(device, "decode_efficiency");
     d->combine_efficiency = topology_number(device, "combine_efficiency");
     for (int p = 0; p < N_PRECISIONS; p++)
         d->peak[p] = topology_number(peak, precision_name[p]);
@@ -41,6 +42,7 @@ static void device_fill(struct device_spec *d, const json_t *device, const json_
     d->gemm.mem_efficiency = topology_number(gemm, "mem_efficiency");
     d->gemm.launch_s = topology_number(gemm, "launch_s");
     d->gemm.vector_efficiency = topology_number(gemm, "vector_efficiency");
+    d->gemm.rest = topology_number(gemm, "rest");
     d->gemm.overlap = topology_number(gemm, "overlap");
 }
 

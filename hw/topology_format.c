@@ -78,6 +78,7 @@ static const struct field fields[] = {
     { DEVICE, "flops_efficiency", NUMBER, true, SHARE, 0, "of peak" },
     { DEVICE, "mem_efficiency", NUMBER, true, SHARE, 0, "of mem_bandwidth" },
     { DEVICE, "read_efficiency", NUMBER, false, SHARE, 0, "of mem_bandwidth" },
+    { DEVICE, "decode_efficiency", NUMBER, false, SHARE, 0, "of peak" },
     { DEVICE, "combine_efficiency", NUMBER, false, SHARE, 0, "of mem_bandwidth" },
 
     { PEAK, "fp32", RATE, false, 1e9, 1e19, 0, "" },
@@ -90,6 +91,7 @@ static const struct field fields[] = {
 
     { GEMM, "sms", INTEGER, true, 1, 10000, 0, "tiles at once" },
     { GEMM, "tile_m", INTEGER, false, 1, 1024, 0, "rows" },
+    { GEMM, "rest", NUMBER, false, 0.01, 100, 0, "of a tile's time" },
     { GEMM, "mma_efficiency", NUMBER, true, SHARE, 0, "of peak" },
     { GEMM, "port_bandwidth", BANDWIDTH, true, 1e6, 1e16, 0, "per SM" },
     { GEMM, "store_bandwidth", BANDWIDTH, true, 1e6, 1e16, 0, "per SM" },

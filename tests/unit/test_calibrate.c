@@ -21,7 +21,7 @@ static double core_of(const struct latency_key *key)
     const double wide = (double)(key->n + key->k), pairs = key->rows * (decode ? key->context : key->context / 2);
     const double read = (decode ? key->rows * key->context : key->context) * key->kv_heads * wide;
     const double bytes = 4 * (read + key->rows * key->heads * wide);
-    return 2 * pairs * key->heads * wide / 30e9 + bytes / 12e9 + 0.5e-6;
+    return 2 * pairs * key->heads * wide / (decode ? 20e9 : 30e9) + bytes / 12e9 + 0.5e-6;
 }
 
 static void add(struct calibration *c, struct host_sample s, double seconds)
@@ -36,7 +36,7 @@ static void add(struct calibration *c, struct host_sample s, double seconds)
 static void fill(struct calibration *c)
 {
     static const int64_t wide[] = { 320, 896, 1344 };
-    c->sample = malloc(200 * sizeof *c->sample);
+    c->sample = malloc(300 * sizeof *c->sample);
     c->n_ranks = 3;
     snprintf(c->versions, sizeof c->versions, "made up");
     for (int i = 0; i < 9; i++)
@@ -52,7 +52,7 @@ static void fill(struct calibration *c)
     for (int i = 0; i < 3; i++)
         add(c, (struct host_sample){ .what = HOST_PACE }, 0.6e-3);
     static const struct latency_key key[] = { { LATENCY_DECODE, 0, 8, 8, 64, 64, 32, 512 },
-                                              { LATENCY_DECODE, 0, 8, 8, 64, 64, 64, 256 },
+                                              { LATENCY_DECODE, 0, 8, 2, 64, 64, 64, 256 },
                                               { LATENCY_PREFILL, 0, 8, 8, 64, 64, 512, 512 } };
     for (int i = 0; i < 3; i++)
         add(c, (struct host_sample){ .what = HOST_ATTENTION, .key = key[i] }, core_of(&key[i]));
@@ -79,6 +79,7 @@ static void parameters_are_found(void **state)
     assert_near(d->mem_bandwidth * d->gemm.vector_efficiency, 15e9, 0.02);
     assert_true(d->gemm.tile_m == 1 && d->gemm.overlap == 1);
     assert_near(d->peak[PREC_FP32] * d->flops_efficiency, 30e9, 0.02);
+    assert_near(d->peak[PREC_FP32] * d->decode_efficiency, 20e9, 0.02);
     assert_near(d->mem_bandwidth * d->read_efficiency, 12e9, 0.02);
     assert_near(c.exchange_s, 3e-6, 0.02);
     assert_near(c.link_bandwidth, 4e9, 0.01);
@@ -88,6 +89,32 @@ static void parameters_are_found(void **state)
         assert_true(c.quality[what].largest < 0.05 && c.quality[what].median <= c.quality[what].largest);
         assert_near(c.quality[what].spread, 0.03, 1e-9);
     }
+    calibration_free(&c);
+}
+
+/* Tiles of four rows; one or two more take 1.7 times as long, and three twice that. */
+static void rests_are_found(void **state)
+{
+    (void)state;
+    struct calibration c = { 0 };
+    struct err e = { 0 };
+    fill(&c);
+    int n = 0;
+    for (int i = 0; i < c.n; i++) /* in place of the products that are there */
+        if (c.sample[i].what != HOST_GEMM)
+            c.sample[n++] = c.sample[i];
+    c.n = n;
+    for (int64_t rows = 2; rows < 400; rows += 1 + rows / 6)
+        for (int64_t n_k = 320; n_k <= 1344; n_k += 512) {
+            const double rest[] = { 0, 1.7, 1.7, 3.4 }, tiles = (double)(rows / 4) + rest[rows % 4];
+            add(&c, (struct host_sample){ .what = HOST_GEMM, .shape = { rows, n_k, n_k } },
+                2e-6 + tiles * 8 * (double)(n_k * n_k) / 90e9 + 4.0 * (double)(n_k * n_k) / 5e9 +
+                8.0 * (double)(rows * n_k) / 15e9);
+        }
+    test_ok(calibration_fit(&c, &e), &e);
+    assert_true(c.device.gemm.tile_m == 4 && c.device.gemm.overlap == 1);
+    assert_near(c.device.gemm.rest, 1.7, 0.05);
+    assert_near(c.device.peak[PREC_FP32] * c.device.gemm.mma_efficiency, 90e9, 0.03);
     calibration_free(&c);
 }
 
@@ -138,6 +165,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(parameters_are_found),
+        cmocka_unit_test(rests_are_found),
         cmocka_unit_test(samples_survive),
         cmocka_unit_test(nothing_is_made_up),
     };

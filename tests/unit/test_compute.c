@@ -74,10 +74,17 @@ static void processor(void **state)
     assert_near(compute_gemm(&d, PREC_FP32, 1, &g, &b),
                 1e-6 + 2.0 * 7 * 48 * 500 / 0.8e11 + 4.0 * 40 * 500 / 0.9e12 + 4.0 * (7 * 500 + 7 * 40) / 0.6e12, 1e-9);
     assert_near(compute_gemm(&d, PREC_FP32, 1, &one, &b), 1e-6 + 4.0 * (500 + 40 * 500 + 40) / 0.6e12, 1e-9);
+    d.gemm.tile_m = 4; /* 7 rows: a whole tile, a half of it and a quarter */
+    d.gemm.rest = 1.5;
+    assert_near(compute_gemm(&d, PREC_FP32, 1, &g, &b),
+                1e-6 + 4 * 2.0 * 4 * 48 * 500 / 0.8e11 + 4.0 * 40 * 500 / 0.9e12 + 4.0 * (7 * 500 + 7 * 40) / 0.6e12,
+                1e-9);
     const struct latency_key decode = { .op = LATENCY_DECODE, .rows = 1 }, sum = { .op = LATENCY_COMBINE, .rows = 8e9 };
     assert_near(cost_known(&d, PREC_FP32, 1e9, 8e9, &decode).seconds, 1e9 / 0.5e11 + 8e9 / 0.5e12 + 3e-6, 1e-12);
     assert_near(cost_known(&d, PREC_FP32, 0, 8e9, &sum).seconds, 8e9 / 0.25e12 + 3e-6, 1e-12);
-    d.read_efficiency = d.combine_efficiency = 0;
+    d.decode_efficiency = 0.25;
+    assert_near(cost_known(&d, PREC_FP32, 1e9, 8e9, &decode).seconds, 1e9 / 0.25e11 + 8e9 / 0.5e12 + 3e-6, 1e-12);
+    d.read_efficiency = d.combine_efficiency = d.decode_efficiency = 0;
     assert_near(cost_known(&d, PREC_FP32, 1e9, 8e9, &decode).seconds, 1e9 / 0.5e11 + 3e-6, 1e-12);
     assert_near(cost_known(&d, PREC_FP32, 0, 8e9, &sum).seconds, 8e9 / 0.8e12 + 3e-6, 1e-12);
 }
