@@ -19,6 +19,7 @@ static const struct { uint32_t bit; const char *name; } needs_name[] = {
     { MOE_LOCAL, "local" },                 { MOE_NEEDS_PREVIOUS_LOGITS, "previous-logits" },
     { MOE_NEEDS_TRANSITIONS, "transitions" }, { MOE_NEEDS_COACTIVATION, "coactivation" },
     { MOE_NEEDS_SALIENCY, "saliency" },     { MOE_NEEDS_SIMILARITY, "similarity" }, { MOE_OWN_GATE, "own-gate" },
+    { MOE_HEEDS_BIAS, "heeds-bias" },
 };
 
 /* What is built into the core rather than loaded. */

@@ -71,6 +71,8 @@ static int prepare(struct eval_job *j, struct work *w, struct moe_routes *record
     if (job_machine(j, 0) < 0 || !(b->device = job_token_devices(j, b->n_tokens)) || job_context(j) < 0 ||
         count_free(j, b) < 0)
         return j->err->code;
+    if (job_has(j, "bias") && !policy_heeds_bias(j->plugin))
+        return job_fail(j, "bias", "router %s decides without scores, and would not heed it", j->plugin->name);
     int64_t n_columns = j->model.n_experts + b->n_free;
     w->bias.add = job_has(j, "bias") ? job_floats(j, "bias", 1, &n_columns)
                                      : job_alloc(j, (size_t)n_columns, sizeof *w->bias.add);

@@ -73,7 +73,9 @@ enum moe_needs {
     MOE_NEEDS_COACTIVATION = 1 << 15,    /* placement: stats->coactivation */
     MOE_NEEDS_SALIENCY = 1 << 16,        /* placement: stats->saliency */
     MOE_NEEDS_SIMILARITY = 1 << 17,      /* placement: stats->similarity */
-    MOE_OWN_GATE = 1 << 18               /* router: `own` is all that deciding costs; there is no gate of 2 T H E */
+    MOE_OWN_GATE = 1 << 18,              /* router: `own` is all that deciding costs; there is no gate of 2 T H E */
+    MOE_HEEDS_BIAS = 1 << 19             /* router: its route() follows the bias; without score, select and this, balancers
+                                            that adjust are refused */
 };
 
 enum moe_phase { MOE_PREFILL, MOE_DECODE, MOE_TRAIN };

@@ -60,6 +60,12 @@ int policy_leave(struct policy *, const char *hook, int code);
 #define HOOK(p, kind, hook, ...)                                                                                      \
     (policy_enter((p), #hook), policy_leave((p), #hook, (p)->plugin->ops.kind.hook((p)->self, __VA_ARGS__)))
 
+/* Whether what balancers add to scores reaches a router's choice. */
+static inline bool policy_heeds_bias(const struct moe_plugin *router)
+{
+    return (router->ops.router.score && router->ops.router.select) || (router->needs & MOE_HEEDS_BIAS);
+}
+
 /* Experts of a layer that cost nothing, as a router says; 0 without its hook. */
 int policy_n_free(struct policy *, int32_t layer, int32_t *n_free);
 

@@ -124,7 +124,7 @@ static int check(const struct moe_plugin *p, enum moe_kind kind, const char *nam
                        p->name ? p->name : "", name);
     if (!p->summary || !p->source)
         return err_set(e, ERR_INPUT, "%s: has no %s", path, p->summary ? "source" : "summary");
-    const uint32_t unknown = p->needs & ~(2u * MOE_OWN_GATE - 1); /* that is the last of enum moe_needs */
+    const uint32_t unknown = p->needs & ~(2u * MOE_HEEDS_BIAS - 1); /* that is the last of enum moe_needs */
     if (unknown)
         return err_set(e, ERR_INPUT, "%s: needs has unknown bits 0x%x", path, unknown);
     const char *missing = NULL;

@@ -122,14 +122,15 @@ static int open_policy(struct run *r, struct policy *p, enum moe_kind kind, cons
     return 0;
 }
 
-/* A router that plays what was recorded cannot be told to choose otherwise. */
+/* What a balancer adds to scores would be lost on a router that decides without them. */
 static int check_adjusted(struct run *r)
 {
-    for (int i = 0; i < r->n_balancers; i++)
-        if (r->balancer[i].plugin->ops.balancer.adjust && (r->router.plugin->needs & MOE_NEEDS_RECORDED))
-            return err_set(r->err, ERR_INPUT, "%s: balancer %s adjusts scores, and router %s plays recorded choices: "
-                           "choose a router that scores, such as softmax-top-k", r->where, r->balancer[i].plugin->name,
-                           r->router.plugin->name);
+    const struct moe_plugin *router = r->router.plugin;
+    for (int i = 0; i < r->n_balancers && !policy_heeds_bias(router); i++)
+        if (r->balancer[i].plugin->ops.balancer.adjust)
+            return err_set(r->err, ERR_INPUT, "%s: balancer %s adjusts scores, and router %s %s: choose a router that "
+                           "scores, such as softmax-top-k", r->where, r->balancer[i].plugin->name, router->name,
+                           router->needs & MOE_NEEDS_RECORDED ? "plays recorded choices" : "decides without them");
     return 0;
 }
 

@@ -90,6 +90,15 @@ ok "a balancer, with state of its own per run" "$moelab" run x.lua --out results
 sed -i 's/softmax-top-k/replay/' x.lua
 run_expect 2 'balancer mine adjusts scores, and router replay plays recorded choices' "$moelab" run x.lua --out replayed
 ok "... and nothing is written" test ! -e replayed
+# Nor on a router that decides without scores; one that heeds the bias in route() may be adjusted.
+for router in base-auction sinkhorn-router random-router; do
+    sed -i "s/router = \"[a-z-]*\"/router = \"$router\"/" x.lua
+    run_expect 2 "balancer mine adjusts scores, and router $router decides without them: choose a router that scores" \
+        "$moelab" run x.lua --out replayed
+    ok "... and nothing is written" test ! -e replayed
+done
+sed -i 's/router = "[a-z-]*"/router = moe.plugin("bilevel-router", { groups = 2 })/' x.lua
+ok "a router that heeds the bias in route()" "$moelab" run x.lua --out adjusted
 
 cat >x.lua <<'EOF'
 local moe, tiny = require "moelab", require "tiny"

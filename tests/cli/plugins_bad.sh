@@ -42,7 +42,7 @@ refused 'calls itself "worse", expected "bad" \(the file.s stem\)' bad_header.c 
 refused 'calls itself "", expected "bad"' bad_header.c -DNAME=NULL
 refused 'has no summary' bad_header.c -DSUMMARY=NULL
 refused 'required hook missing: route, or score and select' bad_header.c -DROUTE=NULL
-refused 'needs has unknown bits 0x40080000' bad_header.c -DNEEDS='0x40080000|MOE_OWN_GATE'
+refused 'needs has unknown bits 0x40100000' bad_header.c -DNEEDS='0x40100000|MOE_OWN_GATE'
 refused '.*undefined_somewhere' bad_header.c -DUNDEFINED
 # name, type, offset, default, min, max, text, unit, help
 refused 'parameter n: default 5 is not within \[1, 4\]' bad_header.c \
