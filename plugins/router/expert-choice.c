@@ -120,36 +120,47 @@ static void take(const float *x, int32_t n, int32_t k, const int32_t *token, flo
             out[found++] = token[i];
 }
 
-/* column: [E][n] scale * score + add; tile by tile, so that both sides stay in the cache. */
+/* Experts that choose: all but those that a bias says do not exist. expert: [E]. Returns how many. */
+static int32_t find_existing(const struct moe_batch *b, const struct moe_bias *bias, int32_t *expert)
+{
+    int32_t n = 0;
+    for (int32_t e = 0; e < b->n_experts; e++)
+        if (bias == NULL || bias->add[e] > -INFINITY)
+            expert[n++] = e;
+    return n;
+}
+
+/* column: [experts that exist][n] scale * score + add; tile by tile, so that both sides stay in the cache. */
 static void transpose(const struct moe_batch *b, const float *scores, const struct moe_bias *bias, struct group g,
-                      float by, float *column)
+                      const int32_t *expert, int32_t n_there, float by, float *column)
 {
     enum { TILE = 32 };
     for (int32_t i0 = 0; i0 < g.n; i0 += TILE)
-        for (int32_t e = 0; e < b->n_experts; e++) {
+        for (int32_t r = 0; r < n_there; r++) {
+            const int32_t e = expert[r];
             const float scale = bias != NULL ? bias->scale[e] : 1, add = bias != NULL ? bias->add[e] : 0;
             for (int32_t i = i0; i < i0 + TILE && i < g.n; i++)
-                column[(int64_t)e * g.n + i] = (scale * scores[(int64_t)g.token[i] * b->n_experts + e] + add) * by;
+                column[(int64_t)r * g.n + i] = (scale * scores[(int64_t)g.token[i] * b->n_experts + e] + add) * by;
         }
 }
 
-/* What every expert takes of one group: [E][k]. */
+/* What every expert that exists takes of one group: [n_there][k]. */
 static int choose(const struct state *s, const struct moe_batch *b, const float *scores, const struct moe_bias *bias,
-                  struct group g, int32_t k, int32_t *picked)
+                  struct group g, const int32_t *expert, int32_t n_there, int32_t k, int32_t *picked)
 {
     const struct moe_env *env = s->env;
-    const size_t n = (size_t)g.n, cells = n * (size_t)b->n_experts;
+    const size_t n = (size_t)g.n, cells = n * (size_t)n_there;
     const bool capped = s->conf->limit > 0;
     float *a = env->host->scratch(env, (cells + 1) * sizeof *a);
     float *room = env->host->scratch(env, (n + 1) * sizeof *room);
     float *entry = capped ? env->host->scratch(env, (cells + 1) * sizeof *entry) : room;
     if (!a || !room || !entry)
         return MOE_ENOMEM;
-    transpose(b, scores, bias, g, capped ? 1 / (float)s->conf->lambda : 1, a);
+    transpose(b, scores, bias, g, expert, n_there, capped ? 1 / (float)s->conf->lambda : 1, a);
     if (capped)
-        project(s->conf->projections, a, b->n_experts, g.n, (float)k, (float)s->conf->limit, room, entry);
-    for (int32_t e = 0; e < b->n_experts; e++)
-        take(a + (int64_t)e * g.n, g.n, k, g.token, room, picked + (int64_t)e * k);
+        project(s->conf->projections, a, n_there, g.n, (float)k, (float)s->conf->limit, room, entry);
+    for (int32_t r = 0; r < n_there; r++)
+        take(a + (int64_t)r * g.n, g.n, k, g.token, room, picked + (int64_t)r * k);
     return MOE_OK;
 }
 
@@ -186,8 +197,10 @@ static int select(void *self, const struct moe_batch *batch, const float *scores
     int32_t *token = env->host->scratch(env, ((size_t)n + 1) * sizeof *token);
     int32_t *first = env->host->scratch(env, ((size_t)n + 2) * sizeof *first), n_groups = n > 0;
     int64_t *start = env->host->scratch(env, ((size_t)n_experts + 1) * sizeof *start), picks = 0, at = 0;
-    if (!token || !first || !start)
+    int32_t *expert = env->host->scratch(env, ((size_t)n_experts + 1) * sizeof *expert);
+    if (!token || !first || !start || !expert)
         return MOE_ENOMEM;
+    const int32_t n_there = find_existing(batch, bias, expert);
     if (s->conf->per == PER_REQUEST && batch->request == NULL)
         return env->host->fail(env, MOE_EINVAL, "per = request: the workload does not say whose tokens are whose");
     for (int32_t t = 0; t < n; t++)
@@ -210,17 +223,21 @@ static int select(void *self, const struct moe_batch *batch, const float *scores
         const struct group own = { token + first[g], first[g + 1] - first[g] };
         const double ideal = ceil(own.n * s->conf->factor / n_experts);
         const int32_t k = ideal < own.n ? (int32_t)ideal : own.n;
-        int rc = choose(s, batch, scores, bias, own, k, taken);
+        int rc = choose(s, batch, scores, bias, own, expert, n_there, k, taken);
         if (rc < 0)
             return rc;
-        for (int32_t e = 0; e < n_experts; e++)
-            memcpy(sorted + (int64_t)e * picks + at, taken + (int64_t)e * k, (size_t)k * sizeof *sorted);
+        for (int32_t r = 0; r < n_there; r++)
+            memcpy(sorted + (int64_t)r * picks + at, taken + (int64_t)r * k, (size_t)k * sizeof *sorted);
         at += k;
     }
-    for (int32_t e = 0; e <= n_experts; e++)
-        start[e] = (int64_t)e * picks;
-    for (int64_t i = 0; i < picks * n_experts; i++)
-        weight[i] = scores[(int64_t)sorted[i] * n_experts + i / picks];
+    start[0] = 0;
+    for (int32_t e = 0, r = 0; e < n_experts; e++) {
+        const bool there = r < n_there && expert[r] == e;
+        start[e + 1] = start[e] + (there ? picks : 0);
+        r += there;
+    }
+    for (int64_t i = 0; i < picks * n_there; i++)
+        weight[i] = scores[(int64_t)sorted[i] * n_experts + expert[i / picks]];
     return env->host->routes_transpose(env, n, n_experts, start, sorted, weight, out);
 }
 

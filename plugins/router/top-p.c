@@ -65,7 +65,7 @@ static int select(void *self, const struct moe_batch *batch, const float *scores
     const struct state *s = self;
     const struct moe_env *env = s->env;
     const int32_t n = batch->n_experts;
-    const int32_t most = s->conf->max_k > 0 && s->conf->max_k < n ? (int32_t)s->conf->max_k : n;
+    const int32_t max_k = s->conf->max_k > 0 && s->conf->max_k < n ? (int32_t)s->conf->max_k : n;
     float *choice = env->host->scratch(env, (size_t)n * sizeof *choice);
     int32_t *expert = env->host->scratch(env, (size_t)n * sizeof *expert);
     if (choice == NULL || expert == NULL)
@@ -73,11 +73,14 @@ static int select(void *self, const struct moe_batch *batch, const float *scores
     out->n = out->offset[0] = 0;
     for (int32_t t = 0; t < batch->n_tokens; t++) {
         const float *p = scores + (int64_t)t * n;
-        int32_t found = most < 8 ? most : 8, k = 0;
+        int32_t there = 0, k = 0;
         float sum = 0;
-        for (int32_t e = 0; e < n; e++)
+        for (int32_t e = 0; e < n; e++) {
             choice[e] = bias != NULL ? bias->scale[e] * p[e] + bias->add[e] : p[e];
-        for (;; found = 2 * found < most ? 2 * found : most) {
+            there += choice[e] > -INFINITY;
+        }
+        const int32_t most = max_k < there ? max_k : there;
+        for (int32_t found = most < 8 ? most : 8; most > 0; found = 2 * found < most ? 2 * found : most) {
             moe_top_k(choice, n, found, expert);
             k = enough(p, expert, found, s->conf->p);
             if (k > 0 || found == most)

@@ -20,8 +20,8 @@ static void *must(void *p)
     return p;
 }
 
-/* Width of hidden states; of dimensions that a plugin names with letters of its own. */
-enum { HIDDEN = 64, OTHER = 16 };
+/* Width of hidden states; token ids; of dimensions that a plugin names with letters of its own. */
+enum { HIDDEN = 64, VOCABULARY = 1000, OTHER = 16 };
 
 /* P, the largest factor of n that is not above its root: Q is the other one. */
 static int64_t factor_of(int64_t n)
@@ -39,7 +39,7 @@ static int64_t declared_size(const char *letter, const struct contract_size *siz
         return strtoll(letter, NULL, 10);
     return *letter == 'L' ? size->n_layers : *letter == 'E' ? size->n_experts : *letter == 'K' ? size->top_k
          : *letter == 'P' ? factor_of(size->n_experts) : *letter == 'Q' ? size->n_experts / factor_of(size->n_experts)
-         : *letter == 'H' ? HIDDEN : OTHER;
+         : *letter == 'H' ? HIDDEN : *letter == 'V' ? VOCABULARY : OTHER;
 }
 
 /* Learned tensors for a plugin: numbers in [-0.5, 0.5) in the shapes that its parameters declare. `text`: settings that
@@ -144,7 +144,7 @@ void contract_batch_make(struct contract_batch *b, const struct contract_size *s
             continue;
         b->request[at] = request;
         b->position[at] = position;
-        b->token_id[at] = (int32_t)(token_bits(request, position, 1, 0) % 1000);
+        b->token_id[at] = (int32_t)(token_bits(request, position, 1, 0) % VOCABULARY);
         b->label[at] = request % 3;
         b->device[at] = request % size->n_devices;
         b->importance[at] = (float)moe_unit(token_bits(request, position, 2, 0));

@@ -19,8 +19,10 @@ static void bias_free(struct moe_bias b)
     free(b.scale);
 }
 
-/* Routes a batch as the core does: score and select if the router has them, else (or plain) route. */
-static void route_either(struct policy *policy, const struct moe_batch *batch, bool plain, struct moe_routes *out)
+/* Routes a batch as the core does: score and select if the router has them, else (or plain) route. `missing`: an expert
+ * that does not exist, or -1. */
+static void route_without(struct policy *policy, const struct moe_batch *batch, bool plain, int32_t missing,
+                          struct moe_routes *out)
 {
     const struct moe_router_ops *ops = &policy->plugin->ops.router;
     struct moe_batch with_free = *batch;
@@ -30,6 +32,8 @@ static void route_either(struct policy *policy, const struct moe_batch *batch, b
     struct moe_bias bias = bias_new(batch->n_experts + batch->n_free);
     struct moe_cost own = {0, 0, 0};
     int rc;
+    if (missing >= 0)
+        bias.add[missing] = -INFINITY;
     policy_routes_init(out, batch->n_tokens);
     if (ops->select != NULL && !plain) {
         size_t n = (size_t)batch->n_tokens * (size_t)(batch->n_experts + batch->n_free);
@@ -52,6 +56,11 @@ static void route_either(struct policy *policy, const struct moe_batch *batch, b
     assert_int_equal(policy->host->n_failures, 0);
     assert_true(own.flops >= 0 && isfinite(own.flops) && own.bytes >= 0 && isfinite(own.bytes));
     bias_free(bias);
+}
+
+static void route_either(struct policy *policy, const struct moe_batch *batch, bool plain, struct moe_routes *out)
+{
+    route_without(policy, batch, plain, -1, out);
 }
 
 static void route(struct policy *policy, const struct moe_batch *batch, struct moe_routes *out)
@@ -177,10 +186,36 @@ static void router_needs_no_scores_to_choose(void **state)
     }
 }
 
+/* Every expert in turn gets an add of -INFINITY: nobody goes there. A router that cannot follow a bias is not asked. */
+static void router_never_chooses_what_does_not_exist(void **state)
+{
+    const struct moe_plugin *plugin = *state;
+    const struct contract_size size = {40, 1, 8, 2, 4, 2};
+    if (plugin->ops.router.select == NULL && !(plugin->needs & MOE_HEEDS_BIAS))
+        return;
+    for (int32_t missing = 0; missing < size.n_experts; missing++) {
+        struct policy_host host;
+        struct policy policy;
+        struct contract_batch b;
+        struct moe_routes out;
+        contract_start(&policy, &host, plugin, &size, 0);
+        contract_batch_make(&b, &size, 0, 0, 5, -1);
+        route_without(&policy, &b.batch, plugin->ops.router.select == NULL, missing, &out);
+        contract_check_routes(&out, size.n_tokens, size.n_experts);
+        for (int64_t i = 0; i < out.n; i++)
+            if (out.expert[i] == missing)
+                fail_msg("expert %d does not exist and is chosen", missing);
+        policy_routes_free(&out);
+        contract_batch_free(&b);
+        contract_stop(&policy);
+    }
+}
+
 const struct contract_check contract_router[] = {
     {"decides validly and repeatably", router_decides_validly_and_repeatably},
     {"keeps requests apart", router_keeps_requests_apart},
     {"needs no scores to choose", router_needs_no_scores_to_choose},
+    {"never chooses what does not exist", router_never_chooses_what_does_not_exist},
     {NULL, NULL},
 };
 
