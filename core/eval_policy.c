@@ -229,10 +229,10 @@ int job_tensors(struct eval_job *j)
     if (tensors && !json_is_object(tensors))
         return job_fail(j, "tensors", "expected {\"name\": \"file.npy\"}");
     json_object_foreach(tensors, name, value) {
-        if (!json_is_string(value))
-            return job_fail(j, "tensors", "%s: expected the path of a .npy file", name);
-        const char *file = job_path(j, json_string_value(value), path, sizeof path);
-        if (job_param(j, name, "tensors", json_string(file)) < 0)
+        if (!json_is_string(value) && !json_is_array(value))
+            return job_fail(j, "tensors", "%s: expected numbers, or the path of a .npy file", name);
+        const char *file = json_is_string(value) ? job_path(j, json_string_value(value), path, sizeof path) : NULL;
+        if (job_param(j, name, "tensors", file ? json_string(file) : json_incref(value)) < 0)
             return j->err->code;
     }
     return 0;

@@ -92,7 +92,7 @@ struct moe_exchange;
 
 enum moe_type { MOE_INT, MOE_REAL, MOE_BOOL, MOE_STRING, MOE_ENUM, MOE_TENSOR };
 
-struct moe_tensor { /* a learned array, read from a .npy and converted to f32; data NULL when not given */
+struct moe_tensor { /* a learned array, of a .npy or written out, converted to f32; data NULL when not given */
     int32_t n_dims;
     int64_t shape[4];
     const float *data;

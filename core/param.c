@@ -5,6 +5,7 @@
 #include "param.h"
 #include "npy.h"
 
+#include <float.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -159,6 +160,50 @@ static int own(struct param_set *s, void *memory, struct err *e)
     return 0;
 }
 
+/* Numbers of a nested list of the tensor's shape, row-major. Returns what is wrong, or NULL. */
+static const char *fill_level(const json_t *v, const struct moe_tensor *x, int32_t level, float **to)
+{
+    const char *wrong = NULL;
+    if (level == x->n_dims) {
+        const double number = json_number_value(v);
+        const bool fits = fabs(number) <= (double)FLT_MAX;
+        *(*to)++ = fits ? (float)number : 0;
+        return !json_is_number(v) ? "an element is no number" : !fits ? "an element is no 32-bit number" : NULL;
+    }
+    if (!json_is_array(v) || (int64_t)json_array_size(v) != x->shape[level])
+        return "rows are not all as long";
+    for (size_t i = 0; i < json_array_size(v) && !wrong; i++)
+        wrong = fill_level(json_array_get(v, i), x, level + 1, to);
+    return wrong;
+}
+
+/* A tensor written out, as scenarios draw them. */
+static int fill_list(struct param_set *s, const struct moe_param *q, const json_t *v, struct moe_tensor *out,
+                     const char *who, struct err *e)
+{
+    struct moe_tensor x = { .n_dims = 1 };
+    size_t count = 1;
+    for (const char *c = q->def_text; *c; c++)
+        x.n_dims += *c == ',';
+    const json_t *inner = v;
+    for (int32_t i = 0; i < x.n_dims; i++, inner = json_array_get(inner, 0)) {
+        if (!json_is_array(inner) || json_array_size(inner) == 0)
+            return err_set(e, ERR_INPUT, "%s: %s: has %d dimensions, expected [%s]", who, q->name, i, q->def_text);
+        x.shape[i] = (int64_t)json_array_size(inner);
+        if (__builtin_mul_overflow(count, json_array_size(inner), &count) || count > SIZE_MAX / sizeof(float))
+            return err_set(e, ERR_MEMORY, "%s: %s: more elements than memory holds", who, q->name);
+    }
+    float *data = malloc(sizeof *data * count), *to = data;
+    if (own(s, data, e) < 0)
+        return e->code;
+    const char *wrong = fill_level(v, &x, 0, &to);
+    if (wrong)
+        return err_set(e, ERR_INPUT, "%s: %s: [%s]: %s", who, q->name, q->def_text, wrong);
+    x.data = data;
+    *out = x;
+    return 0;
+}
+
 static int fill_tensor(struct param_set *s, const struct moe_param *q, const char *path, struct moe_tensor *out,
                        const char *who, struct err *e)
 {
@@ -265,14 +310,15 @@ static int fill_one(struct param_set *s, const struct moe_param *q, const json_t
     case MOE_TENSOR: {
         struct moe_tensor x = { 0 };
         if (v) {
-            if (!json_is_string(v))
+            if (!json_is_string(v) && !json_is_array(v))
                 return err_set(e, ERR_INPUT, "%s: %s: expected the path of a .npy file, found %s", who, q->name,
                                json_kind(v));
-            if (fill_tensor(s, q, json_string_value(v), &x, who, e) < 0)
+            if (json_is_array(v) ? fill_list(s, q, v, &x, who, e) < 0
+                                 : fill_tensor(s, q, json_string_value(v), &x, who, e) < 0)
                 return e->code;
         }
         memcpy(at, &x, sizeof x);
-        kept = v ? json_string(json_string_value(v)) : json_null();
+        kept = v ? json_incref((json_t *)(uintptr_t)v) : json_null();
         break;
     }
     }

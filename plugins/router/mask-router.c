@@ -65,8 +65,8 @@ static int init(void *self, const void *conf, const struct moe_env *env)
     if (c->frequency.data == NULL)
         return env->host->fail(env, MOE_EINVAL, "frequency: no tensor given, expected a .npy file [V]");
     const int64_t n = c->frequency.shape[0];
-    struct word *word = env->host->scratch(env, (size_t)n * sizeof *word);
-    s->is_frequent = env->host->alloc(env, (size_t)n, 1);
+    struct word *word = env->host->scratch(env, (size_t)n * sizeof *word + 1);
+    s->is_frequent = env->host->alloc(env, (size_t)n + 1, 1);
     if (word == NULL || s->is_frequent == NULL)
         return MOE_ENOMEM;
     for (int64_t i = 0; i < n; i++) {

@@ -28,6 +28,14 @@ check '^\{"n_tokens":2,"n_experts":3,"offsets":\[0,2,4\],"experts":\[2,1,0,2\],"
 check '"experts":\[2,2\],' '{ "logits": [[2, 1, 0], [2, 1, 0]], "bias": [0, 0, 5] }' router softmax-top-k --top-k 1
 check '"experts":\[1,0\],"weights":\[0.25,1.0\],' \
     '{ "recorded": { "offsets": [0, 1, 2], "experts": [1, 0], "weights": [0.25, 1] } }' router replay
+embedded='"tensors": { "embedding": [[1, 0], [0, 2]], "centroid": [[[1, 0], [0, 1], [-2, -1]]] }'
+check '"experts":\[1,0\],"weights":\[0.88079[0-9]*,0.73105' "{ \"token_ids\": [1, 0], \"n_experts\": 3, $embedded }" \
+    router distilled-router --top-k 1
+refuse 'input.json: router distilled-router: centroid: has 1 dimensions, expected \[L,E,R\]|centroid: has 1 dim' \
+    '{ "token_ids": [1], "n_experts": 3, "tensors": { "embedding": [[1]], "centroid": [1] } }' router distilled-router \
+    --top-k 1
+refuse 'tensors: embedding: expected numbers, or the path of a .npy file' \
+    '{ "token_ids": [1], "n_experts": 3, "tensors": { "embedding": 1 } }' router distilled-router --top-k 1
 printf '\0\0\200\077\0\0\0\0\0\0\0\0\0\0\200\077' | npy logits.npy '<f4' '2, 2'
 run_expect 0 '^\{"n_tokens":2,"n_experts":2,"max_vio":0.0,"seconds":' "$moelab" eval router softmax-top-k \
     --logits logits.npy --top-k 1 --out routes

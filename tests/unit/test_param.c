@@ -138,6 +138,31 @@ static void tensors(void **state)
     assert_says(&e, fill(&s, json_pack("{s:s}", "gate", path), &e), "gate", "element 7", "not finite", NULL);
 }
 
+/* The same written out, as scenarios draw them. */
+static void tensors_written_out(void **state)
+{
+    (void)state;
+    struct param_set s;
+    struct err e;
+    test_ok(fill(&s, json_pack("{s:[[[f,i],[i,i],[i,i]]]}", "gate", 0.5, 1, 2, 3, 4, -5), &e), &e);
+    const struct conf *c = s.conf;
+    assert_int_equal(c->gate.n_dims, 3);
+    assert_int_equal(c->gate.shape[0], 1);
+    assert_int_equal(c->gate.shape[1], 3);
+    assert_int_equal(c->gate.shape[2], 2);
+    for (int i = 0; i < 6; i++)
+        assert_true(c->gate.data[i] == (i == 0 ? 0.5f : i == 5 ? -5 : (float)i));
+    assert_true(json_is_array(json_object_get(s.values, "gate")));
+    param_free(&s);
+    assert_says(&e, fill(&s, json_pack("{s:[[i,i]]}", "gate", 1, 2), &e), "gate: has 2 dimensions, expected [L,E,H]",
+                NULL);
+    assert_says(&e, fill(&s, json_pack("{s:[]}", "gate"), &e), "gate: has 0 dimensions", NULL);
+    assert_says(&e, fill(&s, json_pack("{s:[[[i],[i,i]]]}", "gate", 1, 2, 3), &e), "rows are not all as long", NULL);
+    assert_says(&e, fill(&s, json_pack("{s:[[[[i]]]]}", "gate", 1), &e), "an element is no number", NULL);
+    assert_says(&e, fill(&s, json_pack("{s:[[[s]]]}", "gate", "x"), &e), "an element is no number", NULL);
+    assert_says(&e, fill(&s, json_pack("{s:[[[f]]]}", "gate", 1e300), &e), "an element is no 32-bit number", NULL);
+}
+
 /* What a tensor's letters stand for is known once there is a model. */
 static void tensors_fit_the_model(void **state)
 {
@@ -204,6 +229,7 @@ int main(void)
         cmocka_unit_test(given),
         cmocka_unit_test(refused),
         cmocka_unit_test_setup_teardown(tensors, scratch_make, scratch_remove),
+        cmocka_unit_test(tensors_written_out),
         cmocka_unit_test_setup_teardown(tensors_fit_the_model, scratch_make, scratch_remove),
         cmocka_unit_test(table_mistakes),
         cmocka_unit_test(described),
