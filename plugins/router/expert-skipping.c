@@ -2,14 +2,15 @@
  * expert-skipping.c - top-k, less those whose probability matters too little in this layer, for this kind of token.
  *
  * Source:  MoDES: Accelerating Mixture-of-Experts Multimodal Large Language Models via Dynamic Expert Skipping, arXiv
- *          2511.15690 (from the abstract)
- * Differs: importance of layers and thresholds are inputs: calibration and the search for thresholds are not here;
- *          at_least and which weights remain are ours, as the abstract does not say them
+ *          2511.15690 (from the abstract); layer_k: LaDiMo: Layer-wise Distillation Inspired MoEfier, its policy of
+ *          fewer experts in layers where the top gate weight dominates (from the abstract)
+ * Differs: importance of layers, their k and thresholds are inputs: profiles, calibration and the search for thresholds
+ *          are not here; at_least and which weights remain are ours, as the abstract does not say them
  * Cost:    O(T E) and a short insertion, as softmax-top-k
  *
  *   score    s = softmax(logits)
- *   select   the k largest of scale * s + add; of these, skip those with alpha_l s < threshold of the token's modality
- *            (label 0: `threshold`; any other: `other`); the first at_least of them stay
+ *   select   the k (or layer_k) largest of scale * s + add; of these, skip those with alpha_l s < threshold of the
+ *            token's modality (label 0: `threshold`; any other: `other`); the first at_least of them stay
  *   weight   s / sum over all k, as if nobody had been skipped;   rescale: over those that stay
  *
  * Where `other` is not given it is `threshold`, and nobody asks for labels. */
@@ -19,7 +20,7 @@ struct conf {
     int64_t top_k, at_least;
     double threshold, other;
     bool rescale;
-    struct moe_tensor alpha;
+    struct moe_tensor alpha, layer_k;
 };
 
 static const struct moe_param params[] = {
@@ -33,6 +34,8 @@ static const struct moe_param params[] = {
     { "rescale", MOE_BOOL, offsetof(struct conf, rescale), 0, 0, 1, NULL, "",
       "weights of those that stay add up to 1; false: they keep what they had" },
     { "alpha", MOE_TENSOR, offsetof(struct conf, alpha), 0, 0, 0, "L", "", "importance of layers; without it 1 each" },
+    { "layer_k", MOE_TENSOR, offsetof(struct conf, layer_k), 0, 0, 0, "L", "experts",
+      "per token in each layer, instead of top_k" },
     MOE_PARAM_END,
 };
 
@@ -49,6 +52,14 @@ static int init(void *self, const void *conf, const struct moe_env *env)
         if (!(c->alpha.data[l] >= 0) || !isfinite(c->alpha.data[l]))
             return env->host->fail(env, MOE_EINVAL, "alpha: layer %lld: found %g, expected 0 or more", (long long)l,
                                    (double)c->alpha.data[l]);
+    for (int64_t l = 0; c->layer_k.data != NULL && l < c->layer_k.shape[0]; l++) {
+        const float k = c->layer_k.data[l];
+        if (!(k >= 1 && k <= 1 << 16 && k <= floorf(k)))
+            return env->host->fail(env, MOE_EINVAL, "layer_k: layer %lld: found %g, expected a whole number of experts",
+                                   (long long)l, (double)k);
+    }
+    if (c->layer_k.data != NULL && c->top_k > 0)
+        return env->host->fail(env, MOE_EINVAL, "top_k = %lld and layer_k: expected one of them", (long long)c->top_k);
     if (c->other < 0 && c->other > -1)
         return env->host->fail(env, MOE_EINVAL, "other = %g: expected 0 or more, or -1", c->other);
     return MOE_OK;
@@ -91,7 +102,10 @@ static int select(void *self, const struct moe_batch *batch, const float *scores
     const struct state *s = self;
     const struct moe_env *env = s->env;
     const struct conf *c = s->conf;
-    const int32_t n = batch->n_experts, most = c->top_k > 0 ? (int32_t)c->top_k : batch->top_k;
+    const int32_t n = batch->n_experts;
+    const int32_t most = c->layer_k.data != NULL ? (int32_t)c->layer_k.data[batch->layer]
+                         : c->top_k > 0          ? (int32_t)c->top_k
+                                                 : batch->top_k;
     int rc = refuse(s, batch, most);
     if (rc < 0)
         return rc;

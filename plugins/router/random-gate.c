@@ -2,22 +2,26 @@
  * random-gate.c - a linear gate that was drawn once and is never trained; k is chosen freely.
  *
  * Source:  T. Chen et al. 2023, Sparse MoE as the New Dropout (SMoE-Dropout), arXiv 2303.01610 (from the abstract)
- * Differs: k is what it is told, where training raises it step by step
+ * Differs: nothing of the routing; with from = 0, as a model is served, k is what it is told
  * Cost:    the gate's product, which the core counts; O(T E) besides; weights of [L][E][H]
  *
  *   logits = W h, W[e][i] normal with variance 1 / H, drawn from the run's seed for each layer
+ *   k        from + (top_k - from) min(1, step / steps), rounded, halves up; top_k with from = 0
  *   select   the k largest of scale * p + add, p = softmax(logits);   weight = p / sum of the chosen p */
 #include <moelab.h>
 
 enum { HOOK_GATE };
 
 struct conf {
-    int64_t top_k;
+    int64_t top_k, from, steps;
 };
 
 static const struct moe_param params[] = {
     { "top_k", MOE_INT, offsetof(struct conf, top_k), 0, 0, 1 << 16, NULL, "experts",
       "experts per token; 0: the model's" },
+    { "from", MOE_INT, offsetof(struct conf, from), 0, 0, 1 << 16, NULL, "experts",
+      "per token at step 0, rising to top_k; 0: top_k at once" },
+    { "steps", MOE_INT, offsetof(struct conf, steps), 100, 1, INT32_MAX, NULL, "steps", "until k is top_k" },
     MOE_PARAM_END,
 };
 
@@ -82,14 +86,24 @@ static int score(void *self, const struct moe_batch *batch, float *scores, struc
     return rc;
 }
 
+static int32_t k_now(const struct conf *c, int32_t step, int32_t top_k)
+{
+    const double done = step < c->steps ? (double)step / (double)c->steps : 1;
+    return c->from > 0 ? (int32_t)floor((double)c->from + done * (double)(top_k - c->from) + 0.5) : top_k;
+}
+
 static int select(void *self, const struct moe_batch *batch, const float *scores, const struct moe_bias *bias,
                   struct moe_routes *out)
 {
     const struct state *s = self;
     const struct moe_env *env = s->env;
-    const int32_t n = batch->n_experts, k = s->conf->top_k > 0 ? (int32_t)s->conf->top_k : batch->top_k;
-    if (k > n)
-        return env->host->fail(env, MOE_EINVAL, "layer %d: top_k = %d of %d experts", batch->layer, k, n);
+    const int32_t n = batch->n_experts, top_k = s->conf->top_k > 0 ? (int32_t)s->conf->top_k : batch->top_k;
+    if (top_k > n)
+        return env->host->fail(env, MOE_EINVAL, "layer %d: top_k = %d of %d experts", batch->layer, top_k, n);
+    if (s->conf->from > top_k)
+        return env->host->fail(env, MOE_EINVAL, "layer %d: from = %lld, expected top_k = %d or less", batch->layer,
+                               (long long)s->conf->from, top_k);
+    const int32_t k = k_now(s->conf, batch->step, top_k);
     float *choice = env->host->scratch(env, (size_t)n * sizeof *choice);
     int rc = choice != NULL ? env->host->routes_reserve(env, out, (int64_t)batch->n_tokens * k) : MOE_ENOMEM;
     if (rc < 0)

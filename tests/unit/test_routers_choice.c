@@ -240,6 +240,55 @@ static void cascades(void **state)
     refuse_open("confidence-cascade", NULL, NULL, 0, "gate: no tensor given");
 }
 
+/* ---- settings of expert-skipping and random-gate ---- */
+
+/* Every layer its own k, nobody skipped. */
+static void k_by_layer(void **state)
+{
+    (void)state;
+    float k[2] = {3, 1};
+    const struct moe_tensor tensor = {1, {2}, k};
+    struct run r;
+    open_one(&r, "expert-skipping", "layer_k=#0 threshold=0", &tensor, 1, 1, 4, 2);
+    for (int32_t e = 0; e < 4; e++)
+        r.logits[e] = (float)e;
+    assert_int_equal(run_route(&r, NULL), MOE_OK);
+    GOES_TO(&r, 0, 3, 2, 1);
+    r.batch.layer = 1;
+    assert_int_equal(run_route(&r, NULL), MOE_OK);
+    GOES_TO(&r, 0, 3);
+    run_close(&r);
+    refuse_open("expert-skipping", "layer_k=#0 top_k=2", &tensor, 1, "top_k = 2 and layer_k");
+    k[1] = 0.5f;
+    refuse_open("expert-skipping", "layer_k=#0", &tensor, 1, "layer 1: found 0.5");
+    k[1] = 5;
+    open_one(&r, "expert-skipping", "layer_k=#0", &tensor, 1, 1, 4, 2);
+    r.batch.layer = 1;
+    refuse(&r, "layer 1: top_k = 5 of 4");
+}
+
+/* One expert at step 0, all four at step 8 and after, in a straight line. */
+static void k_rises(void **state)
+{
+    (void)state;
+    const float hidden[2] = {1, -1};
+    const int32_t expected[] = {1, 1, 2, 2, 3, 3, 3, 4, 4, 4}; /* 1 + 3 step / 8, halves up */
+    struct run r;
+    open_one(&r, "random-gate", "from=1 steps=8", NULL, 0, 1, 8, 4);
+    r.batch.hidden = hidden;
+    r.batch.n_hidden = 2;
+    for (int32_t step = 0; step < 10; step++) {
+        r.batch.step = step;
+        assert_int_equal(run_route(&r, NULL), MOE_OK);
+        assert_int_equal(r.routes.n, expected[step]);
+    }
+    run_close(&r);
+    open_one(&r, "random-gate", "from=5", NULL, 0, 1, 8, 4);
+    r.batch.hidden = hidden;
+    r.batch.n_hidden = 2;
+    refuse(&r, "from = 5, expected top_k = 4 or less");
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -249,6 +298,8 @@ int main(void)
         cmocka_unit_test(decoupled),
         cmocka_unit_test(carved),
         cmocka_unit_test(cascades),
+        cmocka_unit_test(k_by_layer),
+        cmocka_unit_test(k_rises),
     };
     cmocka_set_message_output(CM_OUTPUT_TAP);
     return cmocka_run_group_tests(tests, NULL, NULL);
