@@ -93,7 +93,7 @@ static void judge(json_t *row)
     json_object_set_new(row, "verdict", json_string(verdict));
 }
 
-enum { METRIC_WIDTH = 38 }; /* leaves room for the rest in 120 columns */
+enum { METRIC_WIDTH = 37 }; /* leaves room for the rest in 120 columns */
 
 /* All of a metric's text, on as many lines as it takes, without the end of the last one. */
 static void print_metric(const char *text)
@@ -143,6 +143,7 @@ static void print_summary(const json_t *rows)
 {
     static const char *const basis[] = { "published", "closed form", "definition", "reference code", "expectation" };
     const char *lead = "hold: ";
+    size_t used = 0;
     for (size_t b = 0; b < sizeof basis / sizeof *basis; b++) {
         int n = 0, n_hold = 0, n_claimed = 0;
         for (size_t i = 0; i < json_array_size(rows); i++) {
@@ -155,9 +156,17 @@ static void print_summary(const json_t *rows)
         }
         if (n == 0 && b > 0)
             continue;
-        printf("%s%d of %d %s%s", lead, n_hold, n_claimed, basis[b], b == 0 ? " figures" : "");
+        char text[120], more[40] = "";
         if (n > n_claimed)
-            printf(" (%d more not claimed)", n - n_claimed);
+            snprintf(more, sizeof more, " (%d more not claimed)", n - n_claimed);
+        snprintf(text, sizeof text, "%d of %d %s%s%s", n_hold, n_claimed, basis[b], b == 0 ? " figures" : "", more);
+        if (used + strlen(lead) + strlen(text) > 118) { /* and a comma, or what follows the figures */
+            puts(",");
+            lead = "      ";
+            used = 0;
+        }
+        used += strlen(lead) + strlen(text);
+        printf("%s%s", lead, text);
         lead = b == 0 ? "; checks: " : ", ";
     }
     putchar('\n');

@@ -16,8 +16,28 @@ while IFS=$'\t' read -r kind plugin scenario; do
 done < <(sed -n 's/.*"kind": "\([^"]*\)", "plugin": "\([^"]*\)".*"scenario": "\([^"]*\)".*/\1\t\2\t\3/p' \
     "$top_srcdir/scenarios/papers/papers.json" | sort -u)
 
+# Its parameters are the policy's.
+while IFS=$'\t' read -r plugin params; do
+    "$moelab" plugins show "$plugin" >shown
+    for name in $(grep -o '"[a-z_]*":' <<<"$params" | tr -d '":'); do
+        ok "$plugin has $name" grep -Eq "^  +$name +(int|real|bool|string|enum|tensor) " shown
+    done
+done < <(sed -n 's/.*"plugin": "\([^"]*\)", "params": {\([^}]*\)}.*/\1\t\2/p' "$top_srcdir/scenarios/papers/papers.json" |
+    grep '"' | sort -u)
+
 run_expect 0 '"verdict": *"holds"' "$moelab" reproduce --all --json
 cp out rows
+# What a paper's scenario is said to show is there.
+shows_all()
+{
+    local paper scenario missing=0
+    while IFS=$'\t' read -r paper scenario; do
+        grep -Fq "\"paper\": \"$paper\"" rows || { echo "# $scenario does not show $paper"; missing=1; }
+    done < <(sed -n 's/.*"paper": "\(.*\)", "kind": "router".*"scenario": "\(scenarios\/papers\/[^"]*\)".*/\1\t\2/p' \
+        "$top_srcdir/scenarios/papers/papers.json")
+    return $missing
+}
+ok "every paper of a router is in its scenario" shows_all
 ok "no row of class E or A fails" bash -c '! grep -q "\"verdict\": *\"fails\"" rows'
 n_rows=$(grep -c '"verdict":' rows)
 for key in paper metric published ours error class tolerance; do
