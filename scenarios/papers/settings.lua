@@ -66,6 +66,10 @@ show("Expertise need not monopolize: Action-Specialized Mixture of Experts for V
 show("ReMix: Reinforcement routing for mixtures of LoRAs in LLM finetuning", "decoupled-gate", { weights = "equal" }, K,
      { hidden = hidden, tensors = {} })
 
+-- As many experts as the layer has so far.
+show("Self-Expansion of Pre-trained Models with Mixture of Adapters for Continual Learning", "expanding-experts",
+     { start = 2 }, 2, { hidden = hidden })
+
 -- Gates of their own. In the cascade every gate says "another" to a token of ones.
 show("Long-tailed Recognition by Routing Diverse Distribution-Aware Experts", "confidence-cascade", { most = 3 }, 3,
      { hidden = each(T, function() return each(H, function() return 1 end) end),

@@ -240,6 +240,69 @@ static void cascades(void **state)
     refuse_open("confidence-cascade", NULL, NULL, 0, "gate: no tensor given");
 }
 
+/* ---- expanding-experts ---- */
+
+/* Twelve tasks of four kinds, in turn: an expert is added for each kind, none for what comes again. */
+static void expands_for_what_is_new(void **state)
+{
+    enum { N = 32, E = 6, H = 4 };
+    (void)state;
+    const int32_t kind[12] = {0, 0, 1, 0, 2, 1, 2, 3, 0, 1, 2, 3}, expected[12] = {1, 1, 2, 2, 3, 3, 3, 4, 4, 4, 4, 4};
+    const struct moe_env env = {.seed = 9};
+    float hidden[N * H];
+    struct run r;
+    open_one(&r, "expanding-experts", "", NULL, 0, N, E, 2);
+    r.batch.hidden = hidden;
+    r.batch.n_hidden = H;
+    for (int32_t e = 0; e < E; e++)
+        r.logits[e] = (float)e;
+    for (int32_t task = 0; task < 12; task++) {
+        for (int32_t i = 0; i < N * H; i++)
+            hidden[i] = (float)(10 * (kind[task] == i % H) + moe_unit(moe_rand(&env, 0, task, 0, i)));
+        assert_int_equal(run_route(&r, NULL), MOE_OK);
+        assert_int_equal(r.routes.offset[1], expected[task]); /* all that are there */
+        near_to((double)weight_of(&r.routes, 0, expected[task] - 1), expected[task] == 1 ? 1
+                    : exp(expected[task] - 1) / (1 + exp(1) + (expected[task] > 2) * exp(2) +
+                                                 (expected[task] > 3) * exp(3)));
+    }
+    r.batch.layer = 1; /* layers grow for themselves */
+    assert_int_equal(run_route(&r, NULL), MOE_OK);
+    assert_int_equal(r.routes.offset[1], 1);
+    hidden[H + 1] = INFINITY;
+    refuse(&r, "token 1: element 1 of its hidden state is inf");
+}
+
+static void expands_no_further(void **state)
+{
+    (void)state;
+    float hidden[2][2] = {{1, 0}, {0, 1}};
+    float add[3] = {0, -INFINITY, 0}, scale[3] = {1, 1, 1};
+    struct run r;
+    open_one(&r, "expanding-experts", "start=2 top_k=1", NULL, 0, 2, 3, 2);
+    r.batch.hidden = hidden[0];
+    r.batch.n_hidden = 2;
+    r.logits[1] = r.logits[3 + 1] = 5;
+    for (int32_t step = 0; step < 4; step++) { /* further out every time: one more, then all are there */
+        for (int32_t i = 0; i < 4; i++)
+            hidden[i / 2][i % 2] *= 10;
+        assert_int_equal(run_route(&r, NULL), MOE_OK);
+        GOES_TO(&r, 0, 1);
+    }
+    assert_int_equal(run_route(&r, &(struct moe_bias){add, scale}), MOE_OK);
+    GOES_TO(&r, 0, 0);
+    r.batch.n_hidden = 1;
+    refuse(&r, "1 wide, and were 2");
+    open_one(&r, "expanding-experts", "start=4", NULL, 0, 2, 3, 2);
+    r.batch.hidden = hidden[0];
+    r.batch.n_hidden = 2;
+    refuse(&r, "start = 4 of 3");
+    open_one(&r, "expanding-experts", "", NULL, 0, 2, 3, 2);
+    r.batch.hidden = hidden[0];
+    r.batch.n_hidden = 2;
+    r.logits[4] = NAN;
+    refuse(&r, "token 1, expert 1");
+}
+
 /* ---- settings of expert-skipping and random-gate ---- */
 
 /* Every layer its own k, nobody skipped. */
@@ -298,6 +361,8 @@ int main(void)
         cmocka_unit_test(decoupled),
         cmocka_unit_test(carved),
         cmocka_unit_test(cascades),
+        cmocka_unit_test(expands_for_what_is_new),
+        cmocka_unit_test(expands_no_further),
         cmocka_unit_test(k_by_layer),
         cmocka_unit_test(k_rises),
     };
