@@ -58,7 +58,8 @@ for name in base-auction hash-router random-router sinkhorn-router; do
     refuse "input.json: bias: router $name decides without scores, and would not heed it" \
         '{ "logits": [[1, 2]], "token_ids": [0], "bias": [0, 0] }' router $name --top-k 1
 done
-check '"experts":\[3\],' '{ "logits": [[2, 1, 0, 0]], "bias": [0, 0, 5, 9] }' router bilevel-router --top-k 1 --set groups=2
+check '"experts":\[3\],' '{ "logits": [[2, 1, 0, 0]], "bias": [0, 0, 5, 9] }' router bilevel-router --top-k 1 \
+    --set groups=2
 refuse 'input.json: bias: found 1 elements, expected 2' '{ "logits": [[1, 2]], "bias": [0] }' router softmax-top-k \
     --top-k 1
 refuse 'unknown parameter "renormalize"; did you mean "renormalise"' '{ "logits": [[1]] }' \

@@ -22,8 +22,8 @@ while IFS=$'\t' read -r plugin params; do
     for name in $(grep -o '"[a-z_]*":' <<<"$params" | tr -d '":'); do
         ok "$plugin has $name" grep -Eq "^  +$name +(int|real|bool|string|enum|tensor) " shown
     done
-done < <(sed -n 's/.*"plugin": "\([^"]*\)", "params": {\([^}]*\)}.*/\1\t\2/p' "$top_srcdir/scenarios/papers/papers.json" |
-    grep '"' | sort -u)
+done < <(sed -n 's/.*"plugin": "\([^"]*\)", "params": {\([^}]*\)}.*/\1\t\2/p' \
+    "$top_srcdir/scenarios/papers/papers.json" | grep '"' | sort -u)
 
 run_expect 0 '"verdict": *"holds"' "$moelab" reproduce --all --json
 cp out rows

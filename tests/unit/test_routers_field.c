@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
- * test_routers_field.c - routers that decide by token id, segment, prompt and neighbours, against closed forms worked out
- * by hand. */
+ * test_routers_field.c - routers that decide by token id, segment, prompt and neighbours, against closed forms worked
+ * out by hand. */
 #include "router_field.h"
 
 /* ---- mask-router ---- */
@@ -145,7 +145,8 @@ static void distilled(void **state)
     refuse_open("distilled-router", NULL, NULL, 0, "embedding: no tensor given");
     refuse_open("distilled-router", "embedding=#0", tensor, 1, "centroid: no tensor given");
     const struct moe_tensor wide[2] = {tensor[0], {3, {2, 2, 3}, centroid[0][0]}};
-    refuse_open("distilled-router", "embedding=#0 centroid=#1", wide, 2, "embedding has 2 numbers per id, centroid has 3");
+    refuse_open("distilled-router", "embedding=#0 centroid=#1", wide, 2,
+                "embedding has 2 numbers per id, centroid has 3");
     const float infinite[3][2] = {{INFINITY, 0}, {0, 0}, {0, 0}};
     const struct moe_tensor bad[2] = {{2, {3, 2}, infinite[0]}, tensor[1]};
     open_one(&r, "distilled-router", "embedding=#0 centroid=#1", bad, 2, 1, 3, 1);
@@ -286,8 +287,8 @@ static void graph(void **state)
     const double a = exp((0.6 - 1) / 0.5), none = exp(-1 / 0.5);
     struct run r;
     for (int32_t causal = 0; causal < 2; causal++) {
-        open_one(&r, "token-graph-router", causal ? "tau=0.5 renormalise=false" : "tau=0.5 renormalise=false causal=false",
-                 NULL, 0, 4, 2, 2);
+        open_one(&r, "token-graph-router",
+                 causal ? "tau=0.5 renormalise=false" : "tau=0.5 renormalise=false causal=false", NULL, 0, 4, 2, 2);
         const float x[4] = {2, 0, -1, 1}; /* of expert 0; expert 1 has 0: p = sigmoid */
         double p[4];
         for (int32_t t = 0; t < 4; t++) {
