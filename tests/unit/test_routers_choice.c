@@ -281,6 +281,10 @@ static void expands_no_further(void **state)
     open_one(&r, "expanding-experts", "start=2 top_k=1", NULL, 0, 2, 3, 2);
     r.batch.hidden = hidden[0];
     r.batch.n_hidden = 2;
+    add[2] = 9; /* what is not there yet cannot be forced */
+    assert_int_equal(run_route(&r, &(struct moe_bias){add, scale}), MOE_OK);
+    GOES_TO(&r, 0, 0);
+    add[2] = 0;
     r.logits[1] = r.logits[3 + 1] = 5;
     for (int32_t step = 0; step < 4; step++) { /* further out every time: one more, then all are there */
         for (int32_t i = 0; i < 4; i++)

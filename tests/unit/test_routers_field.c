@@ -28,6 +28,12 @@ static void mask(void **state)
     for (int32_t t = 0; t < N; t++) {
         const float *x = r.logits + t * E;
         int32_t best[K] = {-1, -1};
+        double sum = 0;
+        for (int32_t e = 0; e < E; e++) {
+            sum += (double)r.scores[t * E + e];
+            assert_true(seen[id[t]][e] == 0 ? r.scores[t * E + e] <= 0 : r.scores[t * E + e] > 0);
+        }
+        near_to(sum, 1);
         if (n_seen[id[t]] == 1) {
             assert_int_equal(r.routes.offset[t + 1] - r.routes.offset[t], 1);
             near_to((double)r.routes.weight[r.routes.offset[t]], 1);
@@ -304,9 +310,19 @@ static void graph(void **state)
         near_to((double)weight_of(&r.routes, 3, 1), 1 - (p[3] + a * p[0] + none * p[1]) / (1 + a + none));
         near_to((double)weight_of(&r.routes, 2, 0), p[2]);
         near_to((double)weight_of(&r.routes, 0, 0), causal ? p[0] : (p[0] + a * p[3] + none * p[1]) / (1 + a + none));
+        near_to((double)weight_of(&r.routes, 1, 0), causal ? (p[1] + none * p[0]) / (1 + none)
+                                                           : (p[1] + none * (p[0] + p[3])) / (1 + 2 * none));
         assert_true(r.own.flops >= (causal ? 7 : 10) * 2 * (2 + 2)); /* pairs */
         run_close(&r);
     }
+    open_one(&r, "token-graph-router", "tau=0.001 renormalise=false", NULL, 0, 4, 2, 2); /* everyone for himself */
+    r.batch.hidden = hidden[0];
+    r.batch.n_hidden = 2;
+    r.logits[6] = 1;
+    assert_int_equal(run_route(&r, NULL), MOE_OK);
+    near_to((double)weight_of(&r.routes, 1, 0), 0.5);
+    near_to((double)weight_of(&r.routes, 3, 0), 1 / (1 + exp(-1)));
+    run_close(&r);
     open_one(&r, "token-graph-router", "", NULL, 0, 4, 2, 1);
     r.batch.hidden = hidden[0];
     r.batch.n_hidden = 2;
