@@ -261,6 +261,8 @@ static void routing_figures(struct metrics *m, int32_t at)
     v[METRIC_added][at] = per((double)r->added, r->chosen);
     v[METRIC_experts_per_token][at] = per((double)r->computed, r->tokens);
     v[METRIC_agreement][at] = per((double)r->agreed, r->compared);
+    v[METRIC_task_loss][at] = m->learns ? m->task_loss : NAN;
+    v[METRIC_aux_loss][at] = m->learns ? m->aux_loss : NAN;
     v[METRIC_flops_per_token][at] = per(r->flops * r->n_layers, r->tokens);
 }
 

@@ -40,6 +40,8 @@
     M(added, "", "pairs that a balancer added / pairs that the router chose")                                         \
     M(experts_per_token, "", "experts that compute a token, mean over layers; those that cost nothing left out")      \
     M(agreement, "", "share of the router's choices that are among the K highest logits, where there are logits")     \
+    M(task_loss, "", "of a gate that is trained: squared error / mean square of the target, mean over layers")        \
+    M(aux_loss, "", "of a gate that is trained: losses of balancers, mean over layers")                               \
     M(flops_per_token, "FLOP", "of experts, shared experts, gate, router and balancers, per token, summed over layers")\
     M(intra_node_bytes, "B", "bytes exchanged between devices of one node")                                           \
     M(inter_node_bytes, "B", "bytes exchanged between nodes")                                                         \
@@ -77,6 +79,8 @@ struct metrics {
     struct routing_sums routing;
     int64_t accesses, hits;
     double loaded_bytes;
+    bool learns;     /* a gate is trained, with these losses: gate_stage.c */
+    double task_loss, aux_loss;
     double decide_s; /* of this step; 0: it is not told */
     double queue_s, padding; /* of what ran last; below 0: not told */
 };

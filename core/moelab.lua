@@ -142,14 +142,16 @@ end
 
 local workload_keys = {}
 
-local function workload(kind, batch_key, more)
+local function workload(kind, batch_key, more, traceless)
   local known = { trace = 1, steps = 1, profile = 1, context = 1, layer_repeat = 1, [batch_key] = 1 }
   for _, k in ipairs(more or {}) do known[k] = 1 end
   workload_keys[kind] = known
   return function(t)
     local where = here()
     check_keys(where, "moe." .. kind, t, known)
-    if t.trace == nil then fail(text_of(where), "moe.%s: trace is missing: a directory, or moe.synth {...}", kind) end
+    if t.trace == nil and not traceless then
+      fail(text_of(where), "moe.%s: trace is missing: a directory, or moe.synth {...}", kind)
+    end
     return setmetatable({ kind = kind, options = t, where = where }, Workload)
   end
 end
@@ -161,6 +163,9 @@ moe.prefill = workload("prefill", "tokens_per_device")
 --- Training: forward, backward, reduction of gradients, optimiser.
 moe.train = workload("train", "tokens_per_device", { "recompute", "shard_optimizer", "gradient_bytes",
                                                      "optimizer_bytes" })
+--- A gate that is trained while it routes tokens of a drifting mixture: doc/training.md.
+moe.gate = workload("gate", "tokens_per_device", { "gate", "width", "outputs", "clusters", "labels", "skew", "drift",
+                                                   "common", "noise", "spread", "learning_rate", "expert_rate" }, true)
 
 local axes_part = native.part("axes", check, {
   Each = Each, Plugin = Plugin, Machine = Machine, Model = Model, Workload = Workload, Synth = Synth, Label = Label,
@@ -307,7 +312,7 @@ end
 
 local function workload_spec(v, where)
   if not is(v, Workload) then
-    fail(at_key(where, "workload"), "workload: expected moe.decode, moe.prefill or moe.train {...}, found %s",
+    fail(at_key(where, "workload"), "workload: expected moe.decode, moe.prefill, moe.train or moe.gate {...}, found %s",
          type(v))
   end
   local spec = { kind = v.kind }
@@ -316,7 +321,7 @@ local function workload_spec(v, where)
     spec.trace, spec.synth = synth_dir(spec.trace, label_of(spec.trace))
   elseif type(spec.trace) == "string" then
     spec.trace = find_trace(spec.trace, at_key(v.where, "trace") .. ": workload.trace")
-  else
+  elseif spec.trace ~= nil then
     fail(at_key(v.where, "trace"), "workload.trace: expected a directory or moe.synth {...}, found %s",
          type(spec.trace))
   end

@@ -370,6 +370,8 @@ int pipeline_step(struct run *r, int32_t step)
         b.n_free = r->n_free[layer];
         if (route_layer(r, &b, &own) < 0)
             return r->err->code;
+        if (r->workload.gate && gate_stage_layer(r, &b) < 0)
+            return r->err->code;
         count_experts(r, &b, &own);
         if (placement_assign(r, &b, &own) < 0)
             return r->err->code;
@@ -381,6 +383,8 @@ int pipeline_step(struct run *r, int32_t step)
             return r->err->code;
         keep_as_previous(r);
     }
+    if (r->workload.gate && gate_stage_step(r, step) < 0)
+        return r->err->code;
     routing_step(&r->routing, r->model.n_layers, &r->metrics.routing);
     if (step_lay_out_head(r) < 0 || (r->trained && train_lay_out(r, step) < 0))
         return r->err->code;

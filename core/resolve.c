@@ -70,7 +70,9 @@ static void resolve_workload(const struct run *r, json_t *o)
     const struct workload *w = &r->workload;
     static const char *const kind[] = { [MOE_PREFILL] = "prefill", [MOE_DECODE] = "decode", [MOE_TRAIN] = "train" };
     const bool prefill = w->phase != MOE_DECODE;
-    json_object_set_new(o, "kind", json_string(kind[w->phase]));
+    json_object_set_new(o, "kind", json_string(w->gate ? "gate" : kind[w->phase]));
+    if (w->gate)
+        json_object_update(o, w->gate->params.values);
     if (w->phase == MOE_TRAIN) {
         json_object_set_new(o, "recompute", json_boolean(w->recompute));
         json_object_set_new(o, "shard_optimizer", json_boolean(w->shard_optimizer));

@@ -74,12 +74,12 @@ static int open_machine(struct run *r, const json_t *m, bool verify, bool graphs
 }
 
 /* Hooks of the header that the pipeline does not call: a policy that has one would run as if it had none. */
-static const char *undriven_hook(const struct moe_plugin *p)
+static const char *undriven_hook(const struct run *r, const struct moe_plugin *p)
 {
     const struct moe_offload_ops *o = &p->ops.offload;
     switch (p->kind) {
     case MOE_ROUTER: return p->ops.router.ahead ? "ahead" : NULL;
-    case MOE_BALANCER: return p->ops.balancer.loss ? "loss" : NULL;
+    case MOE_BALANCER: return p->ops.balancer.loss && !r->workload.gate ? "loss" : NULL;
     case MOE_OFFLOAD:
         return o->prefetch ? "prefetch" : o->assign ? "assign" : o->form ? "form" : o->precision ? "precision" : NULL;
     case MOE_PLACEMENT:
@@ -104,10 +104,11 @@ static int open_policy(struct run *r, struct policy *p, enum moe_kind kind, cons
     struct policy_context *context = kind == MOE_PLACEMENT && run_grouped(r) ? &r->slots : &r->context;
     if (policy_open(p, context, plugin, json_object_get(spec, "params"), who, r->err) < 0)
         return r->err->code;
-    const char *undriven = undriven_hook(plugin);
+    const char *undriven = undriven_hook(r, plugin);
     if (undriven)
-        return err_set(r->err, ERR_INPUT, "%s: has hook %s, which this version's pipeline does not call", who,
-                       undriven);
+        return err_set(r->err, ERR_INPUT, "%s: has hook %s, which %s", who, undriven, kind == MOE_BALANCER
+                       ? "is for a gate that is trained: expected a workload of moe.gate"
+                       : "this version's pipeline does not call");
     if (plugin->needs & (MOE_NEEDS_SALIENCY | MOE_NEEDS_SIMILARITY))
         return err_set(r->err, ERR_INPUT, "%s: needs %s of experts, which this version's pipeline does not know", who,
                        plugin->needs & MOE_NEEDS_SALIENCY ? "the saliency" : "the similarity");
@@ -115,6 +116,8 @@ static int open_policy(struct run *r, struct policy *p, enum moe_kind kind, cons
         return err_set(r->err, ERR_INPUT, "%s: decides from its own device's tokens alone (MOE_LOCAL), which this "
                        "version's pipeline does not offer", who);
     const char *lacks = workload_lacks(&r->workload, plugin->needs);
+    if (lacks && r->workload.gate)
+        return err_set(r->err, ERR_INPUT, "%s: needs %s, which a workload of moe.gate does not have", who, lacks);
     if (lacks)
         return err_set(r->err, ERR_INPUT, "%s: needs %s, which the trace %s does not have", who, lacks,
                        r->workload.trace.dir);
@@ -308,6 +311,8 @@ json_t *run_result(const struct run *r)
     json_t *o = json_pack("{s:o, s:s, s:s, s:i, s:i}", "metrics", metrics_json(&r->metrics), "decisions", hash,
                           "machine", r->machine.ops->name, "devices", r->topology->n_devices, "tokens",
                           r->workload.n_tokens);
+    if (r->workload.gate)
+        json_object_set_new(o, "curve", gate_stage_curve(r));
     if (!r->graph.keep_items)
         json_object_set_new(o, "memory", device_memory_json(r));
     if (r->tier < N_NET_TIERS)

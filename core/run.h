@@ -191,6 +191,10 @@ int train_open(struct run *);
 int train_keep(struct run *, int32_t layer);
 int train_lay_out(struct run *, int32_t step);
 void train_close(struct run *);
+/* A gate that is trained (gate_stage.c): a layer's losses once it is routed; SGD after the last; figures by step. */
+int gate_stage_layer(struct run *, const struct moe_batch *);
+int gate_stage_step(struct run *, int32_t step);
+json_t *gate_stage_curve(const struct run *);
 int step_dense_before(const struct run *, int32_t layer); /* dense layers right before an MoE layer */
 /* That every model is asked within its range; `allow`: else that is noted in `extrapolated`. validity.c */
 int validity_check(struct run *, bool allow);

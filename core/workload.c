@@ -9,8 +9,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-static int read_int(const json_t *spec, const char *key, int64_t def, int64_t min, int64_t max, int64_t *out,
-                    const char *who, struct err *e)
+int workload_read_int(const json_t *spec, const char *key, int64_t def, int64_t min, int64_t max, int64_t *out,
+                      const char *who, struct err *e)
 {
     const json_t *v = json_object_get(spec, key);
     char found[PARAM_FOUND];
@@ -98,29 +98,31 @@ int workload_open(struct workload *w, const json_t *spec, const struct moe_model
     const char *dir = json_string_value(json_object_get(spec, "trace"));
     const char *kind = json_string_value(json_object_get(spec, "kind"));
     int64_t batch = 0, steps = 0, context = 0;
-    if (!dir)
+    const bool gate = kind && !strcmp(kind, "gate");
+    if (!dir && !gate)
         return err_set(e, ERR_INPUT, "%s: workload.trace: expected a trace directory", who);
-    if (trace_open(&w->trace, dir, e) < 0)
+    if (dir && trace_open(&w->trace, dir, e) < 0)
         return err_prefix(e, "%s", who);
     int64_t repeat;
-    if (read_int(spec, "layer_repeat", 1, 1, 1000, &repeat, who, e) < 0)
+    if (workload_read_int(spec, "layer_repeat", 1, 1, 1000, &repeat, who, e) < 0)
         return e->code;
     w->layer_repeat = (int32_t)repeat;
-    if (w->trace.n_layers * repeat != m->n_layers || w->trace.n_experts != m->n_experts || w->trace.top_k != m->top_k)
+    if (!gate && (w->trace.n_layers * repeat != m->n_layers || w->trace.n_experts != m->n_experts ||
+                  w->trace.top_k != m->top_k))
         return err_set(e, ERR_INPUT,
                        "%s: the model has %d layers, %d experts, top_k %d; the trace %s has %d layers, %d experts, "
                        "top_k %d, with layer_repeat %d", who, m->n_layers, m->n_experts, m->top_k, dir,
                        w->trace.n_layers, w->trace.n_experts, w->trace.top_k, w->layer_repeat);
-    if (kind && strcmp(kind, "decode") && strcmp(kind, "prefill") && strcmp(kind, "train"))
-        return err_set(e, ERR_INPUT, "%s: workload.kind: \"%s\", expected decode, prefill or train", who, kind);
-    const bool train = kind && !strcmp(kind, "train"), prefill = train || (kind && !strcmp(kind, "prefill"));
+    if (kind && !gate && strcmp(kind, "decode") && strcmp(kind, "prefill") && strcmp(kind, "train"))
+        return err_set(e, ERR_INPUT, "%s: workload.kind: \"%s\", expected decode, prefill, train or gate", who, kind);
+    const bool train = gate || (kind && !strcmp(kind, "train")), prefill = train || (kind && !strcmp(kind, "prefill"));
     w->phase = train ? MOE_TRAIN : prefill ? MOE_PREFILL : MOE_DECODE;
     if (train && read_training(w, spec, who, e) < 0)
         return e->code;
     const char *key = prefill ? "tokens_per_device" : "batch_per_device";
-    if (read_int(spec, key, prefill ? 4096 : 64, 1, 1 << 20, &batch, who, e) < 0 ||
-        read_int(spec, "steps", 20, 1, 1000000, &steps, who, e) < 0 ||
-        read_int(spec, "context", 1024, 0, 1 << 24, &context, who, e) < 0)
+    if (workload_read_int(spec, key, prefill ? 4096 : 64, 1, 1 << 20, &batch, who, e) < 0 ||
+        workload_read_int(spec, "steps", 20, 1, 1000000, &steps, who, e) < 0 ||
+        workload_read_int(spec, "context", 1024, 0, 1 << 24, &context, who, e) < 0)
         return e->code;
     const json_t *profile = json_object_get(spec, "profile");
     char found[PARAM_FOUND];
@@ -137,7 +139,7 @@ int workload_open(struct workload *w, const json_t *spec, const struct moe_model
     w->n_streams = prefill ? n_devices : (int32_t)batch * n_devices;
     w->per_stream = prefill ? (int32_t)batch : 1;
     w->n_tokens = w->n_streams * w->per_stream;
-    if (split_requests(w, who, e) < 0)
+    if (!gate && split_requests(w, who, e) < 0)
         return e->code;
     size_t n = (size_t)w->n_tokens;
     w->stream = calloc((size_t)w->n_streams, sizeof *w->stream);
@@ -151,12 +153,17 @@ int workload_open(struct workload *w, const json_t *spec, const struct moe_model
     w->request = w->device + 3 * n;
     w->label = w->device + 4 * n;
     w->previous_token_id = w->device + 5 * n;
+    if (gate)
+        return workload_gate_open(w, spec, m, seed, who, e);
     workload_rewind(w, seed);
     return 0;
 }
 
 void workload_close(struct workload *w)
 {
+    if (w->gate)
+        gate_close(w->gate);
+    free(w->gate);
     trace_close(&w->trace);
     free(w->played);
     free(w->profiled);
@@ -174,6 +181,8 @@ void workload_close(struct workload *w)
 const char *workload_lacks(const struct workload *w, uint32_t needs)
 {
     const struct trace *t = &w->trace;
+    if (w->gate)
+        return workload_gate_lacks(needs);
     if ((needs & (MOE_NEEDS_LOGITS | MOE_NEEDS_SCORES | MOE_NEEDS_PREVIOUS_LOGITS)) && !t->logits.data)
         return "router logits (logits.npy)";
     if ((needs & MOE_NEEDS_HIDDEN) && (!t->hidden.data || t->hidden.shape[0] < t->n_tokens))
@@ -197,6 +206,10 @@ void workload_rewind(struct workload *w, uint64_t seed)
 {
     const int64_t *offset = w->trace.offsets.data;
     uint64_t z = moe_mix(seed + 0x5eed);
+    if (w->gate) {
+        gate_reset(w->gate, seed);
+        return;
+    }
     qsort(w->played, (size_t)w->n_played, sizeof *w->played, by_id); /* the recorded order, then shuffled */
     for (int32_t i = w->n_played - 1; i > 0; i--) {
         int32_t j = (int32_t)(moe_mix(z + (uint64_t)i) % (uint64_t)(i + 1));
@@ -216,6 +229,10 @@ void workload_rewind(struct workload *w, uint64_t seed)
 void workload_step(struct workload *w)
 {
     const int64_t *offset = w->trace.offsets.data;
+    if (w->gate) {
+        workload_gate_step(w);
+        return;
+    }
     for (int32_t s = 0, t = 0; s < w->n_streams; s++)
         for (int32_t i = 0; i < w->per_stream; i++, t++) {
             struct stream *x = &w->stream[s];
@@ -265,11 +282,15 @@ int workload_batch(struct workload *w, int32_t step, int32_t layer, uint32_t nee
     b->layer = layer;
     b->phase = w->phase;
     b->n_tokens = w->n_tokens;
-    b->n_experts = t->n_experts;
-    b->top_k = t->top_k;
     b->device = w->device;
     b->request = w->request;
     b->position = w->position;
+    if (w->gate) {
+        workload_gate_batch(w, layer, b);
+        return 0;
+    }
+    b->n_experts = t->n_experts;
+    b->top_k = t->top_k;
     b->token_id = t->token_ids.data ? w->token_id : NULL;
     b->previous_token_id = t->token_ids.data ? w->previous_token_id : NULL;
     b->label = t->domains.data ? w->label : NULL;
@@ -314,6 +335,12 @@ int64_t workload_profile(const struct workload *w, struct statistics *s)
     const int64_t *offset = t->offsets.data;
     const int32_t n_layers = t->n_layers * w->layer_repeat;
     int64_t n_tokens = 0;
+    if (w->gate) {
+        for (int32_t l = 0; l < w->gate->n_layers; l++)
+            for (int32_t x = 0; x < w->gate->n_experts; x++)
+                statistics_add(s, l, &x, 1, NULL, 0);
+        return w->gate->n_experts;
+    }
     int32_t now[t->top_k], before[t->top_k];
     /* Layer by layer, because the counts of all of them do not fit in a cache. */
     for (int32_t l = 0; l < n_layers; l++)

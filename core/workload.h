@@ -4,15 +4,20 @@
 #define WORKLOAD_H
 
 #include "err.h"
+#include "gate.h"
 #include "moelab.h"
 #include "statistics.h"
 #include "trace.h"
 
 /* Tokens come from streams. decode: batch_per_device streams per device, one token each per step (continuous
  * batching: a stream that ends its request takes the next one). prefill: one stream per device, tokens_per_device
- * tokens per step. Requests are split: a share is profiled (what placements may know), the rest is played. */
+ * tokens per step. Requests are split: a share is profiled (what placements may know), the rest is played.
+ * gate: tokens_per_device tokens per step from a drifting mixture, and logits of a gate that is trained (gate.h); a
+ * trace is optional, no request is played. */
 struct workload {
     struct trace trace;
+    struct gate *gate;              /* NULL: routing is recorded */
+    int32_t top_k;                  /* of the gate's model */
     enum moe_phase phase;
     int32_t n_devices, n_steps;
     int32_t n_streams, per_stream;  /* tokens of a step: n_streams * per_stream */
@@ -49,7 +54,18 @@ void workload_rewind(struct workload *, uint64_t seed);
 /* Fills a batch for one layer of the current step: arrays stay valid until the next call. */
 int workload_batch(struct workload *, int32_t step, int32_t layer, uint32_t needs, struct moe_batch *, struct err *);
 
-/* Adds the profiled requests, as recorded. Returns the number of tokens counted. */
+/* What every kind of workload reads of its table; messages name workload.KEY. */
+int workload_read_int(const json_t *spec, const char *key, int64_t def, int64_t min, int64_t max, int64_t *out,
+                      const char *who, struct err *);
+/* The same of a workload with a gate: workload_gate.c. */
+int workload_gate_open(struct workload *, const json_t *spec, const struct moe_model *, uint64_t seed, const char *who,
+                       struct err *);
+void workload_gate_step(struct workload *);
+void workload_gate_batch(struct workload *, int32_t layer, struct moe_batch *);
+const char *workload_gate_lacks(uint32_t needs);
+
+/* Adds the profiled requests, as recorded; of a gate that knows nothing yet, one token to each expert. Returns
+ * the number of tokens counted. */
 int64_t workload_profile(const struct workload *, struct statistics *);
 
 #endif
