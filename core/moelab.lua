@@ -376,6 +376,7 @@ end
 local figures = native.part("figures", native, check)
 local Runs = native.part("tables", native, check, figures, label_of)
 local quote = native.part("plot", native, check, figures, Runs)
+native.part("curve", native, check, figures, Runs, quote)
 local against = native.part("against", native, check, figures, Runs, quote)
 
 local Experiment = {}

@@ -130,8 +130,11 @@ local function number(v)
   return string.format("%.3f", v)
 end
 
+-- Colours of series, apart for most who see colours otherwise.
+local palette = { "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#666666" }
+
 return {
   unit = metric_unit, value = value, check_metric = check_metric, aggregate = aggregate, group = group,
   policy_axes = policy_axes, is_policy = is_policy, common_bound = common_bound,
-  scale_of = scale_of, short = short, number = number, is_finite = is_finite,
+  scale_of = scale_of, short = short, number = number, is_finite = is_finite, palette = palette,
 }

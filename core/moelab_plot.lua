@@ -17,7 +17,7 @@ local function tick(axis, label)
   return axis == "cache" and tonumber(label) and string.format("%g %%", 100 * tonumber(label)) or label
 end
 
-local palette = { "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#666666" }
+local palette = figures.palette
 
 local function plot_series(self, o, where)
   local x_labels = self.axis[o.x].labels

@@ -134,3 +134,17 @@ MOELAB=$moelab bash tests/bench_gpu.sh "$dir"
 step 256 2 500 3
 step 4096 40 2000 1
 echo "    ASTRA-sim, one uniform all-to-all (W1) at N = 1024: 13.5 s, 970 MB; a step has 116, uneven, drawn and checked"
+
+# A gate that is trained: steps of a run, with its network simulated, without what begins and ends a run.
+cat >"$dir/gate.lua" <<'EOF'
+local moe = require "moelab"
+moe.experiment {
+  tier = "bound", allow_extrapolation = true, machine = moe.machine "dgx-h100" { nodes = 1 }, router = "softmax-top-k",
+  model = { layers = 1, experts = 64, top_k = 8, d_model = 64, d_expert = 64, n_heads = 1, d_head = 64 },
+  balancer = "aux-loss-balancer", workload = moe.gate { tokens_per_device = 512, context = 0, steps = 10 },
+}:run()
+EOF
+few=$(seconds "$moelab" run "$dir/gate.lua" --out "$dir/gate")
+many=$(seconds "$moelab" run "$dir/gate.lua" --set workload.steps=160 --out "$dir/gate")
+line "trainable gate, 64 experts, k = 8, d = 64, 4,096 tokens" ">50" steps/s \
+  "$(awk -v a="$few" -v b="$many" 'BEGIN { if (b > a) print 150 / (b - a) }')"
