@@ -19,13 +19,14 @@ END
 }
 small='tokens_per_device = 16, steps = 20, context = 0'
 
-run_expect 0 'ok: every step has a figure' "$moelab" run "$top_srcdir/tests/cli/fixtures/training.lua" --out one --jobs 1
+fixture=$top_srcdir/tests/cli/fixtures/training.lua
+run_expect 0 'ok: every step has a figure' "$moelab" run "$fixture" --out one --jobs 1
 cp out printed
 while read -r line; do
     ok "${line#*: }" grep -qxF "ok: ${line#*: }" printed
 done < <(grep -E '^(NOT OK|ok): ' printed)
 ok "all twelve were checked" test "$(grep -cE '^(NOT OK|ok): ' printed)" = 12
-ok "again, with four jobs" "$moelab" run "$top_srcdir/tests/cli/fixtures/training.lua" --out four --jobs 4
+ok "again, with four jobs" "$moelab" run "$fixture" --out four --jobs 4
 ok "the same bytes" cmp one/runs.jsonl four/runs.jsonl
 ok "one line for each balancer" test "$(grep -c 'with lines' one/max-vio.gp)" = 4
 ok "ten steps to a point" test "$(grep -cv '^#' one/loss.dat)" = 50
@@ -44,7 +45,8 @@ scenario '"aux-loss-balancer"' '"softmax-top-k"' "moe.gate { $small, trace = 'tr
 ok "recorded hidden states are" "$moelab" run made.lua --out trace
 
 scenario '{}' '"softmax-top-k"' "moe.gate { $small, expert_rate = 1e4 }"
-run_expect 1 'it diverges: at step [0-9]+ its loss is [0-9.e+]+.*at step 0 its loss was 0\.' "$moelab" run made.lua --out bad
+run_expect 1 'it diverges: at step [0-9]+ its loss is [0-9.e+]+.*at step 0 its loss was 0\.' \
+    "$moelab" run made.lua --out bad
 scenario '"aux-loss-balancer"' '"softmax-top-k"' 'moe.prefill { trace = "traces/tiny-moe" }'
 sed -i 's/experts = 8, top_k = 2/experts = 32, top_k = 4/; s/layers = 2/layers = 8/' made.lua
 run_expect 2 'aux-loss-balancer: has hook loss, which is for a gate that is trained: expected a workload of moe.gate' \
