@@ -146,19 +146,20 @@ build bad_others.c -DKIND_dispatch
 ok "the same layout with nothing left out passes" "$moelab" run x.lua --out honest
 
 # What the header has and the pipeline does not drive is refused before anything runs, by name.
-undriven() # kind use
+undriven() # kind use message expected
 {
     build undriven.c "-DUSE_$2" "-DKIND_$1"
     printf 'local moe = require "moelab"\nrequire "tiny".experiment { placement = "contiguous", %s = "bad" }:run()\n' \
         "$1" >x.lua
-    run_expect 2 "x.lua:2: $1 bad: .*$3.* this version's pipeline" "$moelab" run x.lua --out undriven
+    run_expect 2 "x.lua:2: $1 bad: .*$3.*$4" "$moelab" run x.lua --out undriven
     ok "... and nothing is written" test ! -e undriven
 }
-undriven router ahead 'has hook ahead,'
-undriven balancer loss 'has hook loss,'
-for use in saliency similarity; do undriven placement $use "needs the $use of experts,"; done
-for use in prefetch assign form precision; do undriven offload $use "has hook $use,"; done
-undriven offload local 'MOE_LOCAL'
+here=" this version's pipeline"
+undriven router ahead 'has hook ahead,' "$here"
+undriven balancer loss 'has hook loss,' 'expected a workload of moe.gate'
+for use in saliency similarity; do undriven placement $use "needs the $use of experts," "$here"; done
+for use in prefetch assign form precision; do undriven offload $use "has hook $use," "$here"; done
+undriven offload local 'MOE_LOCAL' "$here"
 for use in hit remove observe; do
     build undriven.c "-DUSE_$use" -DKIND_offload -DRESIDENT
     run_expect 2 "x.lua:2: offload bad: .*: hooks without insert and evict, .*: $use" "$moelab" run x.lua --out undriven
