@@ -25,8 +25,8 @@ double srp_floor(int32_t top_k, int32_t n_experts, int32_t m);
  * hit rate with room for c experts, c = 1..depth; with layer -1 the experts of all layers share one cache. */
 int sch_curve(const struct routing *, int32_t layer, int32_t m, int32_t depth, double *rate, struct err *);
 
-/* metric: srp, sch, overlap, max-vio or affinity. options: an object with layer, segment and capacity, all optional,
- * or NULL. Returns {"metric", "value", "floor", ...}, or NULL with the error set. */
+/* metric: srp, sch, overlap, max-vio, affinity or recall. options: an object with layer, segment and capacity, all
+ * optional, or NULL. Returns {"metric", "value", "floor", ...}, or NULL with the error set. */
 json_t *consistency_eval(const char *metric, const struct trace *, json_t *options, struct err *);
 /* The metrics' names and one line on each, for listings; ends with a NULL name. */
 /* 0 if there is a metric of this name, else an error with the nearest one. */

@@ -2,8 +2,8 @@
  *
  * consistency_eval.c - metrics on a trace by name, each with the floor that unrelated routing would reach.
  *
- * Floors are closed forms where there is one (srp, overlap), the trace itself with its relations cut (affinity), or
- * the same metric on independent uniform routing of the same shape, drawn with fixed seeds (sch, max-vio).
+ * Floors are closed forms where there is one (srp, overlap), the trace itself with its relations cut (affinity,
+ * recall), or the same metric on independent uniform routing of the same shape, drawn with fixed seeds (sch, max-vio).
  */
 #include "config.h"
 
@@ -29,7 +29,7 @@ static int read_options(const json_t *given, const struct routing *r, const char
     const char *key;
     json_t *value;
     *o = (struct options){ -1, 0, 0 };
-    int32_t n_layers = strcmp(metric, "affinity") ? r->n_layers : r->n_layers - 1;
+    int32_t n_layers = strcmp(metric, "affinity") && strcmp(metric, "recall") ? r->n_layers : r->n_layers - 1;
     json_object_foreach((json_t *)(uintptr_t)given, key, value)
     {
         bool layer = !strcmp(key, names[0]), segment = !strcmp(key, names[1]), capacity = !strcmp(key, names[2]);
@@ -196,16 +196,24 @@ static int eval_affinity(const struct routing *r, const struct options *o, json_
     return eval_layers(r, o, out, err, routing_affinity, r->n_layers - 1);
 }
 
+static int eval_recall(const struct routing *r, const struct options *o, json_t *out, struct err *err)
+{
+    if (r->n_layers < 2)
+        return err_set(err, ERR_INPUT, "metric recall: the trace has one layer, expected two or more");
+    return eval_layers(r, o, out, err, routing_recall, r->n_layers - 1);
+}
+
 static const struct consistency_metric metrics[] = {
     { "srp", "segment routing performance: best F1 of one fixed expert set over m consecutive tokens" },
     { "sch", "segment cache hit rate: hits of a cache that knows the next m tokens" },
     { "overlap", "share of experts that consecutive tokens have in common" },
     { "max-vio", "largest expert load over the mean, minus 1" },
     { "affinity", "share of routes that go on to their expert's likeliest successor in the next layer" },
+    { "recall", "share of experts that are among the K likeliest given those of the layer before" },
     { NULL, NULL },
 };
 static int (*const evals[])(const struct routing *, const struct options *, json_t *, struct err *) = {
-    eval_srp, eval_sch, eval_overlap, eval_max_vio, eval_affinity,
+    eval_srp, eval_sch, eval_overlap, eval_max_vio, eval_affinity, eval_recall,
 };
 
 const struct consistency_metric *consistency_metrics(void)
@@ -224,8 +232,8 @@ int consistency_check(const char *metric, struct err *err)
             return 0;
     const char *near = err_nearest(metric, names, n);
     return err_set(err, ERR_INPUT, "unknown metric \"%s\"%s%s%s", metric,
-                   near ? "; did you mean \"" : ", expected srp, sch, overlap, max-vio or affinity", near ? near : "",
-                   near ? "\"?" : "");
+                   near ? "; did you mean \"" : ", expected srp, sch, overlap, max-vio, affinity or recall",
+                   near ? near : "", near ? "\"?" : "");
 }
 
 json_t *consistency_eval(const char *metric, const struct trace *t, json_t *options, struct err *err)

@@ -137,20 +137,32 @@ int routing_overlap(const struct routing *r, int32_t layer, double *value, doubl
     return rc;
 }
 
-/* Routes in layer l whose successor is their expert's likeliest; layer l+1 is read `shift` tokens further on. */
-static int64_t follow_most(const struct routing *r, int32_t l, int64_t shift, uint32_t *count)
+static int64_t shifted(const struct routing *r, int64_t token, int64_t shift)
+{
+    return token + shift < r->n_tokens ? token + shift : token + shift - r->n_tokens;
+}
+
+/* count [E][E]: tokens with e in layer l and f in layer l+1, which is read `shift` tokens further on. */
+static void count_transitions(const struct routing *r, int32_t l, int64_t shift, uint32_t *count)
 {
     int32_t n = r->n_experts;
-    int64_t sum = 0;
     memset(count, 0, (size_t)n * (size_t)n * sizeof *count);
     for (int64_t t = 0; t < r->n_tokens; t++) {
-        int64_t u = t + shift < r->n_tokens ? t + shift : t + shift - r->n_tokens;
+        int64_t u = shifted(r, t, shift);
         for (int32_t i = 0; i < r->top_k; i++) {
             uint32_t *row = count + (size_t)routing_expert(r, t, l, i) * (size_t)n;
             for (int32_t j = 0; j < r->top_k; j++)
                 row[routing_expert(r, u, l + 1, j)]++;
         }
     }
+}
+
+/* Routes in layer l whose successor is their expert's likeliest. */
+static int64_t follow_most(const struct routing *r, int32_t l, int64_t shift, uint32_t *count)
+{
+    int32_t n = r->n_experts;
+    int64_t sum = 0;
+    count_transitions(r, l, shift, count);
     for (int32_t e = 0; e < n; e++) {
         const uint32_t *row = count + (size_t)e * (size_t)n;
         uint32_t most = 0;
@@ -176,6 +188,54 @@ int routing_affinity(const struct routing *r, int32_t layer, double *value, doub
     *chance = n_routes ? (double)follow_other / (double)n_routes : 0;
     free(count);
     return 0;
+}
+
+/* Routes of layer l+1 that were among the K foretold. score: [E], top: [K]. */
+static int64_t count_foretold(const struct routing *r, int32_t l, int64_t shift, uint32_t *count, int64_t *load,
+                              float *score, int32_t *top)
+{
+    int32_t n = r->n_experts, k = r->top_k;
+    int64_t sum = 0;
+    count_transitions(r, l, shift, count);
+    routing_load(r, l, load);
+    for (int64_t t = 0; t < r->n_tokens; t++) {
+        int64_t u = shifted(r, t, shift);
+        memset(score, 0, (size_t)n * sizeof *score);
+        for (int32_t i = 0; i < k; i++) {
+            int32_t e = routing_expert(r, t, l, i);
+            const uint32_t *row = count + (size_t)e * (size_t)n;
+            for (int32_t f = 0; f < n; f++)
+                score[f] += (float)row[f] / (float)load[e];
+        }
+        moe_top_k(score, n, k, top);
+        for (int32_t j = 0; j < k; j++)
+            for (int32_t i = 0; i < k; i++)
+                sum += routing_expert(r, u, l + 1, j) == top[i];
+    }
+    return sum;
+}
+
+int routing_recall(const struct routing *r, int32_t layer, double *value, double *chance, struct err *err)
+{
+    const size_t n = (size_t)r->n_experts;
+    int64_t found = 0, found_other = 0, n_routes = 0;
+    uint32_t *count = malloc(n * n * sizeof *count);
+    int64_t *load = malloc(n * sizeof *load);
+    float *score = malloc(n * sizeof *score);
+    int32_t *top = malloc((size_t)r->top_k * sizeof *top);
+    int rc = count && load && score && top ? 0 : no_memory(err);
+    for (int32_t l = first_layer(layer); rc == 0 && l < last_layer(r, layer) && l + 1 < r->n_layers; l++) {
+        found += count_foretold(r, l, 0, count, load, score, top);
+        found_other += count_foretold(r, l, r->n_tokens / 2, count, load, score, top);
+        n_routes += r->n_tokens * r->top_k;
+    }
+    *value = n_routes ? (double)found / (double)n_routes : 0;
+    *chance = n_routes ? (double)found_other / (double)n_routes : 0;
+    free(count);
+    free(load);
+    free(score);
+    free(top);
+    return rc;
 }
 
 int routing_iid(struct routing *out, const struct routing *like, int32_t n_layers, uint64_t seed, struct err *err)

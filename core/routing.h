@@ -46,6 +46,11 @@ int routing_unevenness(const struct routing *, int32_t layer, double *all, doubl
  * the same number of samples, no relation. layer: the first of the pair. */
 int routing_affinity(const struct routing *, int32_t layer, double *value, double *chance, struct err *);
 
+/* Next-layer recall: share of a token's experts in layer l+1 that are among the K likeliest given its experts in layer
+ * l, by the transition counts of these tokens: candidate f scores the sum over the token's experts e of
+ * count(e, f) / tokens at e; ties go to the lower id. *chance: layer l+1 of the token half the trace away, as above. */
+int routing_recall(const struct routing *, int32_t layer, double *value, double *chance, struct err *);
+
 /* Independent uniform routing of the same requests, experts and top_k, with n_layers layers; free with
  * routing_free_iid. Offsets are shared with the model. */
 int routing_iid(struct routing *, const struct routing *like, int32_t n_layers, uint64_t seed, struct err *);

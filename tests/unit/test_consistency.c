@@ -122,6 +122,8 @@ static void iid_meets_floor(void **state)
             assert_true(fabs(chance - (double)row[i].k / row[i].n) < 0.005);
             ok(routing_affinity(&r, -1, &value, &chance, err));
             assert_true(fabs(value - chance) < 0.005);
+            ok(routing_recall(&r, -1, &value, &chance, err));
+            assert_true(fabs(value - chance) < 0.005);
             routing_free_iid(&r);
         }
 }
@@ -164,6 +166,29 @@ static void affinity_by_hand(void **state)
     ok(routing_affinity(&r, -1, &value, &chance, err));
     assert_true(value == 1.0);
     assert_true(chance < 1.0);
+}
+
+static void recall_by_hand(void **state)
+{
+    /* Top 1 of 3, four tokens: 0 goes to 1 twice and to 2 once, 2 to 0. What is likeliest is right 3 times of 4. */
+    static const uint8_t id[] = { 0, 1, 0, 2, 2, 0, 0, 1 };
+    static const int64_t offsets[] = { 0, 4 };
+    struct routing r = one_request(id, offsets, 2, 3, 1);
+    double value, chance;
+    (void)state;
+    ok(routing_recall(&r, -1, &value, &chance, err));
+    assert_true(value == 0.75);
+    /* Two tokens further on: 0 to 0, 0 to 1, 2 to 1, 0 to 2: of 0's three successors the lowest id is taken. */
+    assert_true(chance == 0.5);
+
+    /* Top 2 of 4: {0,1} goes to {2,3}, {0,2} to {0,1}. Of {0,1}, 0 foretells 2, 3, 0, 1 alike (a half each), 1 foretells
+     * 2 and 3 (once): both are found; of {0,2} likewise 0 and 1. */
+    static const uint8_t two[] = { 0, 1, 2, 3, 0, 2, 0, 1 };
+    static const int64_t both[] = { 0, 2 };
+    r = one_request(two, both, 2, 4, 2);
+    ok(routing_recall(&r, 0, &value, &chance, err));
+    assert_true(value == 1.0);
+    assert_true(chance == 1.0); /* each foretells the other one's as surely */
 }
 
 /* ---- the authors' figures: source and commit in the file itself ---- */
@@ -274,6 +299,7 @@ static void eval_refuses(void **state)
         { "sch", "{\"capacity\": -1}", "capacity" },
         { "sch", "{\"segment\": 2.5}", "not an integer" },
         { "affinity", "{\"layer\": 1}", "expected 0..0" },
+        { "recall", "{\"layer\": 1}", "expected 0..0" },
         { "max-vio", "{\"segment\": 6}", "5 tokens" },
         { "overlp", "{}", "overlap" },
     };
@@ -319,6 +345,7 @@ int main(void)
         cmocka_unit_test(iid_meets_floor),
         cmocka_unit_test(overlap_and_load_by_hand),
         cmocka_unit_test(affinity_by_hand),
+        cmocka_unit_test(recall_by_hand),
         cmocka_unit_test(conforms_with_moelrc),
         cmocka_unit_test_setup_teardown(eval_every_metric, scratch_make, scratch_remove),
         cmocka_unit_test_setup_teardown(eval_refuses, scratch_make, scratch_remove),
