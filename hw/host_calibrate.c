@@ -175,6 +175,7 @@ static void read_some(struct bench *b, const struct host_sample *s)
     const int n = (int)fmin(HOST_READS, fmax(2, (double)(1 << 25) / s->bytes));
     int32_t number = 0;
     double first, start, end;
+    host_store_rewind(b->store);
     for (int i = 0; i < n; i++)
         number = host_store_read(b->store, next_of(&b->at_file, bytes, HOST_CALIBRATION_FILE), bytes,
                                  (float *)(void *)(b->to + next_of(&b->at_to, bytes, HOST_CALIBRATION_ROOM)));

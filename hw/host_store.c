@@ -197,8 +197,6 @@ bool host_store_ended(struct host_store *s, int32_t number)
 
 int32_t host_store_read(struct host_store *s, size_t at, size_t bytes, float *to)
 {
-    if (host_store_ended(s, s->queued))
-        s->queued = s->done = 0;
     s->load[s->queued] = (struct load){ .slot = -1, .at = (int64_t)at, .bytes = bytes, .to = to };
     return enqueue(s, s->queued);
 }

@@ -22,7 +22,7 @@ void host_store_close(struct host_store *);
 /* A file of so many bytes of nothing in particular, to measure how long reading takes. */
 int host_store_open_plain(struct host_store **, int32_t device, const char *dir, size_t bytes, struct err *);
 /* Queues a read of it, from a whole page, into whole pages that host_take() gave; its number. At most HOST_READS, and
- * more when all have ended. */
+ * more after host_store_rewind() when all have ended. */
 enum { HOST_READS = 8 };
 int32_t host_store_read(struct host_store *, size_t at, size_t bytes, float *to);
 
