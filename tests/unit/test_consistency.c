@@ -181,7 +181,7 @@ static void recall_by_hand(void **state)
     /* Two tokens further on: 0 to 0, 0 to 1, 2 to 1, 0 to 2: of 0's three successors the lowest id is taken. */
     assert_true(chance == 0.5);
 
-    /* Top 2 of 4: {0,1} goes to {2,3}, {0,2} to {0,1}. Of {0,1}, 0 foretells 2, 3, 0, 1 alike (a half each), 1 foretells
+    /* Top 2 of 4: {0,1} goes to {2,3}, {0,2} to {0,1}. Of {0,1}, 0 foretells 2, 3, 0, 1 alike (a half each), 1 also
      * 2 and 3 (once): both are found; of {0,2} likewise 0 and 1. */
     static const uint8_t two[] = { 0, 1, 2, 3, 0, 2, 0, 1 };
     static const int64_t both[] = { 0, 2 };
