@@ -15,7 +15,7 @@
  *            (b + 1) - 1 pairs before it, so only ranks with (a + 1)(b + 1) <= k matter: k ln k of them
  *            each = n: the n best rows with each of the n best columns, n^2 experts
  *   weight   softmax of the chosen sums, which with each = n is the product of softmaxes over the chosen */
-#include <moelab.h>
+#include <moelab_top_k.h>
 
 struct conf {
     struct moe_tensor row, column;
@@ -101,15 +101,6 @@ static void best_pairs(const float *r, const float *c, const int32_t *rank, int3
     }
 }
 
-static int find_k(const struct moe_env *env, const struct conf *conf, const struct moe_batch *batch)
-{
-    int32_t k = conf->top_k > 0 ? (int32_t)conf->top_k : batch->top_k;
-    if (k < 1 || k > batch->n_experts)
-        return env->host->fail(env, MOE_EINVAL, "layer %d: top_k = %d of %d experts", batch->layer, k,
-                               batch->n_experts);
-    return k;
-}
-
 static int route(void *self, const struct moe_batch *batch, const struct moe_bias *bias, struct moe_routes *out,
                  struct moe_cost *own)
 {
@@ -128,7 +119,7 @@ static int route(void *self, const struct moe_batch *batch, const struct moe_bia
     if (each > p || each > q)
         return env->host->fail(env, MOE_EINVAL, "layer %d: each = %d of %d rows and %d columns", batch->layer, each, p,
                                q);
-    const int32_t k = each > 0 ? each * each : find_k(env, c, batch);
+    const int32_t k = each > 0 ? each * each : moe_k_of(env, batch, c->top_k);
     int rc = k < 0 ? k : check_width(env, c, batch);
     if (rc < 0 || (rc = env->host->routes_reserve(env, out, (int64_t)batch->n_tokens * k)) < 0)
         return rc;

@@ -12,7 +12,7 @@
  *   select   the k largest of scale * p + add
  *   weight   p / sum of the chosen p + adapter[l][e] . h     weights = sum; of any sign
  *            1 / k                                           weights = equal */
-#include <moelab.h>
+#include <moelab_top_k.h>
 
 enum weights { SUM, EQUAL };
 
@@ -74,15 +74,6 @@ static int score(void *self, const struct moe_batch *batch, float *scores, struc
     return MOE_OK;
 }
 
-static int find_k(const struct moe_env *env, const struct conf *conf, const struct moe_batch *batch)
-{
-    const int32_t k = conf->top_k > 0 ? (int32_t)conf->top_k : batch->top_k;
-    if (k < 1 || k > batch->n_experts)
-        return env->host->fail(env, MOE_EINVAL, "layer %d: top_k = %d of %d experts", batch->layer, k,
-                               batch->n_experts);
-    return k;
-}
-
 static float dot(const float *a, const float *b, int64_t n)
 {
     float sum = 0;
@@ -126,7 +117,7 @@ static int select(void *self, const struct moe_batch *batch, const float *scores
 {
     const struct state *s = self;
     const struct moe_env *env = s->env;
-    const int32_t n = batch->n_experts, most = find_k(env, s->conf, batch);
+    const int32_t n = batch->n_experts, most = moe_k_of(env, batch, s->conf->top_k);
     float *choice = env->host->scratch(env, (size_t)n * sizeof *choice);
     if (most < 0 || choice == NULL)
         return most < 0 ? most : MOE_ENOMEM;
@@ -136,11 +127,7 @@ static int select(void *self, const struct moe_batch *batch, const float *scores
     out->n = out->offset[0] = 0;
     for (int32_t t = 0; t < batch->n_tokens; t++) {
         const float *p = scores + (int64_t)t * n;
-        int32_t there = 0;
-        for (int32_t e = 0; e < n; e++) {
-            choice[e] = bias != NULL ? bias->scale[e] * p[e] + bias->add[e] : p[e];
-            there += choice[e] > -INFINITY;
-        }
+        const int32_t there = moe_bias_scores(p, bias, n, choice);
         const int32_t k = most < there ? most : there;
         if (k > 0)
             moe_top_k(choice, n, k, out->expert + out->n);

@@ -12,7 +12,7 @@
  *   score    p = softmax(logits) over the experts that the token sees, 0 for the others
  *   select   the k largest of scale * p + add among those seen; all of them where they are fewer than k
  *   weight   p / sum of the chosen p; p with renormalise = false */
-#include <moelab.h>
+#include <moelab_top_k.h>
 
 #include <stdlib.h>
 
@@ -143,31 +143,12 @@ static int score(void *self, const struct moe_batch *batch, float *scores, struc
     return MOE_OK;
 }
 
-static int find_k(const struct moe_env *env, const struct conf *conf, const struct moe_batch *batch)
-{
-    const int32_t k = conf->top_k > 0 ? (int32_t)conf->top_k : batch->top_k;
-    if (k < 1 || k > batch->n_experts)
-        return env->host->fail(env, MOE_EINVAL, "layer %d: top_k = %d of %d experts", batch->layer, k,
-                               batch->n_experts);
-    return k;
-}
-
-/* Weights of the k chosen. A balancer may force choices whose scores are all 0: they share alike. */
-static void weigh(const float *p, const int32_t *expert, int32_t k, bool renormalise, float *weight)
-{
-    float sum = 0;
-    for (int32_t i = 0; i < k; i++)
-        sum += weight[i] = p[expert[i]];
-    for (int32_t i = 0; renormalise && i < k; i++)
-        weight[i] = sum > 0 ? weight[i] / sum : 1 / (float)k;
-}
-
 static int select(void *self, const struct moe_batch *batch, const float *scores, const struct moe_bias *bias,
                   struct moe_routes *out)
 {
     const struct state *s = self;
     const struct moe_env *env = s->env;
-    const int32_t n = batch->n_experts, most = find_k(env, s->conf, batch);
+    const int32_t n = batch->n_experts, most = moe_k_of(env, batch, s->conf->top_k);
     float *choice = env->host->scratch(env, (size_t)n * sizeof *choice);
     uint8_t *mask = env->host->scratch(env, (size_t)n);
     if (most < 0 || choice == NULL || mask == NULL)
@@ -190,7 +171,7 @@ static int select(void *self, const struct moe_batch *batch, const float *scores
         const int32_t k = most < there ? most : there;
         if (k > 0)
             moe_top_k(choice, n, k, out->expert + out->n);
-        weigh(p, out->expert + out->n, k, s->conf->renormalise, out->weight + out->n);
+        moe_weigh(p, out->expert + out->n, k, s->conf->renormalise, out->weight + out->n);
         out->offset[t + 1] = out->n += k;
     }
     return MOE_OK;

@@ -13,7 +13,7 @@
  *            gate runs, the p of the experts that were chosen, 0 for the others
  *   select   at first the k largest of scale * p + add; later the same again
  *   weight   p / sum of the chosen p; p with renormalise = false */
-#include <moelab.h>
+#include <moelab_top_k.h>
 
 struct conf {
     int64_t top_k, requests;
@@ -166,15 +166,6 @@ static int score(void *self, const struct moe_batch *batch, float *scores, struc
     return MOE_OK;
 }
 
-static int find_k(const struct moe_env *env, const struct conf *conf, const struct moe_batch *batch)
-{
-    const int32_t k = conf->top_k > 0 ? (int32_t)conf->top_k : batch->top_k;
-    if (k < 1 || k > batch->n_experts)
-        return env->host->fail(env, MOE_EINVAL, "layer %d: top_k = %d of %d experts", batch->layer, k,
-                               batch->n_experts);
-    return k;
-}
-
 /* Weights of the k chosen. A balancer may force choices whose scores are all 0: they share alike. */
 static void weigh(const float *p, int32_t k, bool renormalise, float *weight)
 {
@@ -207,7 +198,7 @@ static int select(void *self, const struct moe_batch *batch, const float *scores
 {
     struct state *s = self;
     const struct moe_env *env = s->env;
-    const int32_t n = batch->n_experts, k = find_k(env, s->conf, batch);
+    const int32_t n = batch->n_experts, k = moe_k_of(env, batch, s->conf->top_k);
     float *choice = env->host->scratch(env, (size_t)n * sizeof *choice);
     if (k < 0 || choice == NULL)
         return k < 0 ? k : MOE_ENOMEM;

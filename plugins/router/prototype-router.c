@@ -11,7 +11,7 @@
  *   score    p_e = share_e exp(-|h - mean_e|^2 / (2 variance)) / sum over experts of the same: the posterior
  *   select   the k largest of scale * p + add
  *   weight   p / sum of the chosen p; p with renormalise = false */
-#include <moelab.h>
+#include <moelab_top_k.h>
 
 struct conf {
     struct moe_tensor mean, share;
@@ -92,49 +92,11 @@ static int score(void *self, const struct moe_batch *batch, float *scores, struc
     return MOE_OK;
 }
 
-static int find_k(const struct moe_env *env, const struct conf *conf, const struct moe_batch *batch)
-{
-    int32_t k = conf->top_k > 0 ? (int32_t)conf->top_k : batch->top_k;
-    if (k < 1 || k > batch->n_experts)
-        return env->host->fail(env, MOE_EINVAL, "layer %d: top_k = %d of %d experts", batch->layer, k,
-                               batch->n_experts);
-    return k;
-}
-
-/* Weights of the k chosen. A balancer may force choices whose scores are all 0: they share alike. */
-static void weigh(const float *p, const int32_t *expert, int32_t k, bool renormalise, float *weight)
-{
-    float sum = 0;
-    for (int32_t i = 0; i < k; i++)
-        sum += weight[i] = p[expert[i]];
-    for (int32_t i = 0; renormalise && i < k; i++)
-        weight[i] = sum > 0 ? weight[i] / sum : 1 / (float)k;
-}
-
 static int select(void *self, const struct moe_batch *batch, const float *scores, const struct moe_bias *bias,
                   struct moe_routes *out)
 {
     const struct state *s = self;
-    const struct moe_env *env = s->env;
-    int32_t n = batch->n_experts, k = find_k(env, s->conf, batch);
-    float *biased = env->host->scratch(env, (size_t)n * sizeof *biased);
-    if (k < 0 || biased == NULL)
-        return k < 0 ? k : MOE_ENOMEM;
-    int rc = env->host->routes_reserve(env, out, (int64_t)batch->n_tokens * k);
-    if (rc < 0)
-        return rc;
-    out->offset[0] = 0;
-    for (int32_t t = 0; t < batch->n_tokens; t++) {
-        const float *p = scores + (int64_t)t * n;
-        int32_t *expert = out->expert + (int64_t)t * k;
-        for (int32_t e = 0; e < n; e++)
-            biased[e] = bias != NULL ? bias->scale[e] * p[e] + bias->add[e] : p[e];
-        moe_top_k(biased, n, k, expert);
-        weigh(p, expert, k, s->conf->renormalise, out->weight + (int64_t)t * k);
-        out->offset[t + 1] = (int64_t)(t + 1) * k;
-    }
-    out->n = (int64_t)batch->n_tokens * k;
-    return MOE_OK;
+    return moe_select_top_k(s->env, batch, scores, bias, s->conf->top_k, s->conf->renormalise, out);
 }
 
 const struct moe_plugin moe_plugin = {

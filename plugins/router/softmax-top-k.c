@@ -10,7 +10,7 @@
  *   select   the k largest of scale * p + add (a balancer's bias; p itself without one)
  *   weight   p / sum of the chosen p   renormalise = true: equal to a softmax over the chosen logits alone
  *            p                         renormalise = false */
-#include <moelab.h>
+#include <moelab_top_k.h>
 
 struct conf {
     int64_t top_k;
@@ -47,48 +47,11 @@ static int score(void *self, const struct moe_batch *batch, float *scores, struc
     return MOE_OK;
 }
 
-/* Weights of the k chosen experts. A balancer may force choices whose scores are all 0: they share alike. */
-static void weigh(const float *p, const int32_t *expert, int32_t k, bool renormalise, float *weight)
-{
-    float sum = 0;
-    for (int32_t i = 0; i < k; i++)
-        sum += weight[i] = p[expert[i]];
-    for (int32_t i = 0; renormalise && i < k; i++)
-        weight[i] = sum > 0 ? weight[i] / sum : 1 / (float)k;
-}
-
-static int too_many(const struct moe_env *env, const struct moe_batch *batch, int32_t k)
-{
-    return env->host->fail(env, MOE_EINVAL, "layer %d: top_k = %d of %d experts", batch->layer, k, batch->n_experts);
-}
-
 static int select(void *self, const struct moe_batch *batch, const float *scores, const struct moe_bias *bias,
                   struct moe_routes *out)
 {
     const struct state *s = self;
-    const struct moe_env *env = s->env;
-    int32_t n = batch->n_experts, k = s->conf->top_k > 0 ? (int32_t)s->conf->top_k : batch->top_k;
-    if (k > n)
-        return too_many(env, batch, k);
-    float *biased = env->host->scratch(env, (size_t)n * sizeof *biased);
-    int rc = biased != NULL ? env->host->routes_reserve(env, out, (int64_t)batch->n_tokens * k) : MOE_ENOMEM;
-    if (rc < 0)
-        return rc;
-    out->offset[0] = 0;
-    for (int32_t t = 0; t < batch->n_tokens; t++) {
-        const float *p = scores + (int64_t)t * n, *choice = p;
-        int32_t *expert = out->expert + (int64_t)t * k;
-        if (bias != NULL) {
-            for (int32_t e = 0; e < n; e++)
-                biased[e] = bias->scale[e] * p[e] + bias->add[e];
-            choice = biased;
-        }
-        moe_top_k(choice, n, k, expert);
-        weigh(p, expert, k, s->conf->renormalise, out->weight + (int64_t)t * k);
-        out->offset[t + 1] = (int64_t)(t + 1) * k;
-    }
-    out->n = (int64_t)batch->n_tokens * k;
-    return MOE_OK;
+    return moe_select_top_k(s->env, batch, scores, bias, s->conf->top_k, s->conf->renormalise, out);
 }
 
 /* The same where nobody asks for all scores: the largest logits are the largest probabilities. (Two logits so near that
@@ -98,9 +61,9 @@ static int route(void *self, const struct moe_batch *batch, const struct moe_bia
 {
     const struct state *s = self;
     const struct moe_env *env = s->env;
-    int32_t n = batch->n_experts, k = s->conf->top_k > 0 ? (int32_t)s->conf->top_k : batch->top_k;
+    const int32_t n = batch->n_experts, k = moe_k_of(env, batch, s->conf->top_k);
     (void)bias;
-    int rc = k <= n ? env->host->routes_reserve(env, out, (int64_t)batch->n_tokens * k) : too_many(env, batch, k);
+    const int rc = k > 0 ? env->host->routes_reserve(env, out, (int64_t)batch->n_tokens * k) : k;
     float *p = env->host->scratch(env, (size_t)n * sizeof *p);
     if (rc < 0 || p == NULL)
         return rc < 0 ? rc : MOE_ENOMEM;

@@ -17,7 +17,7 @@
  *            random   k different ones, drawn for every token, layer and step
  *            best     the first k: softmax-top-k, but for the bonus
  *   weight   p / sum of the chosen p; p with renormalise = false */
-#include <moelab.h>
+#include <moelab_top_k.h>
 
 enum choose { RANK, RANDOM, BEST };
 enum { HOOK_CHOOSE };
@@ -77,15 +77,6 @@ static int score(void *self, const struct moe_batch *batch, float *scores, struc
     return MOE_OK;
 }
 
-static int find_k(const struct moe_env *env, const struct conf *conf, const struct moe_batch *batch)
-{
-    const int32_t k = conf->top_k > 0 ? (int32_t)conf->top_k : batch->top_k;
-    if (k < 1 || k > batch->n_experts)
-        return env->host->fail(env, MOE_EINVAL, "layer %d: top_k = %d of %d experts", batch->layer, k,
-                               batch->n_experts);
-    return k;
-}
-
 /* What identifies a token, whoever shares its batch. */
 static int64_t token_key(const struct moe_batch *b, int32_t t)
 {
@@ -112,23 +103,13 @@ static int32_t find_first(const struct conf *c, int32_t k, int32_t there)
     return k <= there - k ? k : k <= there ? there - k : 0;
 }
 
-/* Weights of the k chosen. A balancer may force choices whose scores are all 0: they share alike. */
-static void weigh(const float *p, const int32_t *expert, int32_t k, bool renormalise, float *weight)
-{
-    float sum = 0;
-    for (int32_t i = 0; i < k; i++)
-        sum += weight[i] = p[expert[i]];
-    for (int32_t i = 0; renormalise && i < k; i++)
-        weight[i] = sum > 0 ? weight[i] / sum : 1 / (float)k;
-}
-
 static int select(void *self, const struct moe_batch *batch, const float *scores, const struct moe_bias *bias,
                   struct moe_routes *out)
 {
     const struct state *s = self;
     const struct moe_env *env = s->env;
     const struct conf *c = s->conf;
-    const int32_t n = batch->n_experts, most = find_k(env, c, batch);
+    const int32_t n = batch->n_experts, most = moe_k_of(env, batch, c->top_k);
     float *choice = env->host->scratch(env, (size_t)n * sizeof *choice);
     int32_t *ranked = env->host->scratch(env, (size_t)n * sizeof *ranked);
     if (most < 0 || choice == NULL || ranked == NULL)
@@ -142,11 +123,7 @@ static int select(void *self, const struct moe_batch *batch, const float *scores
     out->n = out->offset[0] = 0;
     for (int32_t t = 0; t < batch->n_tokens; t++) {
         const float *p = scores + (int64_t)t * n;
-        int32_t there = 0;
-        for (int32_t e = 0; e < n; e++) {
-            choice[e] = bias != NULL ? bias->scale[e] * p[e] + bias->add[e] : p[e];
-            there += choice[e] > -INFINITY;
-        }
+        const int32_t there = moe_bias_scores(p, bias, n, choice);
         if (c->choose == RANDOM)
             shuffle(env, batch, t, choice);
         const int32_t first = find_first(c, most, there), last = first + most < there ? first + most : there;
@@ -155,7 +132,7 @@ static int select(void *self, const struct moe_batch *batch, const float *scores
             moe_top_k(choice, n, last, ranked);
         for (int32_t i = 0; i < k; i++)
             out->expert[out->n + i] = ranked[first + i];
-        weigh(p, out->expert + out->n, k, c->renormalise, out->weight + out->n);
+        moe_weigh(p, out->expert + out->n, k, c->renormalise, out->weight + out->n);
         out->offset[t + 1] = out->n += k;
     }
     return MOE_OK;
