@@ -79,9 +79,9 @@ static bool is_frame(const char *line)
 }
 
 /* What the log says. mpirun puts its own words between two lines of dashes: that it ends the others, how to see more of
- * its help. A rank that dies may say something at the same time, in the same line, so that a frame is not seen. `ended`:
- * how the first rank that failed ended, if mpirun says so; `first`: the first line outside frames, which a rank has
- * written (but for Open MPI's, which says which signal in the next), or the first inside. */
+ * its help. A rank that dies may say something at the same time, in the same line, so that a frame is not seen.
+ * `ended`: how the first rank that failed ended, if mpirun says so; `first`: the first line outside frames, which a
+ * rank has written (but for Open MPI's, which says which signal in the next), or the first inside. */
 struct words { char ended[200], first[400]; bool outside; };
 
 static void read_ending(const char *line, int *rank, struct words *w)
