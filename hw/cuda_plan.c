@@ -183,8 +183,8 @@ static int open_plan(struct cuda *c, const struct moe_graph *g, struct err *e)
                 p->experts_left[r * n + (size_t)g->edge[i].task] += t->device == c->rank[r].rank;
     }
     for (size_t r = 0; r < here; r++) {
-        c->rank[r].send_rows = host_place_sends(g, &p->order, p->sequence, c->rank[r].rank, c->rank[r].send_at,
-                                                p->packed + r * n);
+        c->rank[r].send_rows = host_place_sends(g, &p->order, p->sequence, c->rank[r].rank, NULL,
+                                                c->rank[r].send_at, p->packed + r * n);
         memset(p->packed + r * n, 0, n * sizeof *p->packed);
         if (c->pad.on)
             cuda_plan_sends(c, g, &c->rank[r], e);

@@ -302,6 +302,7 @@ static void host_close(struct machine *m)
     free(h->time);
     free(h->brings);
     free(h->packed);
+    free(h->sums);
     free(h->experts_left);
     free(h->send_at);
     free(h->expert_weights);

@@ -219,6 +219,14 @@ void host_sum_rows(float *out, const float *before, int64_t n, const float *cons
     host_normalise(out, d);
 }
 
+void host_add_rows(float *out, int64_t n, const float *const *row, const float *weight, int32_t d)
+{
+    for (int32_t i = 0; i < d; i++)
+        out[i] = weight[0] * row[0][i];
+    for (int64_t j = 1; j < n; j++)
+        cblas_saxpy(d, weight[j], row[j], 1, out, 1);
+}
+
 void host_run_sums(struct host_rings *r, double bytes, int32_t d)
 {
     enum { ROWS = 2 };

@@ -45,6 +45,8 @@ void host_run_plain(struct host_rings *, double flops, double bytes);
 void host_sum_rows(float *out, const float *before, int64_t n, const float *const *row, const float *weight, int32_t d);
 /* The same over rows of d that lie apart, until so many bytes are read and written as a task of sums counts them: two
  * rows and the result. */
+/* out = sum of weight * row, n > 0; out may be row[0]. */
+void host_add_rows(float *out, int64_t n, const float *const *row, const float *weight, int32_t d);
 void host_run_sums(struct host_rings *, double bytes, int32_t d);
 /* What tells whether this processor is as fast as it can be at the moment: a few products. Rings of HOST_PROBE. */
 enum { HOST_PROBE = 1 << 17 };

@@ -30,7 +30,7 @@ static double expert_bytes(const struct moe_model *m, int32_t layer, int32_t exp
     return (double)host_taken(3 * sizeof(float) * (size_t)m->d_model * (size_t)host_width(m, layer, expert));
 }
 
-static void count_exchange(const struct moe_graph *g, const struct task *t, struct host_step *count)
+static void count_exchange(const struct moe_graph *g, const struct task *t, bool sums, struct host_step *count)
 {
     for (int32_t i = t->first; i < t->first + t->n; i++) {
         const struct moe_part *p = &g->part[i];
@@ -39,26 +39,31 @@ static void count_exchange(const struct moe_graph *g, const struct task *t, stru
         if (t->payload == MOE_PAY_BYTES)
             count[p->dst].piece += fmin(p->bytes, HOST_PIECE);
         else
-            count[p->dst].rows += (size_t)p->n_items;
+            count[p->dst].rows += (size_t)host_part_rows(g, t, i, sums);
     }
 }
 
-static int count_sends(const struct moe_graph *g, int32_t n_ranks, struct host_step *count, struct err *e)
+static int count_exchanges(const struct moe_graph *g, int32_t n_ranks, struct host_step *count, struct err *e)
 {
     const size_t n = (size_t)g->n_tasks + 1;
     struct graph_order order = { 0 };
     int32_t *sequence = malloc(n * sizeof *sequence);
-    bool *packed = malloc(n * sizeof *packed);
-    if (!sequence || !packed)
+    bool *packed = malloc(n * sizeof *packed), *sums = malloc(n * sizeof *sums);
+    if (!sequence || !packed || !sums)
         err_set(e, ERR_MEMORY, "out of memory for %zu tasks", n);
     else if (graph_order(g, &order, e) == 0) {
         host_sequence(g, &order, sequence);
+        host_find_sums(g, &order, sequence, sums);
+        for (int32_t id = 0; id < g->n_tasks; id++)
+            if (g->task[id].kind == TASK_EXCHANGE)
+                count_exchange(g, &g->task[id], sums[id], count);
         for (int32_t r = 0; r < n_ranks; r++)
-            count[r].sent = host_place_sends(g, &order, sequence, r, NULL, packed);
+            count[r].sent = host_place_sends(g, &order, sequence, r, sums, NULL, packed);
     }
     graph_order_free(&order);
     free(sequence);
     free(packed);
+    free(sums);
     return e->code;
 }
 
@@ -74,8 +79,6 @@ int host_count(const struct moe_model *m, const struct moe_graph *g, int32_t n_r
     }
     for (int32_t id = 0; id < g->n_tasks; id++) {
         const struct task *t = &g->task[id];
-        if (t->kind == TASK_EXCHANGE)
-            count_exchange(g, t, count);
         for (int32_t i = 0; t->kind == TASK_EXPERTS && i < t->n; i++) {
             struct host_step *c = &count[t->device];
             size_t rows = (size_t)g->rows[t->first + i];
@@ -84,9 +87,11 @@ int host_count(const struct moe_model *m, const struct moe_graph *g, int32_t n_r
             c->hidden = larger(c->hidden, rows * (size_t)host_width(m, t->layer, g->expert[t->first + i]));
         }
     }
+    if (count_exchanges(g, n_ranks, count, e) < 0)
+        return e->code;
     for (int32_t r = 0; r < n_ranks; r++)
         count[r].piece = fmin(count[r].piece, (double)HOST_PIECE * n_ranks);
-    return count_sends(g, n_ranks, count, e);
+    return 0;
 }
 
 int host_need_open(struct host_need *n, const struct moe_model *m, int32_t n_ranks, int32_t n_tokens, bool verify,
@@ -129,12 +134,12 @@ static void count_weights(struct host_need *n, const struct moe_graph *g, const 
 }
 
 /* Tables by token, by route and by task: token_row, route_of, place; route_row; sequence, time, brings, send_at,
- * packed, experts_left and graph_order(); by entry of experts. */
+ * packed, sums, experts_left and graph_order(); by entry of experts. */
 static double table_bytes(const struct moe_model *m, const struct moe_graph *g)
 {
     double layers = m->n_layers, tokens = g->n_tokens, tasks = g->n_tasks;
     return 8 * ((2 * layers + 1) * tokens + layers + tokens) + 8.0 * (double)g->route_first[g->n_route_layers] +
-           (4 + 16 + 4 + 8 + 1 + 4 + 8 + 4) * tasks + 8.0 * g->n_experts + 4.0 * ((double)g->n_edges + tasks) +
+           (4 + 16 + 4 + 8 + 2 + 4 + 8 + 4) * tasks + 8.0 * g->n_experts + 4.0 * ((double)g->n_edges + tasks) +
            8 * layers * m->n_experts;
 }
 

@@ -18,17 +18,71 @@ void host_sequence(const struct moe_graph *g, struct graph_order *o, int32_t *se
                 sequence[n++] = o->next[j];
 }
 
+static bool brings_outputs(const struct task *t)
+{
+    return t->kind == TASK_EXCHANGE && t->payload == MOE_PAY_OUTPUT;
+}
+
+/* Tasks that only wait: sums go through. */
+static bool is_meeting(const struct task *t)
+{
+    return t->kind == TASK_JOIN || t->kind == TASK_ARRIVAL;
+}
+
+static bool outputs_leave(const struct moe_graph *g, const struct graph_order *o, int32_t id)
+{
+    for (int64_t i = o->first[id]; i < o->first[id + 1]; i++) {
+        const struct task *next = &g->task[o->next[i]];
+        if (brings_outputs(next) || (is_meeting(next) && outputs_leave(g, o, o->next[i])))
+            return true;
+    }
+    return false;
+}
+
+void host_find_sums(const struct moe_graph *g, const struct graph_order *o, const int32_t *sequence, bool *sums)
+{
+    memset(sums, 0, sizeof *sums * (size_t)g->n_tasks);
+    for (int32_t i = 0; i < g->n_tasks; i++) {
+        const int32_t id = sequence[i];
+        const struct task *t = &g->task[id];
+        if (t->kind == TASK_COMPUTE && t->op == MOE_OP_COMBINE)
+            sums[id] = outputs_leave(g, o, id);
+        for (int64_t j = o->first[id]; sums[id] && j < o->first[id + 1]; j++)
+            sums[o->next[j]] |= brings_outputs(&g->task[o->next[j]]) || is_meeting(&g->task[o->next[j]]);
+    }
+}
+
+int64_t host_row_items(const struct moe_graph *g, const struct task *t, int32_t part, int64_t from, bool sums)
+{
+    const int64_t *item = g->item + g->part_item[part], n = g->part[part].n_items;
+    const struct graph_route *route = g->route + g->route_first[t->layer];
+    int64_t end = from + 1;
+    while (sums && end < n && route[item[end]].token == route[item[from]].token)
+        end++;
+    return end - from;
+}
+
+int64_t host_part_rows(const struct moe_graph *g, const struct task *t, int32_t part, bool sums)
+{
+    int64_t n = 0;
+    if (!sums)
+        return g->part[part].n_items;
+    for (int64_t j = 0; j < g->part[part].n_items; j += host_row_items(g, t, part, j, true))
+        n++;
+    return n;
+}
+
 /* With those that stay. */
-static size_t rows_sent(const struct moe_graph *g, const struct task *t, int32_t rank)
+static size_t rows_sent(const struct moe_graph *g, const struct task *t, int32_t rank, bool sums)
 {
     size_t n = 0;
     for (int32_t i = t->first; i < t->first + t->n; i++)
-        n += g->part[i].src == rank ? (size_t)g->part[i].n_items : 0;
+        n += g->part[i].src == rank ? (size_t)host_part_rows(g, t, i, sums) : 0;
     return n;
 }
 
 /* What waits lies one behind another; when nothing waits, the buffer is empty. */
-struct buffer { size_t end, most; int32_t n_waiting; };
+struct buffer { const bool *sums; size_t end, most; int32_t n_waiting; };
 
 static void put(const struct moe_graph *g, int32_t exchange, int32_t rank, struct buffer *b, size_t *at, bool *packed)
 {
@@ -38,7 +92,7 @@ static void put(const struct moe_graph *g, int32_t exchange, int32_t rank, struc
     if (at)
         at[exchange] = b->end;
     b->n_waiting++;
-    b->end += rows_sent(g, &g->task[exchange], rank);
+    b->end += rows_sent(g, &g->task[exchange], rank, b->sums && b->sums[exchange]);
     b->most = b->end > b->most ? b->end : b->most;
 }
 
@@ -61,9 +115,9 @@ static void put_next(const struct moe_graph *g, const struct graph_order *o, int
 }
 
 size_t host_place_sends(const struct moe_graph *g, const struct graph_order *o, const int32_t *sequence, int32_t rank,
-                        size_t *at, bool *packed)
+                        const bool *sums, size_t *at, bool *packed)
 {
-    struct buffer b = { 0, 0, 0 };
+    struct buffer b = { sums, 0, 0, 0 };
     memset(packed, 0, sizeof *packed * (size_t)g->n_tasks);
     for (int32_t i = 0; i < g->n_tasks; i++) {
         const int32_t id = sequence[i];

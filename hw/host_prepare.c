@@ -89,12 +89,14 @@ static int order_tasks(struct host *h, const struct moe_graph *g, struct err *e)
     h->brings = again(h->brings, n, sizeof *h->brings, e);
     h->send_at = again(h->send_at, n, sizeof *h->send_at, e);
     h->packed = again(h->packed, n, sizeof *h->packed, e);
+    h->sums = again(h->sums, n, sizeof *h->sums, e);
     h->experts_left = again(h->experts_left, n, sizeof *h->experts_left, e);
     h->expert_weights = again(h->expert_weights, (size_t)g->n_experts, sizeof *h->expert_weights, e);
     if (e->code || graph_order(g, &h->order, e) < 0)
         return e->code;
     host_sequence(g, &h->order, h->sequence);
-    host_place_sends(g, &h->order, h->sequence, h->rank, h->send_at, h->packed);
+    host_find_sums(g, &h->order, h->sequence, h->sums);
+    host_place_sends(g, &h->order, h->sequence, h->rank, h->sums, h->send_at, h->packed);
     return 0;
 }
 

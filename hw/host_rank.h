@@ -3,7 +3,8 @@
  *
  * Hidden states and outputs are rows of d_model floats. Rows live in one pool until the step ends, and two tables say
  * where on this rank a row is, or -1: `token_row` of a token entering a layer, `route_row` of an expert's output. An
- * exchange fills them on the receiving rank, so a row that was never sent cannot be computed on. */
+ * exchange fills them on the receiving rank, so a row that was never sent cannot be computed on. Where outputs of a
+ * token are added up before they travel, the first route of them stands for the sum, and the others for nothing more. */
 #ifndef HOST_RANK_H
 #define HOST_RANK_H
 
@@ -15,6 +16,9 @@
 
 #include <mpi.h>
 #include <time.h>
+
+/* What route_row holds besides rows: nothing here; in a sum; ROUTE_SUM - row: the row is a sum, its weights in it. */
+enum { ROUTE_NOT_HERE = -1, ROUTE_IN_SUM = -2, ROUTE_SUM = -3 };
 
 struct pool { float *data; size_t room; };
 
@@ -34,7 +38,7 @@ struct host {
     struct pool rows, send, gathered, gate, up;
     size_t n_rows;
     int64_t *token_row;          /* [(L + 1) * T] */
-    int64_t *route_row;          /* [routes of all layers] */
+    int64_t *route_row;          /* [routes of all layers], or one of ROUTE_ */
     int64_t *route_of;           /* [L * (T + 1)] first route of a token, counted over all layers */
     int32_t *place, *own, n_own; /* [T] index among this rank's tokens or -1; [n_own] tokens */
     int *count;                  /* [4 * n_ranks] send counts and displacements, receive counts and displacements */
@@ -47,6 +51,7 @@ struct host {
     int32_t *brings;             /* [tasks] a load's number; of what waits, the number of the last load that it needs */
     size_t *send_at;             /* [tasks] row of `send` from where an exchange's are */
     bool *packed;                /* [tasks] they are there */
+    bool *sums;                  /* [tasks] an exchange carries sums; a combine task makes some of what travels then */
     int32_t *experts_left;       /* [tasks] of a join: own experts tasks before it that have not run */
     const float **expert_weights;/* [experts of all tasks] */
 };

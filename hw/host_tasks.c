@@ -8,10 +8,23 @@
 #include "host_rank.h"
 #include "host_model.h"
 #include "host_need.h"
+#include "host_order.h"
 
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
+
+/* What a route brings to its token, after the n terms so far, or nothing if another brought it; false: not here. */
+static bool add_term(const struct host *h, const struct moe_graph *g, int64_t r, const float **row, float *weight,
+                     int64_t *n)
+{
+    const int64_t at = h->route_row[r];
+    if (at >= 0 || at <= ROUTE_SUM) {
+        row[*n] = row_at(h, at >= 0 ? at : ROUTE_SUM - at);
+        weight[(*n)++] = at >= 0 ? g->route[r].weight : 1;
+    }
+    return at != ROUTE_NOT_HERE;
+}
 
 /* The token's hidden state after a layer, if all its experts' outputs are here; entering the next layer, it is one
  * more row. False: something is still missing. */
@@ -25,17 +38,12 @@ bool host_combine(struct host *h, const struct moe_graph *g, int32_t layer, int3
         return true;
     if (*before < 0 && (layer == 0 || !host_combine(h, g, layer - 1, token)))
         return false;
-    for (int64_t r = first; r < end; r++)
-        if (g->route[r].expert < h->model->n_experts && h->route_row[r] < 0)
-            return false;
     const float *row[end - first + 1];
     float weight[end - first + 1];
     int64_t n = 0;
     for (int64_t r = first; r < end; r++)
-        if (g->route[r].expert < h->model->n_experts) {
-            row[n] = row_at(h, h->route_row[r]);
-            weight[n++] = g->route[r].weight;
-        }
+        if (g->route[r].expert < h->model->n_experts && !add_term(h, g, r, row, weight, &n))
+            return false;
     *after = (int64_t)h->n_rows++;
     host_sum_rows(row_at(h, *after), row_at(h, *before), n, row, weight, d);
     return true;
@@ -94,17 +102,38 @@ static int displace(const int *count, int n, int *displacement)
 }
 
 /* Rows that an exchange sends from here to each rank, and gets: [n_ranks] each. */
-static void count_rows(const struct host *h, const struct moe_graph *g, const struct task *t, int *n_out, int *n_in)
+static void count_rows(const struct host *h, const struct moe_graph *g, int32_t id, int *n_out, int *n_in)
 {
-    const struct moe_part *part = g->part + t->first;
+    const struct task *t = &g->task[id];
     memset(n_out, 0, sizeof *n_out * (size_t)h->n_ranks);
     memset(n_in, 0, sizeof *n_in * (size_t)h->n_ranks);
-    for (int32_t i = 0; i < t->n; i++) {
-        if (part[i].src == part[i].dst)
+    for (int32_t i = t->first; i < t->first + t->n; i++) {
+        const struct moe_part *p = &g->part[i];
+        if (p->src == p->dst || (p->src != h->rank && p->dst != h->rank))
             continue;
-        n_out[part[i].dst] += part[i].src == h->rank ? (int)part[i].n_items : 0;
-        n_in[part[i].src] += part[i].dst == h->rank ? (int)part[i].n_items : 0;
+        int *n = p->src == h->rank ? &n_out[p->dst] : &n_in[p->src];
+        *n += (int)host_part_rows(g, t, i, h->sums[id]);
     }
+}
+
+/* Puts the sum of what some routes of a token bring, `items` of them, into `to`. */
+static bool sum_routes(const struct host *h, const struct moe_graph *g, int64_t first, const int64_t *item,
+                       int64_t items, float *to)
+{
+    const int32_t d = h->model->d_model;
+    const float *row[items];
+    float weight[items];
+    int64_t n = 0;
+    for (int64_t j = 0; j < items; j++)
+        if (!add_term(h, g, first + item[j], row, weight, &n))
+            return false;
+    if (n == 0) /* all in the sum of another part */
+        memset(to, 0, sizeof *to * (size_t)d);
+    else if (n == 1 && weight[0] == 1)
+        memcpy(to, row[0], sizeof *to * (size_t)d);
+    else
+        host_add_rows(to, n, row, weight, d);
+    return true;
 }
 
 /* Copies what exchange `id` sends from here into its place in the send buffer, in order of destination and, between a
@@ -116,16 +145,23 @@ static int64_t pack(struct host *h, const struct moe_graph *g, int32_t id)
     const size_t d = (size_t)h->model->d_model;
     int *n_out = h->count, *out_at = n_out + h->n_ranks, *n_in = out_at + h->n_ranks;
     float *to = h->send.data + h->send_at[id] * d;
-    count_rows(h, g, t, n_out, n_in);
+    count_rows(h, g, id, n_out, n_in);
     out_at[h->rank] = displace(n_out, h->n_ranks, out_at);
     for (int32_t i = t->first; i < t->first + t->n; i++) {
         const struct moe_part *p = &g->part[i];
         const int64_t *item = g->item + g->part_item[i];
-        for (int64_t j = 0; p->src == h->rank && j < p->n_items; j++) {
+        for (int64_t j = 0, n; p->src == h->rank && j < p->n_items; j += n) {
+            float *place = to + (size_t)out_at[p->dst]++ * d;
+            n = host_row_items(g, t, i, j, h->sums[id]);
+            if (h->sums[id]) {
+                if (!sum_routes(h, g, g->route_first[t->layer], item + j, n, place))
+                    return item[j];
+                continue;
+            }
             int64_t row = row_of(h, g, t, t->payload, item[j]);
             if (row < 0)
                 return item[j];
-            memcpy(to + (size_t)out_at[p->dst]++ * d, row_at(h, row), sizeof(float) * d);
+            memcpy(place, row_at(h, row), sizeof(float) * d);
         }
     }
     h->packed[id] = true;
@@ -141,7 +177,7 @@ static int exchange_rows(struct host *h, const struct moe_graph *g, int32_t id, 
     if (missing >= 0)
         return err_set(e, ERR_RUN, "rank %d, layer %d: route %lld is sent before its %s is here", h->rank, t->layer,
                        (long long)missing, t->payload == MOE_PAY_OUTPUT ? "output" : "token");
-    count_rows(h, g, t, n_out, n_in);
+    count_rows(h, g, id, n_out, n_in);
     displace(n_out, h->n_ranks, out_at);
     const int n_new = displace(n_in, h->n_ranks, in_at);
     MPI_Alltoallv(h->send.data + h->send_at[id] * d, n_out, out_at, h->row, row_at(h, (int64_t)h->n_rows), n_in, in_at,
@@ -149,12 +185,15 @@ static int exchange_rows(struct host *h, const struct moe_graph *g, int32_t id, 
     for (int32_t i = t->first; i < t->first + t->n; i++) {
         const struct moe_part *p = &g->part[i];
         const int64_t *item = g->item + g->part_item[i];
-        for (int64_t j = 0; p->dst == h->rank && p->src != h->rank && j < p->n_items; j++) {
+        for (int64_t j = 0, n; p->dst == h->rank && p->src != h->rank && j < p->n_items; j += n) {
             int64_t r = g->route_first[t->layer] + item[j], row = (int64_t)h->n_rows + in_at[p->src]++;
-            if (t->payload == MOE_PAY_OUTPUT)
-                h->route_row[r] = row;
-            else
+            n = host_row_items(g, t, i, j, h->sums[id]);
+            if (t->payload != MOE_PAY_OUTPUT)
                 *token_row(h, g, t->layer, g->route[r].token) = row;
+            else
+                h->route_row[r] = h->sums[id] ? ROUTE_SUM - row : row;
+            for (int64_t k = 1; k < n; k++)
+                h->route_row[g->route_first[t->layer] + item[j + k]] = ROUTE_IN_SUM;
         }
     }
     h->n_rows += (size_t)n_new;
@@ -220,23 +259,37 @@ static void outputs(struct host *h, const struct moe_graph *g, int32_t id)
     }
 }
 
-/* Outputs of a token are summed before they travel: here they travel one by one, so that takes its time and no more. */
-static bool sums_on_the_way(const struct host *h, const struct moe_graph *g, int32_t id)
+/* Adds up, token by token and in place, the outputs of a layer that are on this rank and in no sum yet: from here on
+ * they travel as one row. */
+static void sum_outputs(struct host *h, const struct moe_graph *g, int32_t layer)
 {
-    for (int64_t i = h->order.first[id]; i < h->order.first[id + 1]; i++) {
-        const struct task *x = &g->task[h->order.next[i]];
-        if (x->kind == TASK_EXCHANGE && x->payload == MOE_PAY_OUTPUT)
-            return true;
+    for (int32_t token = 0; token < g->n_tokens; token++) {
+        const int64_t first = route_of(h, g, layer, token), end = route_of(h, g, layer, token + 1);
+        const float *row[end - first + 1];
+        float weight[end - first + 1];
+        int64_t n = 0, at = -1;
+        for (int64_t r = first; r < end; r++) {
+            if (h->route_row[r] < 0)
+                continue;
+            add_term(h, g, r, row, weight, &n);
+            if (n == 1)
+                at = r;
+            else
+                h->route_row[r] = ROUTE_IN_SUM;
+        }
+        if (n == 0)
+            continue;
+        host_add_rows(row_at(h, h->route_row[at]), n, row, weight, h->model->d_model);
+        h->route_row[at] = ROUTE_SUM - h->route_row[at];
     }
-    return false;
 }
 
 static int run_compute(struct host *h, const struct moe_graph *g, int32_t id)
 {
     const struct task *t = &g->task[id];
     if (t->op == MOE_OP_COMBINE) {
-        if (sums_on_the_way(h, g, id))
-            host_run_sums(&h->rings, t->bytes, h->model->d_model);
+        if (h->sums[id])
+            sum_outputs(h, g, t->layer);
         else
             for (int32_t i = 0; i < h->n_own; i++)
                 host_combine(h, g, t->layer, h->own[i]);

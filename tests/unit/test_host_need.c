@@ -94,7 +94,7 @@ static void steps_add_up(void **state)
     struct moe_graph g = { .n_devices = 2, .keep_items = true };
     /* By token 2 layers + 1, and where the layer's and the last entry end; by route; by task; by edge and task; by
      * expert. */
-    const double tables = 8 * (3 * 3 + 1 + 3) + 8 * 4 + 49 * 4 + 8 * 3 + 4 * 4 + 8 * 4;
+    const double tables = 8 * (3 * 3 + 1 + 3) + 8 * 4 + 50 * 4 + 8 * 3 + 4 * 4 + 8 * 4;
     test_ok(host_need_open(&n, &small, 2, 3, false, &e), &e);
     sum_is(&n, 1000, 0, 3 * 2 * 40, 0, 8 * (3 * 3 + 4));
     first_step(&g);
@@ -186,9 +186,53 @@ static void sends(void **state)
     test_ok(graph_after(&g, third, second, &e), &e);
     test_ok(graph_order(&g, &order, &e), &e);
     host_sequence(&g, &order, sequence);
-    assert_int_equal(host_place_sends(&g, &order, sequence, 0, at, packed), 5);
+    assert_int_equal(host_place_sends(&g, &order, sequence, 0, NULL, at, packed), 5);
     assert_true(at[first] == 0 && at[second] == 2 && at[third] == 0);
-    assert_int_equal(host_place_sends(&g, &order, sequence, 1, at, packed), 1);
+    assert_int_equal(host_place_sends(&g, &order, sequence, 1, NULL, at, packed), 1);
+    graph_order_free(&order);
+    graph_free(&g);
+}
+
+/* Device 0 adds up what it computed for token 0 (routes 0 and 1) before that travels to device 1, and from there on; the
+ * combine task at the end makes nothing that travels. Routes 0, 1 and 2 are two rows then, and three without sums. */
+static void sums_travel(void **state)
+{
+    (void)state;
+    static const int64_t item[] = { 0, 1, 2 };
+    static const struct moe_part hop[] = { { 0, 1, 80, 3, item, 0 } }, on[] = { { 1, 0, 80, 3, item, 0 } };
+    struct moe_graph g = { .n_devices = 2, .keep_items = true };
+    struct graph_order order;
+    struct host_step c[2];
+    struct err e = { 0 };
+    int32_t sequence[6];
+    size_t at[6];
+    bool packed[6], sums[6];
+    keep_routes(&g);
+    const struct moe_work combine = { .device = 0, .op = MOE_OP_COMBINE };
+    const int32_t gate = graph_compute(&g, &(struct moe_work){ .device = 0, .op = MOE_OP_GATE }, &e);
+    const int32_t there = lay_exchange(&g, MOE_PAY_HIDDEN, 1, hop);
+    const int32_t reduce = graph_compute(&g, &combine, &e), back = lay_exchange(&g, MOE_PAY_OUTPUT, 1, hop);
+    const int32_t second = lay_exchange(&g, MOE_PAY_OUTPUT, 1, on), last = graph_compute(&g, &combine, &e);
+    test_ok(graph_after(&g, there, gate, &e), &e);
+    test_ok(graph_after(&g, reduce, there, &e), &e);
+    test_ok(graph_after(&g, back, reduce, &e), &e);
+    test_ok(graph_after(&g, second, back, &e), &e);
+    test_ok(graph_after(&g, last, second, &e), &e);
+    test_ok(graph_order(&g, &order, &e), &e);
+    host_sequence(&g, &order, sequence);
+    host_find_sums(&g, &order, sequence, sums);
+    assert_true(sums[reduce] && sums[back] && sums[second]);
+    assert_false(sums[gate] || sums[there] || sums[last]);
+    const struct task *t = &g.task[back];
+    assert_int_equal(host_part_rows(&g, t, t->first, true), 2);
+    assert_int_equal(host_part_rows(&g, t, t->first, false), 3);
+    assert_int_equal(host_row_items(&g, t, t->first, 0, true), 2);
+    assert_int_equal(host_row_items(&g, t, t->first, 2, true), 1);
+    assert_int_equal(host_place_sends(&g, &order, sequence, 1, sums, at, packed), 2);
+    assert_int_equal(host_place_sends(&g, &order, sequence, 1, NULL, at, packed), 3);
+    test_ok(host_count(&small, &g, 2, c, &e), &e);
+    assert_int_equal(c[0].rows, 2 * 2 + 2);     /* own, received as sums */
+    assert_int_equal(c[1].rows, 1 * 2 + 3 + 2); /* ... hidden states one by one */
     graph_order_free(&order);
     graph_free(&g);
 }
@@ -275,6 +319,7 @@ int main(void)
         cmocka_unit_test(verifying_takes_room),
         cmocka_unit_test(pieces),
         cmocka_unit_test(sends),
+        cmocka_unit_test(sums_travel),
         cmocka_unit_test(loads),
         cmocka_unit_test(rings),
         cmocka_unit_test(rows_have_names),
