@@ -109,7 +109,7 @@ EACH_KIND void host_activate(float *gate, const float *up, int64_t n)
         gate[i] = gate[i] / (1 + exp_of(-gate[i])) * up[i];
 }
 
-enum { LANES = 16, FEW = 8 };
+enum { LANES = 16, FEW = 8, SPAN = 128 };
 
 /* Sums and maxima in LANES parts, which a compiler may not make by itself. */
 EACH_KIND static void soften(float *score, size_t rows, size_t n)
@@ -211,37 +211,48 @@ static void move(struct host_rings *r, double bytes)
     }
 }
 
-void host_sum_rows(float *out, const float *before, int64_t n, const float *const *row, const float *weight, int32_t d)
+/* A span of columns at a time, which stays in registers or next to them. */
+EACH_KIND void host_add_rows(float *out, const float *before, int64_t n, const float *const *row, const float *weight,
+                             int32_t d)
 {
-    memcpy(out, before, sizeof *out * (size_t)d);
-    for (int64_t i = 0; i < n; i++)
-        cblas_saxpy(d, weight[i], row[i], 1, out, 1);
-    host_normalise(out, d);
-}
-
-void host_add_rows(float *out, int64_t n, const float *const *row, const float *weight, int32_t d)
-{
-    for (int32_t i = 0; i < d; i++)
-        out[i] = weight[0] * row[0][i];
-    for (int64_t j = 1; j < n; j++)
-        cblas_saxpy(d, weight[j], row[j], 1, out, 1);
-}
-
-void host_run_sums(struct host_rings *r, double bytes, int32_t d)
-{
-    enum { ROWS = 2 };
-    static const float weight[ROWS] = { 0.6f, 0.4f };
-    const size_t n = (size_t)ceil(bytes / ((ROWS + 1) * sizeof(float) * (double)d));
-    for (size_t done = 0, some; done < n; done += some) {
-        const size_t fit = r->room_in / ((ROWS + 1) * (size_t)d);
-        some = n - done < fit ? n - done : fit;
-        const float *from = operand(r, some * (ROWS + 1) * (size_t)d);
-        for (uint64_t i = 0; i < some; i++) {
-            const float *row[ROWS + 1];
-            for (uint64_t j = 0; j <= ROWS; j++)
-                row[j] = from + moe_mix((ROWS + 1) * i + j) % (some * (ROWS + 1)) * (size_t)d;
-            host_sum_rows(result(r, (size_t)d), row[ROWS], ROWS, row, weight, d);
+    for (int32_t at = 0; at < d; at += SPAN) {
+        const int32_t width = at + SPAN < d ? SPAN : d - at;
+        float sum[SPAN] = { 0 };
+        for (int32_t i = 0; before && i < width; i++)
+            sum[i] = before[at + i];
+        for (int64_t j = 0; j < n; j++) {
+            const float *from = row[j] + at, w = weight[j];
+            for (int32_t i = 0; i < width; i++)
+                sum[i] += w * from[i];
         }
+        memcpy(out + at, sum, sizeof *out * (size_t)width);
+    }
+}
+
+float *host_make_rows(struct host_rings *r, int64_t n, int32_t d)
+{
+    enum { AT_ONCE = 24, DEPTH = 448 };
+    const int64_t products = (n + AT_ONCE - 1) / AT_ONCE, size = AT_ONCE * (int64_t)d;
+    float *rows = result(r, (size_t)(products * size));
+    for (int64_t i = 0; i < products; i++) {
+        const float *a = operand(r, (size_t)(AT_ONCE + d) * DEPTH);
+        host_gemm(AT_ONCE, d, DEPTH, a, a + AT_ONCE * DEPTH, rows + i * size);
+    }
+    return rows;
+}
+
+void host_run_sums(struct host_rings *r, const float *rows, int64_t tokens, int32_t d)
+{
+    enum { TERMS = 2 };
+    static const float weight[TERMS] = { 0.6f, 0.4f };
+    const uint64_t n = (TERMS + 1) * (uint64_t)tokens;
+    for (uint64_t i = 0; i < n; i += TERMS + 1) {
+        const float *row[TERMS + 1];
+        for (uint64_t j = 0; j <= TERMS; j++)
+            row[j] = rows + moe_mix(i + j) % n * (size_t)d;
+        float *to = result(r, (size_t)d);
+        host_add_rows(to, row[TERMS], TERMS, row, weight, d);
+        host_normalise(to, d);
     }
 }
 

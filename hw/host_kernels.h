@@ -41,13 +41,13 @@ void host_run_kernel(struct host_rings *, const struct kernel *);
 /* A task that is no list: its FLOPs if they are what takes time, else its bytes. */
 void host_run_plain(struct host_rings *, double flops, double bytes);
 
-/* out = normalise(before + sum of weight[i] * row[i], of n rows), of d floats. */
-void host_sum_rows(float *out, const float *before, int64_t n, const float *const *row, const float *weight, int32_t d);
-/* The same over rows of d that lie apart, until so many bytes are read and written as a task of sums counts them: two
- * rows and the result. */
-/* out = sum of weight * row, n > 0; out may be row[0]. */
-void host_add_rows(float *out, int64_t n, const float *const *row, const float *weight, int32_t d);
-void host_run_sums(struct host_rings *, double bytes, int32_t d);
+/* out = sum of weight[i] * row[i], of n rows of d floats, to which `before` is added unless NULL; out may be row[0]. */
+void host_add_rows(float *out, const float *before, int64_t n, const float *const *row, const float *weight, int32_t d);
+/* At least n rows of d, written by products of few rows, each with a matrix of its own, as outputs of experts are. */
+float *host_make_rows(struct host_rings *, int64_t n, int32_t d);
+/* What a combine task does: for each token two rows are added to a third and the result is normalised. rows: three for
+ * each token, taken in no order. */
+void host_run_sums(struct host_rings *, const float *rows, int64_t tokens, int32_t d);
 /* What tells whether this processor is as fast as it can be at the moment: a few products. Rings of HOST_PROBE. */
 enum { HOST_PROBE = 1 << 17 };
 void host_probe(struct host_rings *);

@@ -52,19 +52,25 @@ void host_input(const struct moe_model *m, int32_t step, int32_t token, float *r
         row[i] = uniform(key, (uint64_t)i, sqrt(3.0));
 }
 
+/* Squares are added in LANES parts, so that none waits for the one before, few enough at a time for floats. */
 void host_normalise(float *row, int32_t n)
 {
-    double part[8] = { 0 }, squares = 0; /* eight sums, so that none waits for the addition before */
-    int32_t i = 0;
-    for (; i + 8 <= n; i += 8)
-        for (int32_t j = 0; j < 8; j++)
-            part[j] += (double)row[i + j] * (double)row[i + j];
-    for (; i < n; i++)
-        part[0] += (double)row[i] * (double)row[i];
-    for (int32_t j = 0; j < 8; j++)
-        squares += part[j];
+    enum { LANES = 8, SPAN = 128 };
+    const int32_t whole = n / LANES * LANES;
+    double squares = 0;
+    for (int32_t at = 0; at < whole; at += SPAN) {
+        const int32_t end = at + SPAN < whole ? at + SPAN : whole;
+        float lane[LANES] = { 0 };
+        for (int32_t i = at; i < end; i += LANES)
+            for (int32_t l = 0; l < LANES; l++)
+                lane[l] += row[i + l] * row[i + l];
+        for (int32_t l = 0; l < LANES; l++)
+            squares += (double)lane[l];
+    }
+    for (int32_t i = whole; i < n; i++)
+        squares += (double)row[i] * (double)row[i];
     const float scale = (float)(1 / sqrt(squares / n + EPSILON));
-    for (i = 0; i < n; i++)
+    for (int32_t i = 0; i < n; i++)
         row[i] *= scale;
 }
 

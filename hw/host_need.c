@@ -34,7 +34,7 @@ static void count_exchange(const struct moe_graph *g, const struct task *t, bool
 {
     for (int32_t i = t->first; i < t->first + t->n; i++) {
         const struct moe_part *p = &g->part[i];
-        if (p->src == p->dst)
+        if (p->src == p->dst && !sums)
             continue;
         if (t->payload == MOE_PAY_BYTES)
             count[p->dst].piece += fmin(p->bytes, HOST_PIECE);

@@ -77,7 +77,8 @@ static size_t rows_sent(const struct moe_graph *g, const struct task *t, int32_t
 {
     size_t n = 0;
     for (int32_t i = t->first; i < t->first + t->n; i++)
-        n += g->part[i].src == rank ? (size_t)host_part_rows(g, t, i, sums) : 0;
+        if (g->part[i].src == rank)
+            n += (size_t)host_part_rows(g, t, i, sums);
     return n;
 }
 
@@ -114,6 +115,20 @@ static void put_next(const struct moe_graph *g, const struct graph_order *o, int
     }
 }
 
+/* Sums of outputs that leave after a task, as far as some of them may be here by then. */
+static void put_sums(const struct moe_graph *g, const struct graph_order *o, int32_t id, int32_t rank,
+                     struct buffer *b, size_t *at, bool *packed)
+{
+    for (int64_t i = o->first[id]; i < o->first[id + 1]; i++) {
+        const int32_t next = o->next[i];
+        const bool carries = brings_outputs(&g->task[next]), new = carries && !packed[next];
+        if (carries)
+            put(g, next, rank, b, at, packed);
+        if (new || g->task[next].kind == TASK_JOIN)
+            put_sums(g, o, next, rank, b, at, packed);
+    }
+}
+
 size_t host_place_sends(const struct moe_graph *g, const struct graph_order *o, const int32_t *sequence, int32_t rank,
                         const bool *sums, size_t *at, bool *packed)
 {
@@ -125,6 +140,8 @@ size_t host_place_sends(const struct moe_graph *g, const struct graph_order *o, 
         const bool packs = t->kind == TASK_EXPERTS || (t->kind == TASK_COMPUTE && t->op == MOE_OP_PERMUTE);
         if (packs && t->device == rank)
             put_next(g, o, id, t->kind == TASK_EXPERTS, rank, &b, at, packed);
+        else if (sums && sums[id] && t->kind == TASK_COMPUTE && t->device == rank)
+            put_sums(g, o, id, rank, &b, at, packed);
         if (!carries_rows(t))
             continue;
         put(g, id, rank, &b, at, packed);

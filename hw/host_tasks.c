@@ -45,7 +45,8 @@ bool host_combine(struct host *h, const struct moe_graph *g, int32_t layer, int3
         if (g->route[r].expert < h->model->n_experts && !add_term(h, g, r, row, weight, &n))
             return false;
     *after = (int64_t)h->n_rows++;
-    host_sum_rows(row_at(h, *after), row_at(h, *before), n, row, weight, d);
+    host_add_rows(row_at(h, *after), row_at(h, *before), n, row, weight, d);
+    host_normalise(row_at(h, *after), d);
     return true;
 }
 
@@ -109,36 +110,40 @@ static void count_rows(const struct host *h, const struct moe_graph *g, int32_t 
     memset(n_in, 0, sizeof *n_in * (size_t)h->n_ranks);
     for (int32_t i = t->first; i < t->first + t->n; i++) {
         const struct moe_part *p = &g->part[i];
-        if (p->src == p->dst || (p->src != h->rank && p->dst != h->rank))
+        if (p->src == p->dst && !h->sums[id])
             continue;
-        int *n = p->src == h->rank ? &n_out[p->dst] : &n_in[p->src];
-        *n += (int)host_part_rows(g, t, i, h->sums[id]);
+        const int n = p->src == h->rank || p->dst == h->rank ? (int)host_part_rows(g, t, i, h->sums[id]) : 0;
+        n_out[p->dst] += p->src == h->rank ? n : 0;
+        n_in[p->src] += p->dst == h->rank ? n : 0;
     }
 }
 
-/* Puts the sum of what some routes of a token bring, `items` of them, into `to`. */
-static bool sum_routes(const struct host *h, const struct moe_graph *g, int64_t first, const int64_t *item,
-                       int64_t items, float *to)
+static bool pack_row(struct host *h, const struct moe_graph *g, const struct task *t, int64_t item, float *to)
 {
-    const int32_t d = h->model->d_model;
+    const int64_t row = row_of(h, g, t, t->payload, item);
+    if (row >= 0)
+        memcpy(to, row_at(h, row), sizeof(float) * (size_t)h->model->d_model);
+    return row >= 0;
+}
+
+/* What some routes of a token bring, added up in `to`; false: some is not here. */
+static bool pack_sum(const struct host *h, const struct moe_graph *g, int64_t first, const int64_t *item, int64_t items,
+                     float *to)
+{
     const float *row[items];
     float weight[items];
     int64_t n = 0;
     for (int64_t j = 0; j < items; j++)
         if (!add_term(h, g, first + item[j], row, weight, &n))
             return false;
-    if (n == 0) /* all in the sum of another part */
-        memset(to, 0, sizeof *to * (size_t)d);
-    else if (n == 1 && weight[0] == 1)
-        memcpy(to, row[0], sizeof *to * (size_t)d);
-    else
-        host_add_rows(to, n, row, weight, d);
+    host_add_rows(to, NULL, n, row, weight, h->model->d_model); /* of none: other items bring it */
     return true;
 }
 
 /* Copies what exchange `id` sends from here into its place in the send buffer, in order of destination and, between a
- * pair of ranks, of parts and items, which both sides know; behind it, as on a GPU, what stays, which nobody sends. The
- * first route whose row is not here yet, or -1. */
+ * pair of ranks, of parts and items, which both sides know; behind it, as on a GPU, what stays, which nobody sends. Sums
+ * that stay are sent as well: they go through the queues of the others. The first route whose row is not here yet, or
+ * -1. */
 static int64_t pack(struct host *h, const struct moe_graph *g, int32_t id)
 {
     const struct task *t = &g->task[id];
@@ -146,22 +151,17 @@ static int64_t pack(struct host *h, const struct moe_graph *g, int32_t id)
     int *n_out = h->count, *out_at = n_out + h->n_ranks, *n_in = out_at + h->n_ranks;
     float *to = h->send.data + h->send_at[id] * d;
     count_rows(h, g, id, n_out, n_in);
-    out_at[h->rank] = displace(n_out, h->n_ranks, out_at);
+    const int all = displace(n_out, h->n_ranks, out_at);
+    out_at[h->rank] = h->sums[id] ? out_at[h->rank] : all;
     for (int32_t i = t->first; i < t->first + t->n; i++) {
         const struct moe_part *p = &g->part[i];
         const int64_t *item = g->item + g->part_item[i];
         for (int64_t j = 0, n; p->src == h->rank && j < p->n_items; j += n) {
             float *place = to + (size_t)out_at[p->dst]++ * d;
             n = host_row_items(g, t, i, j, h->sums[id]);
-            if (h->sums[id]) {
-                if (!sum_routes(h, g, g->route_first[t->layer], item + j, n, place))
-                    return item[j];
-                continue;
-            }
-            int64_t row = row_of(h, g, t, t->payload, item[j]);
-            if (row < 0)
+            if (h->sums[id] ? !pack_sum(h, g, g->route_first[t->layer], item + j, n, place)
+                            : !pack_row(h, g, t, item[j], place))
                 return item[j];
-            memcpy(place, row_at(h, row), sizeof(float) * d);
         }
     }
     h->packed[id] = true;
@@ -185,7 +185,7 @@ static int exchange_rows(struct host *h, const struct moe_graph *g, int32_t id, 
     for (int32_t i = t->first; i < t->first + t->n; i++) {
         const struct moe_part *p = &g->part[i];
         const int64_t *item = g->item + g->part_item[i];
-        for (int64_t j = 0, n; p->dst == h->rank && p->src != h->rank && j < p->n_items; j += n) {
+        for (int64_t j = 0, n; p->dst == h->rank && (p->src != h->rank || h->sums[id]) && j < p->n_items; j += n) {
             int64_t r = g->route_first[t->layer] + item[j], row = (int64_t)h->n_rows + in_at[p->src]++;
             n = host_row_items(g, t, i, j, h->sums[id]);
             if (t->payload != MOE_PAY_OUTPUT)
@@ -259,28 +259,14 @@ static void outputs(struct host *h, const struct moe_graph *g, int32_t id)
     }
 }
 
-/* Adds up, token by token and in place, the outputs of a layer that are on this rank and in no sum yet: from here on
- * they travel as one row. */
-static void sum_outputs(struct host *h, const struct moe_graph *g, int32_t layer)
+/* Adds up the outputs that leave after a combine task, in the exchanges after it whose rows are all here by now. */
+static void sum_outputs(struct host *h, const struct moe_graph *g, int32_t id)
 {
-    for (int32_t token = 0; token < g->n_tokens; token++) {
-        const int64_t first = route_of(h, g, layer, token), end = route_of(h, g, layer, token + 1);
-        const float *row[end - first + 1];
-        float weight[end - first + 1];
-        int64_t n = 0, at = -1;
-        for (int64_t r = first; r < end; r++) {
-            if (h->route_row[r] < 0)
-                continue;
-            add_term(h, g, r, row, weight, &n);
-            if (n == 1)
-                at = r;
-            else
-                h->route_row[r] = ROUTE_IN_SUM;
-        }
-        if (n == 0)
-            continue;
-        host_add_rows(row_at(h, h->route_row[at]), n, row, weight, h->model->d_model);
-        h->route_row[at] = ROUTE_SUM - h->route_row[at];
+    for (int64_t i = h->order.first[id]; i < h->order.first[id + 1]; i++) {
+        const int32_t next = h->order.next[i];
+        const bool carries = g->task[next].kind == TASK_EXCHANGE && h->sums[next];
+        if ((carries && !h->packed[next] && pack(h, g, next) < 0) || g->task[next].kind == TASK_JOIN)
+            sum_outputs(h, g, next);
     }
 }
 
@@ -289,7 +275,7 @@ static int run_compute(struct host *h, const struct moe_graph *g, int32_t id)
     const struct task *t = &g->task[id];
     if (t->op == MOE_OP_COMBINE) {
         if (h->sums[id])
-            sum_outputs(h, g, t->layer);
+            sum_outputs(h, g, id);
         else
             for (int32_t i = 0; i < h->n_own; i++)
                 host_combine(h, g, t->layer, h->own[i]);

@@ -7,6 +7,7 @@
 #include <cblas.h>
 #include <limits.h>
 #include <mpi.h>
+#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
@@ -59,6 +60,28 @@ static void leave(struct team *t)
 
 static const struct team_ops mpi_ops = { TEAM_MPI, gather, tell, alive, leave };
 
+/* Each rank of a computer keeps to its share of the processors, if there is one for each: moved to another's while a
+ * thread reads for that one, it is milliseconds late for the next exchange. */
+static void keep_apart(void)
+{
+#ifdef __linux__
+    MPI_Comm here;
+    cpu_set_t all, mine;
+    int rank, n, n_cpus = 0;
+    MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &here);
+    MPI_Comm_rank(here, &rank);
+    MPI_Comm_size(here, &n);
+    MPI_Comm_free(&here);
+    if (sched_getaffinity(0, sizeof all, &all) != 0 || CPU_COUNT(&all) < n)
+        return;
+    CPU_ZERO(&mine);
+    for (size_t cpu = 0; cpu < CPU_SETSIZE; cpu++)
+        if (CPU_ISSET(cpu, &all) && (int64_t)n_cpus++ * n / CPU_COUNT(&all) == rank)
+            CPU_SET(cpu, &mine);
+    sched_setaffinity(0, sizeof mine, &mine); /* where that may not be done, they move as they did */
+#endif
+}
+
 int host_team_join(struct team **out, struct err *e)
 {
     if (MPI_Init(NULL, NULL) != MPI_SUCCESS)
@@ -70,6 +93,7 @@ int host_team_join(struct team **out, struct err *e)
     MPI_Comm_size(MPI_COMM_WORLD, &t->size);
     MPI_Comm_rank(MPI_COMM_WORLD, &t->rank);
     openblas_set_num_threads(1); /* a rank is one device */
+    keep_apart();
     *out = t;
     return 0;
 }
