@@ -22,8 +22,8 @@ int64_t host_row_items(const struct moe_graph *, const struct task *, int32_t pa
 int64_t host_part_rows(const struct moe_graph *, const struct task *, int32_t part, bool sums);
 
 /* Rows of the send buffer that one rank needs in a step. They are put there by a permute, experts or combine task
- * that the exchange waits for, or by itself, and stay until it has run. sums: as found, or NULL: outputs travel one by one. at:
- * [tasks] out or NULL: where an exchange's begin. packed: [tasks] scratch. */
+ * that the exchange waits for, or by itself, and stay until it has run. sums: as found, or NULL: outputs travel one by
+ * one. at: [tasks] out or NULL: where an exchange's begin. packed: [tasks] scratch. */
 size_t host_place_sends(const struct moe_graph *, const struct graph_order *, const int32_t *sequence, int32_t rank,
                         const bool *sums, size_t *at, bool *packed);
 

@@ -4,7 +4,7 @@
  * Hidden states and outputs are rows of d_model floats. Rows live in one pool until the step ends, and two tables say
  * where on this rank a row is, or -1: `token_row` of a token entering a layer, `route_row` of an expert's output. An
  * exchange fills them on the receiving rank, so a row that was never sent cannot be computed on. Where outputs of a
- * token are added up before they travel, the first route of them stands for the sum, and the others for nothing more. */
+ * token are added up before they travel, the first route of them stands for the sum, and the others for nothing. */
 #ifndef HOST_RANK_H
 #define HOST_RANK_H
 
