@@ -95,7 +95,8 @@ def attach(model):
                 experts.register_forward_pre_hook(layer.used, with_kwargs=True)
             layers.append(layer)
     if not layers:
-        raise Bad(f"{type(model).__name__}: found no router: no module of a class named ...Router or ...Gate with top_k")
+        raise Bad(f"{type(model).__name__}: found no router: no module of a class named ...Router or ...Gate that has "
+                  "top_k")
     return layers
 
 

@@ -8,7 +8,7 @@
 Each model's own router module is built with random weights and run on random hidden states [T, H], all in float32.
 Its logits [T, E] and correction bias [E] go to `moelab eval router` with the settings that state the same rule. Per
 token the sets of experts have to be equal and weights within 1e-5, relative. A token whose sets differ only by experts
-with scores closer than a few float32 roundings counts as a tie. Exit 0: all conform; 1: a router does not; 2: bad usage.
+with scores closer than a few float32 roundings counts as a tie. Exit 0: all conform; 1: one does not; 2: bad usage.
 """
 import argparse
 import datetime
@@ -63,7 +63,17 @@ MODELS = [
     ("minimax_m2", "MiniMaxM2TopKRouter", 64, 8, {}, GROUPS, SIGMOID),
     ("hunyuan_v1_moe", "HunYuanMoEV1Gate", 16, 2, {}, TOP_K, {}),
     ("ernie4_5_moe", "Ernie4_5_MoeTopKRouter", 64, 6, {}, GROUPS, SOFTMAX),
+    ("qwen3_next", "Qwen3NextTopKRouter", 64, 8, dict(norm_topk_prob=True), TOP_K, {}),
+    ("exaone_moe", "ExaoneMoeTopkRouter", 64, 8, V3, GROUPS, V3_SET),
+    ("solar_open", "SolarOpenTopkRouter", 64, 8, V3, GROUPS, V3_SET),
+    ("cohere2_moe", "Cohere2MoeTopKRouter", 64, 8, dict(expert_selection_fn="sigmoid", norm_topk_prob=True), GROUPS,
+     SIGMOID),
     ("llama4_text", "Llama4Router", 16, 1, {}, GROUPS, dict(renormalise=False, **SIGMOID)),
+]
+# Once more with hidden states and the gate's matrix as a tensor: the plugin's own products, its own logits.
+OWN_GATE = [
+    ("mixtral", "MixtralTopKRouter", 8, 2, {}, "shared-router", {}),
+    ("olmoe", "OlmoeTopKRouter", 64, 8, dict(norm_topk_prob=False), "shared-router", dict(renormalise=False)),
 ]
 # Rules that no plugin and no setting of one states: said on the page, never counted as conforming.
 UNSTATED = [
@@ -130,8 +140,14 @@ def evaluate(args, plugin, settings, job):
     """`moelab eval router` on one input -> ids [T, K], weights [T, K]."""
     with tempfile.TemporaryDirectory() as d:
         folder = pathlib.Path(d)
-        np.save(folder / "logits.npy", np.ascontiguousarray(job["logits"], np.float32))
-        data = dict(logits="logits.npy", top_k=job["top_k"])
+        if job["gate"] is None:
+            np.save(folder / "logits.npy", np.ascontiguousarray(job["logits"], np.float32))
+            data = dict(logits="logits.npy", top_k=job["top_k"])
+        else:
+            np.save(folder / "hidden.npy", np.ascontiguousarray(job["hidden"], np.float32))
+            np.save(folder / "gate.npy", np.ascontiguousarray(job["gate"], np.float32))
+            data = dict(hidden="hidden.npy", tensors=dict(gate="gate.npy"), top_k=job["top_k"],
+                        n_experts=job["logits"].shape[1])
         if job["bias"] is not None:
             data["bias"] = [float(x) for x in job["bias"]]
         (folder / "in.json").write_text(json.dumps(data))
@@ -188,28 +204,32 @@ def golden(path, about, job, settings, ids, weights):
     path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
-def check(args, row):
-    """One model -> its line of the page."""
+def check(args, row, own_gate=False):
+    """One model -> whether it conforms, and its line of the page."""
     model_type, cls, n_experts, k, config, plugin, settings = row
     torch.manual_seed(args.seed)
     router, bias = build(model_type, cls, n_experts, k, config)
-    logits, ids, weights = run(model_type, router, bias, k, torch.randn(args.tokens, HIDDEN))
+    hidden = torch.randn(args.tokens, HIDDEN)
+    logits, ids, weights = run(model_type, router, bias, k, hidden)
     if logits.shape != (args.tokens, n_experts) or ids.shape != (args.tokens, k):
         raise Bad(f"{cls}: logits {tuple(logits.shape)}, ids {tuple(ids.shape)}, expected [{args.tokens}, {n_experts}] "
                   f"and [{args.tokens}, {k}]")
-    job = dict(logits=logits.numpy(), top_k=k, bias=None if bias is None else bias.numpy())
+    job = dict(logits=logits.numpy(), top_k=k, bias=None if bias is None else bias.numpy(), hidden=hidden.numpy(),
+               gate=router.weight.detach().numpy() if own_gate else None)
     theirs = by_id(ids.numpy().astype(np.int64), weights.float().numpy())
     ours = by_id(*evaluate(args, plugin, settings, job))
     same, ties, wrong, error = compare(theirs, ours, choice_scores(job["logits"], job["bias"], settings))
-    print(f"{model_type}: {cls}: {same} of {args.tokens} tokens identical, {ties} ties, {wrong} mismatches, "
+    print(f"{model_type}: {cls}: {plugin}: {same} of {args.tokens} tokens identical, {ties} ties, {wrong} mismatches, "
           f"largest weight error {error:.1e}", flush=True)
-    if args.write_golden:
+    if args.write_golden and not own_gate:
         about = dict(model=model_type, router=cls, transformers=transformers.__version__, torch=torch.__version__,
                      seed=args.seed, dtype="float32", plugin=plugin)
         golden(pathlib.Path(args.write_golden) / f"{model_type}.json", about, job, settings, *theirs)
     text = ", ".join(f"{key} = {str(v).lower() if isinstance(v, bool) else v}" for key, v in settings.items())
     line = (f"| {model_type} | `{cls}` | {n_experts}, {k} | `{plugin}` {text or 'as it is'}"
-            f"{'' if bias is None else ', its bias as `bias`'} | {args.tokens:,} | {same:,} | {ties} | {wrong} | "
+            f"{'' if bias is None else ', its bias as `bias`'}"
+            f"{', its hidden states and `gate.npy`' if own_gate else ''} |"
+            f" {args.tokens:,} | {same:,} | {ties} | {wrong} | "
             f"{error:.1e} |")
     return wrong == 0 and error <= TOLERANCE, line
 
@@ -221,9 +241,10 @@ Written by `tools/conform_hf.py --write-doc`; {datetime.date.today()}, transform
 {torch.__version__} (CPU), numpy {np.__version__}, seed {args.seed}, float32.
 
 Each model's own router module, with random weights (logits with a standard deviation of {SPREAD}) and, where it has
-one, a random correction bias, is run on random hidden states; its logits and that bias go to `moelab eval router`. Sets
-of experts are compared token by token. A tie is a token whose sets differ only by experts with scores within
-2^-21 of each other, relative; everything else that differs is a mismatch. The weight error is the largest, relative,
+one, a random correction bias, is run on random hidden states; its logits and that bias go to `moelab eval router`, or,
+in the last rows, the hidden states and the gate's matrix, of which the plugin makes logits itself. Sets of experts
+are compared token by token. A tie is a token whose sets differ only by experts with scores within 2^-21 of each other,
+relative; everything else that differs is a mismatch. The weight error is the largest, relative,
 over all weights of the tokens with identical sets; {TOLERANCE:g} is allowed. In `tests/data/hf` are the first
 {GOLDEN_TOKENS} tokens of each, which a test checks without Python.
 
@@ -255,6 +276,7 @@ def main():
         raise Bad("--write-doc: the page is of all models, found a list of some")
     rows = [row for row in MODELS if not args.name or row[0] in args.name]
     results = [check(args, row) for row in rows]
+    results += [check(args, row, own_gate=True) for row in OWN_GATE if not args.name or row[0] in args.name]
     if args.write_doc:
         page(args, [line for _, line in results])
     return 0 if all(good for good, _ in results) else 1
