@@ -19,6 +19,7 @@
  *   halves   what the others leave out: both, attention alone or experts alone. Who leaves out the attention alone has
  *            experts
  *
+ * `gate` is for moelab eval and for workloads that come with hidden states: with a trace, runs give importance alone.
  * With choice = share a later token of a request can take an earlier one's place; in decoding a request has one token,
  * which is always among the first C: choice = threshold is the causal rule. Requests do not change each other. */
 #include <moelab_top_k.h>
