@@ -210,6 +210,7 @@ static int parse(int argc, char **argv, struct line *line, json_t *options, stru
 
 static const struct { const char *key, *dtype; } arrays[] = {
     { "offsets", "i8" }, { "experts", "i4" }, { "weights", "f4" }, { "load", "i8" },
+    { "slots", "i4" }, { "combine", "f4" }, { "skip", "i4" }, { "again", "i4" }, /* which few routers have */
 };
 enum { N_ARRAYS = sizeof arrays / sizeof *arrays };
 
@@ -309,7 +310,8 @@ static void child(const struct line *line, json_t *options, struct shared *share
     child_begin(&shared->note);
     json_t *result = eval(line->kind, line->name, options, true, &e);
     for (int i = 0; result && line->out && !e.code && i < N_ARRAYS; i++)
-        write_array(result, arrays[i].key, arrays[i].dtype, line->part, &e);
+        if (json_object_get(result, arrays[i].key))
+            write_array(result, arrays[i].key, arrays[i].dtype, line->part, &e);
     if (!e.code && !(text = json_dumps(result, JSON_COMPACT | JSON_REAL_PRECISION(17))))
         err_set(&e, ERR_MEMORY, "out of memory for the result");
     if (text)

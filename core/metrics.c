@@ -260,6 +260,7 @@ static void routing_figures(struct metrics *m, int32_t at)
     v[METRIC_dropped][at] = per((double)r->dropped, r->chosen);
     v[METRIC_added][at] = per((double)r->added, r->chosen);
     v[METRIC_experts_per_token][at] = per((double)r->computed, r->tokens);
+    v[METRIC_skipped][at] = r->skips ? per((double)r->left_out, 2 * r->tokens) : NAN;
     v[METRIC_agreement][at] = per((double)r->agreed, r->compared);
     v[METRIC_task_loss][at] = m->learns ? m->task_loss : NAN;
     v[METRIC_aux_loss][at] = m->learns ? m->aux_loss : NAN;

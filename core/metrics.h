@@ -39,6 +39,7 @@
     M(dropped, "", "share of those that a balancer took away")                                                        \
     M(added, "", "pairs that a balancer added / pairs that the router chose")                                         \
     M(experts_per_token, "", "experts that compute a token, mean over layers; those that cost nothing left out")      \
+    M(skipped, "", "share of halves of layers that tokens leave out, where the router has them do so")                \
     M(agreement, "", "share of the router's choices that are among the K highest logits, where there are logits")     \
     M(task_loss, "", "of a gate that is trained: squared error / mean square of the target, mean over layers")        \
     M(aux_loss, "", "of a gate that is trained: losses of balancers, mean over layers")                               \
@@ -67,6 +68,8 @@ struct routing_sums {
     double max_vio_global;           /* of all steps so far, after the last layer */
     int32_t n_layers, n_fluctuation; /* layers that were added up */
     int64_t tokens, chosen, dropped, added, computed; /* layers' tokens; pairs */
+    int64_t left_out;                /* halves of layers, two to a token */
+    bool skips;                      /* a router has had tokens leave out halves */
     int64_t compared, agreed;        /* choices where there are logits; those among the K highest */
 };
 

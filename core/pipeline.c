@@ -60,7 +60,7 @@ static int check_routes(struct run *r, const struct moe_batch *b, const struct p
     /* The header has more than this version's pipeline carries; what it does not carry must not pass as plain. */
     const char *more = r->routes.form != MOE_TOKENS ? "slots or merged experts (form)"
                      : r->routes.slot || r->routes.n_slots ? "tokens and slots at once (slot)"
-                     : r->routes.skip ? "tokens that skip the layer (skip)"
+                     : r->routes.skip && r->trained ? "tokens that skip the layer (skip), in training"
                      : r->routes.layer ? "experts of other layers (layer)"
                      : r->routes.again ? "another round in the same layer (again)" : NULL;
     if (more)
@@ -135,7 +135,12 @@ static void count_experts(struct run *r, const struct moe_batch *b, const struct
 {
     const int32_t n_experts = moe_experts_of(&r->model, b->layer);
     const double gate = r->router.plugin->needs & MOE_OWN_GATE ? 0 : 2.0 * r->model.d_model * n_experts;
-    int64_t n = 0;
+    int64_t n = 0, n_shared = 0, left_out = 0;
+    for (int32_t t = 0; t < b->n_tokens; t++) {
+        const int skip = r->routes.skip ? r->routes.skip[t] : 0;
+        n_shared += !(skip & MOE_HALF_EXPERTS);
+        left_out += !!(skip & MOE_HALF_ATTENTION) + !!(skip & MOE_HALF_EXPERTS);
+    }
     memset(r->load, 0, sizeof *r->load * (size_t)r->model.n_experts);
     for (int64_t i = 0; i < r->routes.n; i++)
         if (r->routes.expert[i] < n_experts) { /* the others are null, zero, copy, constant */
@@ -147,7 +152,9 @@ static void count_experts(struct run *r, const struct moe_batch *b, const struct
     r->metrics.routing.tokens += b->n_tokens;
     r->metrics.routing.flops += own->flops + b->n_tokens * gate +
                                 6.0 * r->model.d_model * r->model.d_expert *
-                                    ((double)n + (double)b->n_tokens * r->model.n_shared);
+                                    ((double)n + (double)n_shared * r->model.n_shared);
+    r->metrics.routing.left_out += left_out;
+    r->metrics.routing.skips |= r->routes.skip != NULL;
 }
 
 static void count_devices(struct run *r)
@@ -304,6 +311,7 @@ static void keep_as_previous(struct run *r)
     struct moe_routes swap = r->before;
     int32_t room = r->room_before;
     r->before = r->routes;
+    r->before.skip = NULL; /* the router's own, and its next call writes there */
     r->room_before = r->room_routes;
     r->routes = swap;
     r->room_routes = room;
@@ -378,6 +386,8 @@ int pipeline_step(struct run *r, int32_t step)
         count_devices(r);
         hash_add(&r->decisions, r->routes.offset, sizeof *r->routes.offset * ((size_t)b.n_tokens + 1));
         hash_add(&r->decisions, r->routes.expert, sizeof *r->routes.expert * (size_t)r->routes.n);
+        if (r->routes.skip)
+            hash_add(&r->decisions, r->routes.skip, (size_t)b.n_tokens);
         hash_add(&r->decisions, r->etp > 1 ? r->replica : r->to, sizeof *r->to * (size_t)r->routes.n);
         if (lay_out_layer(r, &b, &own) < 0 || observe_layer(r, layer) < 0)
             return r->err->code;

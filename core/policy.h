@@ -96,5 +96,10 @@ int routes_begin(struct moe_routes *, int32_t n_tokens, int32_t *room_tokens, st
 void routes_free(struct moe_routes *);
 /* Offsets monotone, ids unique per token and in range, weights finite. */
 int routes_check(const struct moe_routes *, int32_t n_experts, const char *who, struct err *);
+/* What is checked of slots, merged experts and halves of a layer alone; rows that each expert computes, or each merged
+ * expert (routes_forms.c). */
+int routes_check_forms(const struct moe_routes *, const char *who, struct err *);
+int routes_rows(const struct moe_routes *, int32_t n_experts, int64_t *rows, struct err *);
+const char *routes_form_name(enum moe_form);
 
 #endif

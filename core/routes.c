@@ -49,7 +49,7 @@ int routes_begin(struct moe_routes *r, int32_t n_tokens, int32_t *room_tokens, s
     r->n_slots = 0;
     r->slot = NULL;
     r->skip = NULL;
-    r->again = false;
+    r->again = NULL;
     return 0;
 }
 
@@ -72,23 +72,32 @@ int routes_check(const struct moe_routes *r, int32_t n_experts, const char *who,
         if (r->offset[t + 1] < r->offset[t])
             return err_set(e, ERR_RUN, "%s: token %d: offsets decrease from %lld to %lld", who, t,
                            (long long)r->offset[t], (long long)r->offset[t + 1]);
-    int32_t n_ids = n_experts + r->n_free;
-    int32_t *seen = malloc(sizeof *seen * (size_t)(n_ids > 0 ? n_ids : 1));
+    if (routes_check_forms(r, who, e) < 0)
+        return e->code;
+    /* What a token may have only once: an expert; a slot; an expert of one merged expert. */
+    const int32_t n_ids = n_experts + r->n_free;
+    const int64_t n_keys = r->form == MOE_SLOTS ? r->n_slots : r->form == MOE_MERGED ? (int64_t)r->n_slots * n_ids
+                                                                                    : n_ids;
+    int32_t *seen = malloc(sizeof *seen * (size_t)(n_keys > 0 ? n_keys : 1));
     if (!seen)
         return err_set(e, ERR_MEMORY, "out of memory");
-    memset(seen, 0xff, sizeof *seen * (size_t)(n_ids > 0 ? n_ids : 1)); /* -1: no token */
+    memset(seen, 0xff, sizeof *seen * (size_t)(n_keys > 0 ? n_keys : 1)); /* -1: no token */
     for (int32_t t = 0; t < r->n_tokens && !e->code; t++) {
         for (int64_t i = r->offset[t]; i < r->offset[t + 1]; i++) {
-            int32_t x = r->expert[i];
+            const int32_t x = r->expert[i];
+            const int64_t key = r->form == MOE_TOKENS ? x
+                              : r->form == MOE_SLOTS ? r->slot[i] : (int64_t)r->slot[i] * n_ids + x;
             if (x < 0 || x >= n_ids)
                 err_set(e, ERR_RUN, "%s: token %d: expert %d, expected 0 to %d", who, t, x, n_ids - 1);
-            else if (seen[x] == t)
+            else if (seen[key] == t && r->form == MOE_SLOTS)
+                err_set(e, ERR_RUN, "%s: token %d: slot %d twice", who, t, r->slot[i]);
+            else if (seen[key] == t)
                 err_set(e, ERR_RUN, "%s: token %d: expert %d twice", who, t, x);
             else if (!isfinite(r->weight[i]) || (r->combine && !isfinite(r->combine[i])))
                 err_set(e, ERR_RUN, "%s: token %d: expert %d has a weight that is not finite", who, t, x);
             if (e->code)
                 break;
-            seen[x] = t;
+            seen[key] = t;
         }
     }
     free(seen);

@@ -24,11 +24,13 @@ static struct layer_part step_part(const struct run *r, int32_t device, bool spl
     return p;
 }
 
-static void count_tokens(struct run *r, const struct moe_batch *b)
+/* On each device, all tokens; `half` not 0: those that do not leave out that half of the layer. */
+static void count_tokens(struct run *r, const struct moe_batch *b, int half)
 {
+    const uint8_t *skip = r->routes.skip;
     memset(r->device_tokens, 0, sizeof *r->device_tokens * (size_t)r->topology->n_devices);
     for (int32_t t = 0; t < b->n_tokens; t++)
-        r->device_tokens[b->device[t]]++;
+        r->device_tokens[b->device[t]] += !(half && skip && (skip[t] & half));
 }
 
 /* A device's kernels after what it did last; `entry` moves on. */
@@ -85,7 +87,8 @@ typedef void (*lister)(const struct run *, struct kernels *, const struct layer_
 static void list_attention(const struct run *r, struct kernels *k, const struct layer_part *p)
 {
     (void)r;
-    layer_attention(k, p);
+    if (p->tokens > 0) /* nobody is left: nothing is read either */
+        layer_attention(k, p);
 }
 
 static void list_dense(const struct run *r, struct kernels *k, const struct layer_part *p)
@@ -229,7 +232,24 @@ static int lay_out_gate(struct run *r, const struct moe_batch *b, const struct m
         if (step_after_entry(r, d, MOE_OP_GATE, &k) < 0)
             return r->err->code;
     }
-    return step_lay_out_shared(r, shared);
+    if (!r->routes.skip)
+        return step_lay_out_shared(r, shared);
+    count_tokens(r, b, MOE_HALF_EXPERTS);
+    const int rc = step_lay_out_shared(r, shared);
+    count_tokens(r, b, 0);
+    return rc;
+}
+
+/* Tokens that leave attention out are neither multiplied nor sent; those that stay attend to the workload's context, as
+ * if the others' keys were there: that of a rule which drops keys as well would be shorter. */
+static int lay_out_attention(struct run *r, const struct moe_batch *b)
+{
+    if (!r->routes.skip)
+        return step_lay_out_attention(r);
+    count_tokens(r, b, MOE_HALF_ATTENTION);
+    const int rc = step_lay_out_attention(r);
+    count_tokens(r, b, 0);
+    return rc;
 }
 
 int step_lay_out_again(struct run *r, const struct moe_batch *b, int32_t *shared)
@@ -241,11 +261,11 @@ int step_lay_out_again(struct run *r, const struct moe_batch *b, int32_t *shared
 int step_lay_out_plain(struct run *r, const struct moe_batch *b, const struct moe_cost *own, int32_t *shared)
 {
     if (b->layer == 0) {
-        count_tokens(r, b);
+        count_tokens(r, b, 0);
         if (lay_out_embedding(r) < 0)
             return r->err->code;
     }
-    if (lay_out_dense(r, b->layer) < 0 || step_lay_out_attention(r) < 0)
+    if (lay_out_dense(r, b->layer) < 0 || lay_out_attention(r, b) < 0)
         return r->err->code;
     return lay_out_gate(r, b, own, shared);
 }

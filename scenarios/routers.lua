@@ -19,6 +19,7 @@ local runs = moe.experiment {
     P("zero-compute-experts", { free = 4, free_logit = 1 }), P("hash-router", { top_k = 4 }), "random-router",
     "expert-race", "entropy-hybrid", P("importance-k", { max_k = 8, full = 0.05 }), "dynamic-k", "expert-skipping", P("k-schedule", { steps = 8 }),
     "expert-groups", "segment-router", "prompt-level-router", "test-time-reroute",
+    P("mixture-of-depths", { share = 0.5 }),
   },
 }:run()
 runs:table {

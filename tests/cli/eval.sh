@@ -28,6 +28,21 @@ check '^\{"n_tokens":2,"n_experts":3,"offsets":\[0,2,4\],"experts":\[2,1,0,2\],"
 check '"experts":\[2,2\],' '{ "logits": [[2, 1, 0], [2, 1, 0]], "bias": [0, 0, 5] }' router softmax-top-k --top-k 1
 check '"experts":\[1,0\],"weights":\[0.25,1.0\],' \
     '{ "recorded": { "offsets": [0, 1, 2], "experts": [1, 0], "weights": [0.25, 1] } }' router replay
+# Slots, merged experts, and tokens that leave a layer out: the arrays say so, and nothing of it where there is none.
+two='"logits": [[0, 0], [0, 1]], "requests": [5, 5]'
+check '"weights":\[0.5,0.268941[0-9]*,0.5,0.731058[0-9]*\],"load":\[1,1\],"max_vio":0.0,"form":"slots","n_slots":2,'\
+'"slots":\[0,1,0,1\],"combine":\[0.5,0.5,0.268941[0-9]*,0.731058[0-9]*\],"experts_per_token":1.0,"seconds"' \
+    "{ $two }" router soft-moe --top-k 1
+check '"weights":\[0.377540[0-9]*,0.622459[0-9]*,0.377540[0-9]*,0.622459[0-9]*\],"load":\[2\],"max_vio":0.0,'\
+'"form":"merged","n_slots":1,"slots":\[0,0,0,0\],"experts_per_token":1.0,"seconds"' "{ $two }" router soft-merge \
+    --top-k 1
+check '"offsets":\[0,0,1\],"experts":\[1\],.*"form":"tokens","experts_per_token":0.5,"skip":\[3,0\],'\
+'"skipped_attention":0.5,"skipped_experts":0.5,"seconds"' "{ $two, \"importance\": [1, 2] }" router \
+    mixture-of-depths --top-k 1 --set every=1
+check '"n_slots":2,"experts_per_token":1.0,"seconds"' "{ $two }" router soft-moe --top-k 1 --out mixes
+ok "with their arrays" test "$(cd mixes && echo *)" = \
+    "combine.npy experts.npy load.npy offsets.npy slots.npy weights.npy"
+refuse 'no importance of tokens, and there is no gate' "{ $two }" router mixture-of-depths --top-k 1 --set every=1
 embedded='"tensors": { "embedding": [[1, 0], [0, 2]], "centroid": [[[1, 0], [0, 1], [-2, -1]]] }'
 check '"experts":\[1,0\],"weights":\[0.88079[0-9]*,0.73105' "{ \"token_ids\": [1, 0], \"n_experts\": 3, $embedded }" \
     router distilled-router --top-k 1

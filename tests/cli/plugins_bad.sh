@@ -91,7 +91,7 @@ fails 'router bad, step 1, layer 0: routes with slots or merged experts \(form\)
 for fault in SLOT N_SLOTS; do
     fails 'router bad, step 1, layer 0: routes with tokens and slots at once \(slot\)' bad_router.c "-DFAULT_$fault"
 done
-fails 'router bad, step 1, layer 0: routes with tokens that skip the layer' bad_router.c -DFAULT_SKIP
+fails 'router bad, step 1, layer 0: token 1: leaves experts out, and has [0-9]+' bad_router.c -DFAULT_SKIP
 fails 'router bad, step 1, layer 0: routes with another round in the same layer' bad_router.c -DFAULT_AGAIN
 fails 'router bad, step 1, layer 0: routes with experts of other layers' bad_router.c -DFAULT_LAYER
 fails 'router bad, step 1, layer 0: token 1: expert 1 has a weight that is not finite' bad_router.c -DFAULT_COMBINE

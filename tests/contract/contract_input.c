@@ -185,24 +185,64 @@ void contract_batch_free(struct contract_batch *b)
     free(b->scores);
 }
 
+/* What a token may have once: an expert, a slot, an expert of one merged expert. */
+static int64_t key_of(const struct moe_routes *r, int64_t i, int32_t n_ids)
+{
+    return r->form == MOE_TOKENS ? r->expert[i] : r->form == MOE_SLOTS ? r->slot[i]
+                                                : (int64_t)r->slot[i] * n_ids + r->expert[i];
+}
+
+/* A slot has one expert, and dispatch weights that are shares of its tokens. A merged expert is one sum of experts for
+ * all its tokens, as heavy together as one. A half is left out or repeated, and who leaves experts out has none. */
+static void check_forms(const struct moe_routes *r, int32_t n_tokens)
+{
+    int32_t *expert = must(calloc((size_t)r->n_slots + 1, sizeof *expert));
+    double *sum = must(calloc((size_t)r->n_slots + 1, sizeof *sum));
+    assert_true(r->form == MOE_SLOTS || r->form == MOE_MERGED || (r->slot == NULL && r->n_slots == 0));
+    for (int32_t t = 0; r->form != MOE_TOKENS && t < n_tokens; t++) {
+        for (int64_t i = r->offset[t]; i < r->offset[t + 1]; i++) {
+            assert_true(r->slot[i] >= 0 && r->slot[i] < r->n_slots && r->weight[i] >= 0);
+            assert_true(r->form == MOE_MERGED || expert[r->slot[i]] == 0 || expert[r->slot[i]] == r->expert[i] + 1);
+            expert[r->slot[i]] = r->expert[i] + 1;
+            sum[r->slot[i]] += (double)r->weight[i];
+        }
+        for (int32_t s = 0; r->form == MOE_MERGED && s < r->n_slots; s++) {
+            assert_true(sum[s] <= 0 || fabs(sum[s] - 1) <= 1e-5);
+            sum[s] = 0;
+        }
+    }
+    for (int32_t s = 0; r->form == MOE_SLOTS && s < r->n_slots; s++)
+        assert_true(fabs(sum[s] - 1) <= 1e-5);
+    for (int32_t t = 0; t < n_tokens; t++) {
+        const int skips = r->skip != NULL ? r->skip[t] : 0, again = r->again != NULL ? r->again[t] : 0;
+        assert_true(skips >= 0 && skips <= 3 && again >= 0 && again <= 3 && (skips & again) == 0);
+        assert_true(!(skips & MOE_HALF_EXPERTS) || r->offset[t + 1] == r->offset[t]);
+    }
+    free(expert);
+    free(sum);
+}
+
 void contract_check_routes(const struct moe_routes *r, int32_t n_tokens, int32_t n_experts)
 {
-    uint8_t *seen = must(calloc((size_t)(n_experts + r->n_free) + 1, 1));
+    const int32_t n_ids = n_experts + r->n_free;
+    const int64_t n_keys = (int64_t)n_ids * (r->n_slots > 0 ? r->n_slots : 1);
+    uint8_t *seen = must(calloc((size_t)n_keys + 1, 1));
     assert_true(r->n >= 0 && r->n <= r->capacity && r->n_free >= 0);
     assert_int_equal(r->offset[0], 0);
     assert_int_equal(r->offset[n_tokens], r->n);
+    check_forms(r, n_tokens);
     for (int32_t t = 0; t < n_tokens; t++) {
         assert_true(r->offset[t] <= r->offset[t + 1]);
         for (int64_t i = r->offset[t]; i < r->offset[t + 1]; i++) {
-            if (r->expert[i] < 0 || r->expert[i] >= n_experts + r->n_free)
-                fail_msg("token %d: expert %d of %d", t, r->expert[i], n_experts + r->n_free);
-            if (seen[r->expert[i]]++)
+            if (r->expert[i] < 0 || r->expert[i] >= n_ids)
+                fail_msg("token %d: expert %d of %d", t, r->expert[i], n_ids);
+            if (seen[key_of(r, i, n_ids)]++)
                 fail_msg("token %d: expert %d twice", t, r->expert[i]);
             assert_true(isfinite(r->weight[i]));
             assert_true(r->combine == NULL || isfinite(r->combine[i]));
         }
         for (int64_t i = r->offset[t]; i < r->offset[t + 1]; i++)
-            seen[r->expert[i]] = 0;
+            seen[key_of(r, i, n_ids)] = 0;
     }
     free(seen);
 }
@@ -224,6 +264,16 @@ void contract_note_routes(struct contract_notes *notes, const struct moe_routes 
     contract_note(notes, r->offset, ((size_t)r->n_tokens + 1) * sizeof *r->offset);
     contract_note(notes, r->expert, (size_t)r->n * sizeof *r->expert);
     contract_note(notes, r->weight, (size_t)r->n * sizeof *r->weight);
+    contract_note(notes, &r->form, sizeof r->form);
+    contract_note(notes, &r->n_slots, sizeof r->n_slots);
+    if (r->combine != NULL)
+        contract_note(notes, r->combine, (size_t)r->n * sizeof *r->combine);
+    if (r->slot != NULL)
+        contract_note(notes, r->slot, (size_t)r->n * sizeof *r->slot);
+    if (r->skip != NULL)
+        contract_note(notes, r->skip, (size_t)r->n_tokens);
+    if (r->again != NULL)
+        contract_note(notes, r->again, (size_t)r->n_tokens);
 }
 
 void contract_same(struct contract_notes *a, struct contract_notes *b)

@@ -80,8 +80,7 @@ static void route_run(const struct moe_plugin *plugin, const struct contract_siz
             struct moe_routes out;
             contract_batch_make(&b, size, step, layer, 5, -1);
             route(&policy, &b.batch, &out);
-            if (out.form == MOE_TOKENS)
-                contract_check_routes(&out, size->n_tokens, size->n_experts);
+            contract_check_routes(&out, size->n_tokens, size->n_experts);
             contract_note_routes(notes, &out);
             policy_routes_free(&out);
             contract_batch_free(&b);

@@ -52,10 +52,6 @@ void policy_routes_free(struct moe_routes *r)
     free(r->offset);
     free(r->expert);
     free(r->weight);
-    free(r->combine);
-    free(r->layer);
-    free(r->slot);
-    free(r->skip);
 }
 
 /* ---- placements ---- */

@@ -100,8 +100,6 @@ static int host_routes_reserve(const struct moe_env *env, struct moe_routes *r, 
     if (n > r->capacity) {
         r->expert = must(realloc(r->expert, (size_t)n * sizeof *r->expert));
         r->weight = must(realloc(r->weight, (size_t)n * sizeof *r->weight));
-        if (r->combine != NULL)
-            r->combine = must(realloc(r->combine, (size_t)n * sizeof *r->combine));
         r->capacity = n;
     }
     return MOE_OK;

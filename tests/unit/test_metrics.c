@@ -140,7 +140,7 @@ static void step_figures(void **state)
                          .loaded_bytes = 6e6, .routing = { .max_vio = 1, .cv = 3, .gini = 0.5, .entropy = 1.5,
                              .fluctuation = 0.25, .n_fluctuation = 1, .max_vio_global = 0.125, .n_layers = 2,
                              .tokens = 40, .flops = 2000, .chosen = 100, .dropped = 25, .added = 5, .computed = 80,
-                             .compared = 50, .agreed = 45 } };
+                             .compared = 50, .agreed = 45, .left_out = 20, .skips = true } };
     struct err e = { 0 };
     struct moe_work attention = { 3, 0, MOE_OP_ATTENTION, 0, test_h100_bytes(10 * US), false };
     graph_compute(&g, &attention, &e);
@@ -182,6 +182,7 @@ static void step_figures(void **state)
     FIGURE(dropped, 0.25);
     FIGURE(added, 0.05);
     FIGURE(experts_per_token, 2);
+    FIGURE(skipped, 0.25); /* 20 of two halves of 40 tokens */
     FIGURE(agreement, 0.9);
     FIGURE(flops_per_token, 100); /* 2000 of 20 tokens */
     FIGURE(hit_rate, 0.4);

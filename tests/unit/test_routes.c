@@ -52,6 +52,91 @@ static void routes_refused(void **state)
     test_ok(routes_check(&s.r, 4, "router x", &e), &e);
 }
 
+/* Slots, merged experts and halves of a layer. */
+static void forms_refused(void **state)
+{
+    (void)state;
+    struct sample s;
+    struct err e = { 0 };
+    int32_t slot[5];
+    uint8_t skip[3], again[3];
+    int64_t rows[4];
+#define FORM(wanted, ...)                                                                                             \
+    do {                                                                                                              \
+        sample(&s)->form = (wanted);                                                                                  \
+        memcpy(slot, (int32_t[5]){ __VA_ARGS__ }, sizeof slot);                                                       \
+        s.r.slot = slot;                                                                                              \
+        s.r.n_slots = 4;                                                                                              \
+        memset(&e, 0, sizeof e);                                                                                      \
+        memset(rows, 0, sizeof rows);                                                                                 \
+    } while (0)
+#define SAYS(...) assert_says(&e, routes_check(&s.r, 4, "router x", &e), "router x", __VA_ARGS__, NULL)
+    FORM(MOE_SLOTS, 0, 1, 2, 3, 1);
+    test_ok(routes_check(&s.r, 4, "router x", &e), &e);
+    test_ok(routes_rows(&s.r, 4, rows, &e), &e);
+    for (int x = 0; x < 4; x++)
+        assert_int_equal(rows[x], 1); /* slot 1 is one row of expert 3, for tokens 0 and 2 */
+    FORM(MOE_SLOTS, 0, 1, 2, 3, 2);
+    SAYS("slot 2", "experts 2 and 3");
+    FORM(MOE_SLOTS, 0, 1, 2, 4, 1);
+    SAYS("route 3", "slot 4", "0 to 3");
+    FORM(MOE_SLOTS, 0, 1, -1, 3, 1);
+    SAYS("route 2", "slot -1");
+    FORM(MOE_SLOTS, 0, 1, 2, 3, 1);
+    s.expert[3] = 2;
+    slot[3] = 2;
+    SAYS("token 1", "slot 2 twice");
+    FORM(MOE_SLOTS, 0, 1, 2, 3, 1);
+    s.r.slot = NULL;
+    SAYS("none says which is whose");
+    FORM(MOE_TOKENS, 0, 1, 2, 3, 1);
+    SAYS("tokens and slots at once");
+    FORM((enum moe_form)3, 0, 1, 2, 3, 1);
+    SAYS("form 3");
+    FORM(MOE_MERGED, 0, 0, 1, 1, 2);
+    test_ok(routes_check(&s.r, 4, "router x", &e), &e);
+    test_ok(routes_rows(&s.r, 4, rows, &e), &e);
+    assert_true(rows[0] == 1 && rows[1] == 1 && rows[2] == 1 && rows[3] == 0);
+    FORM(MOE_MERGED, 0, 0, 0, 0, 2);
+    SAYS("token 1", "merged expert 0 is not what another token says");
+    memcpy(s.expert, (int32_t[4]){ 0, 3, 0, 3 }, 4 * sizeof *s.expert);
+    memset(&e, 0, sizeof e);
+    SAYS("token 1", "merged expert 0"); /* the same experts, not as heavy */
+    memcpy(s.weight + 2, s.weight, 2 * sizeof *s.weight);
+    memset(&e, 0, sizeof e);
+    memset(rows, 0, sizeof rows);
+    test_ok(routes_check(&s.r, 4, "router x", &e), &e);
+    test_ok(routes_rows(&s.r, 4, rows, &e), &e);
+    assert_int_equal(rows[0], 2);
+    s.expert[1] = s.expert[3] = 0;
+    SAYS("token 0", "expert 0 twice");
+#define HALVES(a, b, c, d)                                                                                            \
+    do {                                                                                                              \
+        sample(&s);                                                                                                   \
+        memset(&e, 0, sizeof e);                                                                                      \
+        memcpy(skip, (uint8_t[3]){ 0, a, b }, sizeof skip);                                                           \
+        memcpy(again, (uint8_t[3]){ 0, c, d }, sizeof again);                                                         \
+        s.r.skip = skip;                                                                                              \
+        s.r.again = again;                                                                                            \
+    } while (0)
+    HALVES(MOE_HALF_ATTENTION, 0, MOE_HALF_EXPERTS, 3);
+    test_ok(routes_check(&s.r, 4, "router x", &e), &e);
+    HALVES(4, 0, 0, 0);
+    SAYS("token 1", "halves 4");
+    HALVES(0, 0, 0, 7);
+    SAYS("token 2", "halves 7");
+    HALVES(MOE_HALF_ATTENTION, 0, MOE_HALF_ATTENTION, 0);
+    SAYS("token 1", "leaves out and repeats");
+    HALVES(0, MOE_HALF_EXPERTS, 0, 0);
+    SAYS("token 2", "leaves experts out, and has 1");
+    s.offset[3] = s.r.n = 4;
+    memset(&e, 0, sizeof e);
+    test_ok(routes_check(&s.r, 4, "router x", &e), &e);
+#undef HALVES
+#undef SAYS
+#undef FORM
+}
+
 static void routes_grow(void **state)
 {
     (void)state;
@@ -241,7 +326,7 @@ static void memory_of_policies(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(routes_refused),
+        cmocka_unit_test(routes_refused), cmocka_unit_test(forms_refused),
         cmocka_unit_test(routes_grow),
         cmocka_unit_test_setup_teardown(transpose, open_bench, close_bench),
         cmocka_unit_test_setup_teardown(placement, open_bench, close_bench),
