@@ -142,8 +142,8 @@ static bool pack_sum(const struct host *h, const struct moe_graph *g, int64_t fi
 
 /* Copies what exchange `id` sends from here into its place in the send buffer, in order of destination and, between a
  * pair of ranks, of parts and items, which both sides know; behind it, as on a GPU, what stays, which nobody sends.
- * Sums that stay are sent as well: they go through the queues of the others. The first route whose row is not here yet, or
- * -1. */
+ * Sums that stay are sent as well: they go through the queues of the others. The first route whose row is not here
+ * yet, or -1. */
 static int64_t pack(struct host *h, const struct moe_graph *g, int32_t id)
 {
     const struct task *t = &g->task[id];

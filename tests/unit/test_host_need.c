@@ -194,7 +194,8 @@ static void sends(void **state)
 }
 
 /* Device 0 adds up what it computed for token 0 (routes 0 and 1) before that travels to device 1, and from there on;
- * the combine task at the end makes nothing that travels. Routes 0, 1 and 2 are two rows then, and three without sums. */
+ * the combine task at the end makes nothing that travels. Routes 0, 1 and 2 are two rows then, and three without
+ * sums. */
 static void sums_travel(void **state)
 {
     (void)state;
