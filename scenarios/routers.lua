@@ -13,7 +13,7 @@ local runs = moe.experiment {
   tier      = "bound", allow_extrapolation = true,
   workload  = moe.prefill { trace = "traces/tiny-moe", tokens_per_device = 256, steps = 8, context = 128, profile = 0 },
   router    = moe.each {
-    "replay", "softmax-top-k", P("group-limited-top-k", { groups = 8, top_groups = 4 }),
+    "replay", "routing-replay", "softmax-top-k", P("group-limited-top-k", { groups = 8, top_groups = 4 }),
     P("bilevel-router", { groups = 8 }), P("sinkhorn-router", { kernel = "probabilities" }), "base-auction",
     P("expert-choice", { factor = 4 }), P("top-p", { p = 0.4 }), P("relu-router", { shift = 1 }),
     P("zero-compute-experts", { free = 4, free_logit = 1 }), P("hash-router", { top_k = 4 }), "random-router",

@@ -57,3 +57,33 @@ local runs = moe.experiment {
 }:run()
 claim("definition", "replay: decisions that differ from softmax top-k on the logits", 0,
       runs.list[1].decisions == runs.list[2].decisions and 0 or 1, 0, "recorded routes (field; also routing-replay)")
+
+-- Rollout routing replay: the experts of an earlier pass, here none of the best by the later pass's logits, with weights
+-- of the later pass.
+local text = "Stabilizing MoE Reinforcement Learning by Aligning Training and Inference Routers"
+local logits, recorded = {}, { offsets = { 0 }, experts = {}, weights = {} }
+for t = 1, 64 do
+  logits[t] = {}
+  for e = 0, E - 1 do logits[t][e + 1] = math.sin(7 * t + 3 * e) end
+  local order = {}
+  for e = 0, E - 1 do order[e + 1] = e end
+  table.sort(order, function(a, b) return logits[t][a + 1] < logits[t][b + 1] end)
+  for i = 1, 2 do
+    table.insert(recorded.experts, order[i])
+    table.insert(recorded.weights, 0.5)
+  end
+  recorded.offsets[t + 1] = 2 * t
+end
+local replayed = moe.eval("router", "routing-replay", { input = { logits = logits, recorded = recorded } })
+local others, largest = 0, 0
+for t = 1, 64 do
+  local sum = 0
+  for i = 2 * t - 1, 2 * t do sum = sum + math.exp(logits[t][recorded.experts[i] + 1]) end
+  for i = 2 * t - 1, 2 * t do
+    local expected = math.exp(logits[t][recorded.experts[i] + 1]) / sum
+    others = others + (replayed.experts[i] == recorded.experts[i] and 0 or 1)
+    largest = math.max(largest, math.abs(replayed.weights[i] - expected))
+  end
+end
+claim("definition", "routing-replay: experts other than the recorded ones", 0, others, 0, text)
+claim("closed form", "routing-replay: largest difference from a softmax over them", 0, largest, 1e-6, text)

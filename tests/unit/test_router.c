@@ -193,6 +193,37 @@ static void replay_repeats(void **state)
     run_close(&r);
 }
 
+/* exp(1) and exp(2) over their sum, whatever was recorded; an expert alone weighs 1. */
+static void replay_with_weights_of_the_gate(void **state)
+{
+    (void)state;
+    struct moe_routes recorded;
+    struct moe_cost own = {0, 0, 0};
+    struct run r;
+    float logits[3 * 8] = {0};
+    run_open(&r, "routing-replay", NULL, 3, 8, 2);
+    policy_routes_init(&recorded, 3);
+    policy_routes_push(&recorded, 0, 5, 0.7f);
+    policy_routes_push(&recorded, 0, 1, 0.3f);
+    policy_routes_push(&recorded, 2, 7, 0.25f);
+    logits[5] = 1;
+    logits[1] = 2;
+    logits[3] = 9; /* not recorded */
+    r.batch.recorded = &recorded;
+    r.batch.router_logits = logits;
+    const struct moe_router_ops *ops = &r.policy.plugin->ops.router;
+    assert_int_equal(ops->route(r.policy.state, &r.batch, NULL, &r.routes, &own), MOE_OK);
+    assert_memory_equal(r.routes.offset, recorded.offset, 4 * sizeof *recorded.offset);
+    assert_memory_equal(r.routes.expert, recorded.expert, 3 * sizeof *recorded.expert);
+    assert_true(fabsf(r.routes.weight[0] - 0.26894143f) < 1e-6f && fabsf(r.routes.weight[1] - 0.7310586f) < 1e-6f);
+    assert_true(r.routes.weight[2] == 1 && own.flops == 12);
+    logits[2 * 8 + 7] = NAN;
+    assert_int_equal(ops->route(r.policy.state, &r.batch, NULL, &r.routes, &own), MOE_EINVAL);
+    assert_string_equal(r.host.failure, "layer 0: token 2: expert 7 was recorded and has no finite logit");
+    policy_routes_free(&recorded);
+    run_close(&r);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -205,6 +236,7 @@ int main(void)
         cmocka_unit_test(forced_choices_without_score),
         cmocka_unit_test(top_k_of_its_own),
         cmocka_unit_test(replay_repeats),
+        cmocka_unit_test(replay_with_weights_of_the_gate),
     };
     cmocka_set_message_output(CM_OUTPUT_TAP);
     return cmocka_run_group_tests(tests, NULL, NULL);
